@@ -1,0 +1,159 @@
+"""Batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275), as a layer.
+
+    from batch_renorm import BatchRenorm, Limits, limits_at
+    norm = BatchRenorm(64, name="norm")
+    outputs = norm(images, limits_at(step, config))   # training; afterwards norm.update(momentum)
+    outputs = norm(images)                            # inference
+
+Batch normalization normalises with the statistics of the batch while training, and with moving
+averages at inference: two different functions. Batch renormalization corrects the former towards
+the latter by a per-channel scale r and shift d, which count as constants in the gradient:
+
+    r = clip(sigma_B / sigma, 1/r_max, r_max)      d = clip((mu_B - mu) / sigma, -d_max, d_max)
+    y = gamma * ((x - mu_B) / sigma_B * r + d) + beta
+
+With r_max = 1 and d_max = 0 it is batch normalization. Inside the limits it computes exactly what
+inference computes, which is why small or unbalanced batches do it much less harm.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+EPSILON = 1e-5
+"""Added to the variance, once: the least that the fused GPU kernels accept, and the value that
+ResNets are trained with in other frameworks."""
+
+
+class Limits(NamedTuple):
+    """How far r and d may go: r in [1/r_max, r_max], d in [-d_max, d_max]. float32 scalars."""
+
+    r_max: tf.Tensor
+    d_max: tf.Tensor
+
+
+def ramp(step: tf.Tensor, start: int, end: int, low: float, high: float) -> tf.Tensor:
+    """`low` up to step `start`, `high` from `end` on, a straight line between: float32 scalar."""
+    progress = (tf.cast(step, tf.float32) - start) / max(end - start, 1)
+    return low + (high - low) * tf.clip_by_value(progress, 0.0, 1.0)
+
+
+def limits_at(step: tf.Tensor, config) -> Limits:
+    """The limits at a training step, from the `[batch_renorm]` section of config.txt.
+
+    The paper (section 4) starts as batch normalization, because at first the moving averages say
+    little, and lets go slowly: r_max from 1 to 3, d_max from 0 to 5.
+    """
+    return Limits(
+        ramp(step, config.start_relaxing_rmax, config.reach_rmax_max, 1.0, config.rmax_max),
+        ramp(step, config.start_relaxing_dmax, config.reach_dmax_max, 0.0, config.dmax_max),
+    )
+
+
+def momentum_at(update: tf.Tensor, momentum: float) -> tf.Tensor:
+    """Weight of the old value in moving-average update number `update` (from 0). float32 scalar.
+
+    The averages warm up: the first updates weigh much more than the last, so that the initial
+    values are forgotten at once and a run of a few dozen steps already evaluates well.
+    """
+    n = tf.cast(update, tf.float32)
+    return tf.minimum(momentum, (1.0 + n) / (10.0 + n))
+
+
+class BatchRenorm(tf.Module):
+    """Batch renormalization over all axes but the last of a [n, height, width, channels] tensor.
+
+    Variables, all float32 [channels]: gamma and beta (trained), moving_mean and moving_std (not).
+    """
+
+    def __init__(self, channels: int, gamma: float = 1.0, name: str | None = None):
+        """`gamma` is the initial value of the scale."""
+        super().__init__(name)
+        with self.name_scope:
+            self.gamma = tf.Variable(tf.fill([channels], gamma), name="gamma")
+            self.beta = tf.Variable(tf.zeros([channels]), name="beta")
+            self.moving_mean = _average_variable(tf.zeros([channels]), "moving_mean")
+            self.moving_std = _average_variable(tf.ones([channels]), "moving_std")
+        self.batch_mean = self.batch_std = None
+
+    def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
+        """Normalises x: float32, float16 or bfloat16 [n, height, width, channels], same type out.
+
+        With `limits` it trains: the batch's statistics (always float32) normalise, corrected by r
+        and d, and are kept in `batch_mean` and `batch_std` for `update`. Without, the moving
+        averages normalise.
+        """
+        if limits is None:
+            scale, offset = self.scale_and_offset()
+            return x * tf.cast(scale, x.dtype) + tf.cast(offset, x.dtype)
+        y, self.batch_mean, self.batch_std = _renormalize(
+            x, self.gamma, self.beta, self.moving_mean, self.moving_std, limits
+        )
+        return y
+
+    def scale_and_offset(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """The layer at inference is x * scale + offset; both float32 [channels]."""
+        scale = self.gamma / self.moving_std
+        return scale, self.beta - self.moving_mean * scale
+
+    def update(self, mean: tf.Tensor, std: tf.Tensor, momentum: tf.Tensor) -> None:
+        """Moves the averages towards the batch statistics `mean` and `std`, float32 [channels]."""
+        self.moving_mean.assign(momentum * self.moving_mean + (1 - momentum) * mean)
+        self.moving_std.assign(momentum * self.moving_std + (1 - momentum) * std)
+
+
+def _average_variable(initial: tf.Tensor, name: str) -> tf.Variable:
+    """A variable that is not trained and, with several replicas, has one value for all."""
+    return tf.Variable(
+        initial,
+        name=name,
+        trainable=False,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )
+
+
+def _renormalize(x, gamma, beta, moving_mean, moving_std, limits):
+    """y, batch mean and batch standard deviation, with the gradient of the paper's section 3.
+
+    The fused kernels do all the heavy work. r and d depend on the batch statistics, but as they
+    count as constants, the gradient with respect to x is batch normalization's with scale
+    gamma * r, and one call of its fused kernel yields every gradient.
+    """
+
+    @tf.custom_gradient
+    def renormalize(x, gamma, beta):
+        ones, zeros = tf.ones_like(gamma), tf.zeros_like(gamma)
+        normalized, mean, variance, *reserve = tf.raw_ops.FusedBatchNormV3(
+            x=x, scale=ones, offset=zeros, mean=[], variance=[], epsilon=EPSILON
+        )
+        # The kernel returns the unbiased variance, for inference; here the batch's own is meant.
+        count = tf.cast(tf.size(x) // tf.size(gamma), tf.float32)
+        variance *= tf.maximum(count - 1, 1) / count
+        std = tf.sqrt(variance + EPSILON)
+        r = tf.clip_by_value(std / moving_std, 1 / limits.r_max, limits.r_max)
+        d = tf.clip_by_value((mean - moving_mean) / moving_std, -limits.d_max, limits.d_max)
+        y, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=normalized,
+            scale=gamma * r,
+            offset=gamma * d + beta,
+            mean=zeros,
+            variance=ones - EPSILON,
+            epsilon=EPSILON,
+            is_training=False,
+        )
+
+        def gradient(dy, *_):
+            dx, dscale, doffset, *_ = tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=dy,
+                x=x,
+                scale=gamma * r,
+                reserve_space_1=reserve[0],
+                reserve_space_2=reserve[1],
+                reserve_space_3=reserve[2],
+                epsilon=EPSILON,
+            )
+            return dx, dscale * r + doffset * d, doffset
+
+        return (y, mean, std), gradient
+
+    return renormalize(x, gamma, beta)

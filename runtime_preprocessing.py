@@ -1,0 +1,575 @@
+"""Keeps the buffer full of batches that are ready to train on, as fast as training takes them.
+
+    python3 runtime_preprocessing.py --epoch_start=0 --epoch_end=30 --batch_size=64
+
+writes `X_<epoch>_<batch>.npy` and `Y_<epoch>_<batch>.npy` into `buffer_folder`, `buffer_size` of
+each ahead of `training_progress.txt`, removes what training has used, and ends with training.
+With `--benchmark` it measures pictures per second instead, and with `--preview=sheet.png` it draws
+a batch as the network will see it.
+
+A picture goes through six steps: a shorter side s is drawn from 256, 263, … 480; the picture is
+resized to it; a random crop of 224x224 is cut out; it is normalised; it is flipped in half of the
+cases; its colours are shifted a little. The first three are one: only the window of the crop is
+resized, straight from as much of the JPEG as the window needs.
+"""
+
+import functools
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import utils
+from utils import CROP, SIDES, Pictures, Position, UserError
+
+REFILL_BELOW = 0.8
+"""Share of buffer_size under which the buffer is filled up again."""
+
+
+def main() -> None:
+    args = parse_arguments()
+    config = utils.load_config(args.config)
+    worker, workers = utils.worker()
+    pictures = utils.training_pictures(config)
+    print(describe(pictures, args, workers))
+    recipe = Recipe(
+        pictures,
+        args.batch_size,
+        config.train.seed,
+        *utils.mu_sigma(config),
+        resized_folders(config),
+        worker,
+        workers,
+    )
+    if args.preview:
+        draw_preview(recipe, args.preview, (args.epoch_start, 0))
+        return
+    folder = utils.make_folder(config.train.buffer_folder)
+    # The lock is held until the process ends, however it ends.
+    utils.lock(folder, f"{folder}: another runtime_preprocessing.py works here; give each its own")
+    if args.benchmark:
+        benchmark(recipe, folder)
+        return
+    buffer = Buffer(folder, recipe, args.epoch_start, args.epoch_end, config.train.buffer_size)
+    buffer.claim()
+    buffer.check_room()
+    keep_full(
+        buffer,
+        config.runtime_preprocessing.num_of_threads,
+        config.runtime_preprocessing.sleep_time,
+    )
+    buffer.leave()
+    print(
+        f"training has passed epoch {args.epoch_end - 1}; the buffer is empty. "
+        f"{recipe.pictures_made:,} pictures went into batches, {recipe.failures}."
+    )
+
+
+def parse_arguments():
+    parser = utils.Parser(
+        "Keeps the buffer full of batches that are ready to train on.",
+        "runtime_preprocessing.py --epoch_start=0 --epoch_end=30 --batch_size=64",
+    )
+    parser.add_epochs()
+    parser.add_argument(
+        "--batch_size", type=utils.whole(1), required=True, metavar="B", help="pictures a batch"
+    )
+    parser.add_argument(
+        "--preview", type=Path, metavar="FILE", help="draw a contact sheet of a batch and exit"
+    )
+    parser.add_argument(
+        "--benchmark", action="store_true", help="measure pictures per second and exit"
+    )
+    return parser.parse()
+
+
+def describe(pictures: Pictures, args, workers: int) -> str:
+    batches = utils.batches_per_epoch(len(pictures), args.batch_size, workers)
+    epochs = args.epoch_end - args.epoch_start
+    return (
+        f"{len(pictures.class_names):,} classes, {len(pictures):,} training pictures, "
+        f"{pictures.layout}; {batches:,} batches of {args.batch_size} an epoch, "
+        f"{epochs * batches:,} batches in {epochs} epochs"
+    )
+
+
+def resized_folders(config: SimpleNamespace) -> dict[int, Path]:
+    """The folders that preprocess.py has made, by shorter side."""
+    found = {side: config.preprocess.path_to_save / str(side) for side in SIDES}
+    found = {side: folder for side, folder in found.items() if folder.is_dir()}
+    print(
+        f"pictures come from the resized folders of {len(found)} shorter sides"
+        f"{'' if len(found) == len(SIDES) else ', else from the originals'}"
+        if found
+        else "pictures come from the originals"
+    )
+    return found
+
+
+# --- what a batch is made of ----------------------------------------------------------------
+
+
+@dataclass
+class Draws:
+    """The random choices for the pictures of a batch, one row a picture."""
+
+    side: np.ndarray
+    """int64 [n], shorter side in pixels."""
+    corner: np.ndarray
+    """float64 [n, 2] in [0, 1): where the crop lies between left and right, top and bottom."""
+    flip: np.ndarray
+    """bool [n]."""
+    alpha: np.ndarray
+    """float64 [n, 3], standard deviation 0.1: strength of the three colour shifts."""
+
+
+def draw(generator: np.random.Generator, count: int) -> Draws:
+    """Draws for `count` pictures."""
+    return Draws(
+        generator.choice(np.array(SIDES), count),
+        generator.random((count, 2)),
+        generator.random(count) < 0.5,
+        generator.normal(0, 0.1, (count, 3)),
+    )
+
+
+class Recipe:
+    """Makes any batch of any epoch, as a pure function of its arguments and of (epoch, batch).
+
+    Threads may call `make` at the same time.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        batch_size: int,
+        seed: int,
+        mu: list[float],
+        sigma: list[float],
+        resized: dict[int, Path],
+        worker: int = 0,
+        workers: int = 1,
+    ):
+        self.pictures, self.batch_size, self.seed = pictures, batch_size, seed
+        self.mu, self.sigma, self.resized = mu, sigma, resized
+        self.worker, self.workers = worker, workers
+        self.batches = utils.batches_per_epoch(len(pictures), batch_size, workers)
+        self.failures = utils.Failures(len(pictures))
+        self.pictures_made = 0
+        self._scratch = threading.local()
+        self.order = functools.lru_cache(maxsize=3)(self._order)
+
+    @property
+    def description(self) -> dict:
+        """All that the batches depend on, for buffer.json."""
+        return {
+            "format": utils.BUFFER_FORMAT,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "N": len(self.pictures),
+            "classes": len(self.pictures.class_names),
+            "mu": self.mu,
+            "sigma": self.sigma,
+            "worker": self.worker,
+            "workers": self.workers,
+            "pictures": self.pictures.fingerprint,
+            "resized": sorted(self.resized),
+            "class_names": self.pictures.class_names,
+        }
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """int32 [N / workers]: this worker's part of the epoch's permutation of all pictures."""
+        permutation = self._generator(0, epoch).permutation(len(self.pictures)).astype(np.int32)
+        return permutation[self.worker :: self.workers]
+
+    def make(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
+        """X: float16 [batch_size, 224, 224, 3], Y: int32 [batch_size].
+
+        X is this thread's scratch memory, good until its next call. Raises UserError when too many
+        pictures fail.
+        """
+        epoch, batch = position
+        size = self.batch_size
+        chosen = self.order(epoch)[batch * size : (batch + 1) * size].copy()
+        draws = draw(self._generator(1, epoch, batch, self.worker), size)
+        if not hasattr(self._scratch, "crops"):
+            self._scratch.crops = np.empty((size, CROP, CROP, 3), np.uint8)
+            self._scratch.x = np.empty((size, CROP, CROP, 3), np.float16)
+        crops = self._scratch.crops
+        for slot in range(size):
+            substitutes = None
+            while (crop := self._crop(chosen[slot], draws.side[slot], draws.corner[slot])) is None:
+                substitutes = substitutes or self._generator(2, epoch, batch, self.worker, slot)
+                chosen[slot] = substitutes.choice(self.order(epoch))
+            if draws.flip[slot]:
+                crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            crops[slot] = crop
+        finish(crops, draws.alpha, self.mu, self.sigma, out=self._scratch.x)
+        self.pictures_made += size
+        return self._scratch.x, self.pictures.labels[chosen]
+
+    def _crop(self, index: int, side: int, corner: np.ndarray) -> Image.Image | None:
+        """The crop of a picture, from its resized copy if there is one. None if it is broken."""
+        path = self.pictures.paths[index]
+        if path in self.failures.paths:
+            return None
+        try:
+            if side in self.resized:
+                try:
+                    return crop_file(self.resized[side] / path, side, corner)
+                except utils.DECODING_ERRORS:
+                    pass  # not resized yet, or broken: the original decides
+            return crop_file(self.pictures.folder / path, side, corner)
+        except utils.DECODING_ERRORS as error:
+            self.failures.add(path, error)
+            return None
+
+
+# --- the six steps --------------------------------------------------------------------------
+
+
+def crop_file(path: Path, side: int, corner: np.ndarray) -> Image.Image:
+    """Steps 1 to 3: the 224x224 RGB crop that lies at `corner` once the shorter side is `side`.
+
+    Resizing the crop's window alone gives what resizing all and cutting gives, at a fraction of
+    the cost. Raises one of utils.DECODING_ERRORS.
+    """
+    with utils.open_picture(path) as image:
+        width, height = utils.resized_size(*image.size, side)
+        left = int(corner[0] * (width - CROP + 1))
+        top = int(corner[1] * (height - CROP + 1))
+        shrink(image, side)
+        scale_x, scale_y = image.width / width, image.height / height
+        box = (left * scale_x, top * scale_y, (left + CROP) * scale_x, (top + CROP) * scale_y)
+        # Antialiasing reaches beyond the window by one output pixel; one input pixel for rounding.
+        load_rows(image, int(box[3] + max(scale_y, 1)) + 2)
+        if (image.width, image.height) == (width, height):
+            return utils.as_rgb(image).crop((left, top, left + CROP, top + CROP))
+        return utils.as_rgb(image).resize((CROP, CROP), Image.Resampling.BILINEAR, box)
+
+
+def shrink(image: Image.Image, side: int) -> None:
+    """Lets libjpeg halve a large JPEG while decoding, as long as twice the pixels needed remain."""
+    if image.format == "JPEG" and min(image.size) >= 4 * side:
+        factor = min(image.size) // (2 * side)
+        image.draft(image.mode, (image.width // factor, image.height // factor))
+
+
+def load_rows(image: Image.Image, rows: int) -> None:
+    """Decodes a JPEG down to row `rows` only, other pictures as a whole: a fifth less to decode.
+
+    Told that the picture ends there, Pillow's decoder stops there, and complains of the data that
+    it then finds left over. The last row says whether that was all: it has been decoded unless it
+    is still black. If it is, decoding everything tells a black row from a broken file.
+    """
+    image.decodermaxblock = 1 << 24  # the file in one piece: each piece ends in slow steps
+    if image.format != "JPEG" or rows >= image.height:
+        return
+    tile = image.tile[0]
+    image.tile = [tile._replace(extents=(0, 0, image.width, rows))]
+    try:
+        image.load()
+    except OSError:
+        if image.im.crop((0, rows - 1, image.width, rows)).getbbox() is None:
+            image.tile = [tile]
+            image.load()
+        image.tile = []
+
+
+GROUP = 8
+"""Crops finished at a time: enough that threads rarely hand over, few enough for the cache."""
+
+
+def finish(crops: np.ndarray, alpha: np.ndarray, mu: list, sigma: list, out: np.ndarray) -> None:
+    """Steps 4 and 6: uint8 [n, 224, 224, 3] to normalised, colour-shifted float16 `out`.
+
+    After its colour shift every pixel of a channel is a function of its 8 bits, so one table of 256
+    entries per channel does scaling, normalisation, shift and conversion to float16 at once.
+    """
+    shifts = colour_shifts(crops, alpha, sigma)
+    levels = (np.arange(256) / 255 - np.array(mu)[:, None]) / np.array(sigma)[:, None]
+    tables = (levels + shifts[:, :, None]).astype(np.float16).reshape(len(crops), 3 * 256)
+    row = 3 * CROP
+    entry = np.empty((GROUP, CROP, row), np.uint16)
+    index = np.empty((GROUP, CROP, row), np.intp)
+    first = 256 * (3 * np.arange(GROUP)[:, None, None] + np.tile(np.arange(3), CROP))
+    first = first.astype(np.uint16)  # of each crop's, row's and channel's table within the group's
+    for start in range(0, len(crops), GROUP):
+        part = slice(start, min(start + GROUP, len(crops)))
+        count = part.stop - start
+        np.add(crops[part].reshape(count, CROP, row), first[:count], out=entry[:count])
+        np.copyto(index[:count], entry[:count])
+        x = out[part].reshape(count, CROP, row)
+        np.take(tables[part].ravel(), index[:count], out=x, mode="clip")
+
+
+def colour_shifts(crops: np.ndarray, alpha: np.ndarray, sigma: list) -> np.ndarray:
+    """Krizhevsky et al. 2012, section 4.1, with each crop's own colours: float64 [n, 3].
+
+    shift = Σ αᵢ λᵢ vᵢ with the eigenvalues and eigenvectors of the covariance of the crop's
+    normalised pixels. A grid of every 4th pixel in both directions stands for the crop: the
+    shifts differ by 2% from those of all pixels, and αᵢ itself is a random number.
+    """
+    grid = np.empty((len(crops), 3, CROP // 4, CROP // 4), np.float32)
+    for channel in range(3):
+        grid[:, channel] = crops[:, ::4, ::4, channel]
+    grid = grid.reshape(len(crops), 3, -1)
+    grid -= grid.mean(axis=2, keepdims=True)
+    covariance = (grid @ grid.transpose(0, 2, 1)).astype(np.float64) / grid.shape[2]
+    covariance /= 255.0**2 * np.outer(sigma, sigma)
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    return np.einsum("nck,nk->nc", eigenvectors, alpha * eigenvalues)
+
+
+# --- the buffer -----------------------------------------------------------------------------
+
+
+class Buffer:
+    """The folder of batches: which are wanted, which are there, and making those that are missing.
+
+    Only files of the toolkit's own names are ever looked at or removed.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, epoch_start: int, epoch_end: int, size: int):
+        self.folder, self.recipe = folder, recipe
+        self.start, self.end = epoch_start * recipe.batches, epoch_end * recipe.batches
+        self.size = min(size, self.end - self.start)
+        header = 128  # of a .npy file
+        self.x_bytes = header + recipe.batch_size * CROP * CROP * 3 * 2
+        self.y_bytes = header + recipe.batch_size * 4
+        self._said_no_room = threading.Event()
+
+    # A batch has a number that counts through all epochs, and a position (epoch, batch).
+    def position(self, number: int) -> Position:
+        return divmod(number, self.recipe.batches)
+
+    def number(self, position: Position) -> int:
+        return position[0] * self.recipe.batches + position[1]
+
+    def claim(self) -> None:
+        """Makes the folder this recipe's: removes batches of another making and leftovers."""
+        old, new = utils.read_json(self.folder / "buffer.json"), self.recipe.description
+        names = [name for name in os.listdir(self.folder) if utils.parse_batch_name(name)]
+        if old != new and names:
+            differing = [key for key in new if (old or {}).get(key) != new[key]]
+            print(f"{self.folder}: removing {len(names)} files made with another "
+                  f"{', '.join(differing)}")  # fmt: skip
+            self._remove(names)
+        self._remove(name for name in os.listdir(self.folder) if utils.is_leftover(name))
+        utils.write_text(self.folder / "buffer.json", json.dumps(new, indent=1))
+        # A position outside of this run's epochs was left by an older run.
+        if not self.start <= self.wanted_first() < self.end:
+            self._remove(["training_progress.txt"])
+
+    def check_room(self) -> None:
+        """Says how much room the window needs. Raises UserError if it is not there."""
+        own = sum(
+            entry.stat().st_size
+            for entry in os.scandir(self.folder)
+            if utils.parse_batch_name(entry.name)
+        )
+        batch, there = self.x_bytes + self.y_bytes, shutil.disk_usage(self.folder).free + own
+        needed = batch * self.size
+        print(
+            f"buffer: {self.size:,} batches of {utils.file_size(batch)} in {self.folder}, "
+            f"{utils.file_size(needed)} of the {utils.file_size(there)} there"
+        )
+        if needed > there:
+            raise UserError(
+                f"[train] buffer_size = {self.size} needs {utils.file_size(needed)}, but "
+                f"{self.folder} has room for {utils.file_size(there)}; the largest buffer_size "
+                f"that fits is {there // batch}"
+            )
+
+    def wanted_first(self) -> int:
+        """Number of the batch that training needs next."""
+        progress = utils.read_progress(self.folder)
+        return self.start if progress is None else self.number(progress)
+
+    def ready(self) -> set[int]:
+        """Numbers of the batches that are there, both files complete."""
+        complete: dict[str, set[int]] = {"X": set(), "Y": set()}
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if batch := utils.parse_batch_name(entry.name):
+                    kind, position = batch
+                    size = self.x_bytes if kind == "X" else self.y_bytes
+                    if position[1] < self.recipe.batches and _size(entry) == size:
+                        complete[kind].add(self.number(position))
+        return complete["X"] & complete["Y"]
+
+    def remove_all_but(self, window: range) -> None:
+        """Removes the batches that are not in the window: used ones and those of an older run."""
+        names = []
+        for name in os.listdir(self.folder):
+            if batch := utils.parse_batch_name(name):
+                _, position = batch
+                if position[1] >= self.recipe.batches or self.number(position) not in window:
+                    names.append(name)
+        self._remove(names)
+
+    def make(self, number: int) -> None:
+        """Makes a batch, labels first. Without room it does nothing but say so, once."""
+        x, y = self.recipe.make(self.position(number))
+        x_path, y_path = utils.batch_files(self.folder, self.position(number))
+        try:
+            for path, array in ((y_path, y), (x_path, x)):
+                with utils.written_aside(path) as aside, open(aside, "wb") as file:
+                    np.save(file, array, allow_pickle=False)
+        except OSError as error:
+            if not utils.is_no_room(error):
+                raise
+            if not self._said_no_room.is_set():
+                self._said_no_room.set()
+                utils.warn(f"{self.folder}: no room for another batch; waiting for room")
+            time.sleep(1)
+
+    def leave(self) -> None:
+        """Leaves the folder clean."""
+        self.remove_all_but(range(0))
+        self._remove(["training_progress.txt", "buffer.json", ".trainer.lock"])
+
+    def _remove(self, names) -> None:
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def _size(entry: os.DirEntry) -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:  # removed since the folder was listed
+        return -1
+
+
+def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> None:
+    """Follows training until it has passed the last epoch.
+
+    Looks at progress and folder anew before each batch, so whatever happens to either, the next
+    batch made is the nearest one missing.
+    """
+    made, filling, started = 0, False, time.monotonic()
+    under_way: dict[Future, int] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        while (first := buffer.wanted_first()) < buffer.end:
+            window = range(max(first, buffer.start), min(first + buffer.size, buffer.end))
+            ready = buffer.ready()
+            ahead = next((i for i, n in enumerate(window) if n not in ready), len(window))
+            enough = min(REFILL_BELOW * buffer.size, len(window))
+            if not filling and ahead < enough:
+                filling, made, started = True, 0, time.monotonic()
+            if filling:
+                buffer.remove_all_but(window)
+            missing = [n for n in window if n not in ready and n not in under_way.values()]
+            if filling and not missing and not under_way:
+                filling = False
+                rate = made * buffer.recipe.batch_size / (time.monotonic() - started)
+                print(
+                    f"epoch {buffer.position(first)[0]}, batch {buffer.position(first)[1]}: "
+                    f"{len(window)} batches ready ahead of training; made {made} at "
+                    f"{rate:,.0f} pictures/s"
+                )
+            if not filling:
+                time.sleep(sleep_time)
+                continue
+            for number in missing[: threads - len(under_way)]:
+                under_way[pool.submit(buffer.make, number)] = number
+            done, _ = wait(under_way, timeout=sleep_time, return_when=FIRST_COMPLETED)
+            for future in done:
+                del under_way[future]
+                future.result()
+                made += 1
+
+
+# --- benchmark and preview ------------------------------------------------------------------
+
+
+def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
+    """Prints pictures per second for 1, 2, 4 … threads, batches written and removed again."""
+    cores = len(os.sched_getaffinity(0))
+    counts = sorted({2**i for i in range(cores.bit_length())} | {cores})
+    buffer = Buffer(folder, recipe, 0, 1, recipe.batches)
+    rates = {}
+    for threads in counts:
+        rates[threads] = measure(lambda n: _make_and_remove(buffer, n), threads, recipe, seconds)
+        print(
+            f"{threads:3d} threads {rates[threads]:8,.0f} pictures/s "
+            f"{rates[threads] / threads:8,.0f} a thread   x{rates[threads] / rates[1]:.2f}"
+        )
+    best = max(rates, key=rates.get)
+    print(
+        f"this machine feeds {rates[best]:,.0f} pictures/s with num_of_threads = {best}; if "
+        f"`train.py --synthetic` trains fewer than that, the GPU will not wait for data"
+    )
+
+
+def measure(make: Callable[[int], None], threads: int, recipe: Recipe, seconds: float) -> float:
+    """Pictures per second of `threads` threads that make batches for so many seconds."""
+
+    def work(thread: int) -> float:
+        number, count, start = thread, 0, time.perf_counter()
+        while time.perf_counter() < start + seconds:
+            make(number % recipe.batches)
+            number, count = number + threads, count + 1
+        return count * recipe.batch_size / (time.perf_counter() - start)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(make, (i % recipe.batches for i in range(threads))))  # warm up
+        return sum(pool.map(work, range(threads)))
+
+
+def _make_and_remove(buffer: Buffer, number: int) -> None:
+    buffer.make(number)
+    for path in utils.batch_files(buffer.folder, buffer.position(number)):
+        path.unlink(missing_ok=True)
+
+
+def draw_preview(recipe: Recipe, file: Path, position: Position, most: int = 32) -> None:
+    """A contact sheet of a batch as the network will see it, with the names of the classes."""
+    x, y = recipe.make(position)
+    pixels = x[:most].astype(np.float32) * np.float32(recipe.sigma) + np.float32(recipe.mu)
+    pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
+    gap, caption, columns = 12, 26, min(8, len(pixels))
+    rows = -(-len(pixels) // columns)
+    font, small = ImageFont.load_default(18), ImageFont.load_default(16)
+    width, head = gap + columns * (CROP + gap), 40
+    sheet = Image.new("RGB", (width, head + rows * (CROP + caption + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    shown = f"first {len(pixels)} of {len(x)} pictures" if len(x) > most else f"{len(x)} pictures"
+    title = f"epoch {position[0]}, batch {position[1]}: {shown}, as the network sees them"
+    pen.text((gap, 10), title, "black", font)
+    for i, (picture, label) in enumerate(zip(pixels, y, strict=False)):
+        left = gap + i % columns * (CROP + gap)
+        top = head + i // columns * (CROP + caption + gap)
+        sheet.paste(Image.fromarray(picture), (left, top))
+        name = shortened(recipe.pictures.class_names[label], small, CROP)
+        pen.text((left, top + CROP + 4), name, "black", small)
+    try:
+        with utils.written_aside(file.absolute()) as aside:
+            sheet.save(aside, format="PNG")
+    except FileNotFoundError:
+        raise UserError(f"--preview={file}: no such folder") from None
+    print(f"wrote {file}")
+
+
+def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """`text`, cut so that it is at most so many pixels wide."""
+    text = utils.one_line(text).encode("utf-8", "backslashreplace").decode()
+    while font.getlength(text) > width:
+        text = text.rstrip("…")[:-1] + "…"
+    return text
+
+
+if __name__ == "__main__":
+    utils.run(main)
