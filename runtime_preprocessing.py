@@ -497,7 +497,7 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> None:
 
 def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
     """Prints pictures per second for 1, 2, 4 … threads, batches written and removed again."""
-    cores = len(os.sched_getaffinity(0))
+    cores = utils.cores()
     counts = sorted({2**i for i in range(cores.bit_length())} | {cores})
     buffer = Buffer(folder, recipe, 0, 1, recipe.batches)
     rates = {}

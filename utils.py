@@ -5,7 +5,7 @@
     with utils.open_picture(path) as image: ...         # by content, 8-bit RGB
 
 In this order: errors and command lines, config.txt, the dataset on disk, opening pictures, files
-that appear whole, working through many pictures, and the buffer's files.
+that appear whole, working through many pictures, the buffer's files, and what runs need.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
 import struct
 import sys
 import threading
@@ -584,18 +586,41 @@ def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
 _ASIDE = re.compile(r"\..+\.aside-\d+-\d+")
 
 
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.aside-{os.getpid()}-{threading.get_ident()}")
+
+
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` when all went well, else removed.
 
     So a file under its own name is always complete, whenever the process is killed.
     """
-    aside = path.with_name(f".{path.name}.aside-{os.getpid()}-{threading.get_ident()}")
+    aside = _aside(path)
     try:
         yield aside
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def folder_written_aside(folder: Path) -> Iterator[Path]:
+    """The same for a folder, which must not be there yet. Its files are on the disk, not only in
+    memory, before it appears: not even a power failure leaves half a folder.
+    """
+    aside = _aside(folder)
+    try:
+        aside.mkdir()
+        yield aside
+        for path in aside.rglob("*"):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
@@ -607,6 +632,13 @@ def is_leftover(name: str) -> bool:
 def write_text(path: Path, text: str) -> None:
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes killed within `written_aside` or `folder_written_aside` left here."""
+    for path in folder.iterdir():
+        if is_leftover(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> Path:
@@ -669,6 +701,11 @@ class Failures:
 
     def __str__(self) -> str:
         return "all could be decoded" if not self.paths else f"{len(self)} could not be decoded"
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def map_in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
@@ -825,6 +862,103 @@ def worker() -> tuple[int, int]:
     if task["type"] not in ("chief", "worker") or not 0 <= index < chiefs + others:
         raise UserError(f"TF_CONFIG: task {task} is none of the cluster's {chiefs + others}")
     return index, chiefs + others
+
+
+# --- runs, devices, events: what train.py and check_accuracy.py share -------------------------
+
+
+def run_folder(config: SimpleNamespace, name: str) -> Path:
+    """The folder of a run. Raises UserError for a name that would lead elsewhere."""
+    if not re.fullmatch(r"[\w][\w.+ -]*", name):
+        raise UserError(
+            f"--run_folder={name}: expected a plain name of letters, digits and . _ + -, which "
+            f"becomes a folder below path_for_saving"
+        )
+    return config.train.path_for_saving / name
+
+
+@contextlib.contextmanager
+def quiet_tensorflow() -> Iterator[None]:
+    """Keeps what TensorFlow's libraries say while it is imported from the terminal.
+
+    With --verbose on the command line it is shown.
+    """
+    if "--verbose" in sys.argv:
+        yield
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def gpu_list(text: str) -> list[int]:
+    """Argument type: "0" or "0,1"."""
+    gpus = [whole(0)(part) for part in text.split(",")]
+    if len(set(gpus)) < len(gpus):
+        raise argparse.ArgumentTypeError(f"expected different GPUs, not {text!r}")
+    return gpus
+
+
+def choose_gpus(wanted: list[int], required: bool) -> list:
+    """Makes TensorFlow see these GPUs alone, their memory taken as needed. None there: the CPU.
+
+    Raises UserError if one is not there, but `required`.
+    """
+    import tensorflow as tf
+
+    there = tf.config.list_physical_devices("GPU")
+    if required and max(wanted) >= len(there):
+        raise UserError(
+            f"--gpu={','.join(map(str, wanted))}: TensorFlow finds "
+            f"{f'{len(there)} GPUs, counted from 0' if there else 'no GPU'} on this machine"
+        )
+    chosen = [there[i] for i in wanted if i < len(there)]
+    tf.config.set_visible_devices(chosen, "GPU")
+    for gpu in chosen:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    return chosen
+
+
+def write_event(name: str, value: float) -> None:
+    """A scalar for TensorBoard, to the default writer, without the tensorboard package."""
+    import tensorflow as tf
+
+    metadata = tf.compat.v1.SummaryMetadata(
+        plugin_data=tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars")
+    )
+    tf.summary.write(name, tf.constant(value, tf.float32), metadata=metadata)
+
+
+class Stop(threading.Event):
+    """Set by SIGINT or SIGTERM, whose number is in `signal`."""
+
+    signal = 0
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Turns Ctrl-C and SIGTERM into an event. A second one ends the process at once."""
+    stop = Stop()
+
+    def handle(number: int, _frame: object) -> None:
+        stop.signal = number
+        stop.set()
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def is_no_room(error: OSError) -> bool:

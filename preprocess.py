@@ -1,0 +1,150 @@
+"""Makes resized copies of all training pictures, for machines that cannot feed their GPU otherwise.
+
+    python3 preprocess.py --shorter_side=256
+
+writes `<path_to_save>/256/<path of the original below the training folder>`: shorter side 256
+pixels, aspect kept, JPEG. `--shorter_side=all` makes the 33 sides 256, 263, … 480, decoding each
+original once. Started again, it goes on where it stopped. Nobody needs it: what is not there,
+runtime_preprocessing.py takes from the originals; README says what it brings.
+"""
+
+import argparse
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+import utils
+from utils import SIDES, Pictures, UserError
+
+QUALITY = {"quality": 95, "subsampling": 0}
+"""JPEG settings: the mean error is about one level of 256, a third of the original's own loss."""
+
+
+def main() -> None:
+    args = parse_arguments()
+    config = utils.load_config(args.config)
+    pictures = utils.training_pictures(config)
+    folders = {side: config.preprocess.path_to_save / str(side) for side in args.shorter_side}
+    jobs = missing(pictures, folders)
+    total = sum(len(sides) for _, sides in jobs)
+    print(
+        f"{len(pictures):,} training pictures, {pictures.layout}; {total:,} of "
+        f"{len(pictures) * len(folders):,} resized copies are still to be made"
+    )
+    failures = utils.Failures(len(pictures))
+    if total:
+        check_room(pictures, jobs, total, config.preprocess.path_to_save)
+        write_all(pictures, folders, jobs, total, failures)
+    print(
+        f"resized copies of {len(pictures) - len(failures):,} pictures in "
+        f"{len(folders)} shorter sides are in {config.preprocess.path_to_save}; {failures}. "
+        f"Next: runtime_preprocessing.py finds them there"
+    )
+
+
+def parse_arguments():
+    parser = utils.Parser(
+        "Makes resized copies of all training pictures.",
+        "preprocess.py --shorter_side=256",
+    )
+    parser.add_argument(
+        "--shorter_side",
+        type=sides,
+        required=True,
+        metavar="S",
+        help="shorter side in pixels, one of 256, 263, … 480, or all",
+    )
+    return parser.parse()
+
+
+def sides(text: str) -> list[int]:
+    """Argument type: one side, or "all"."""
+    if text == "all":
+        return list(SIDES)
+    side = utils.whole(1)(text)
+    if side not in SIDES:
+        raise argparse.ArgumentTypeError(f"expected all or one of {', '.join(map(str, SIDES))}")
+    return [side]
+
+
+def missing(pictures: Pictures, folders: dict[int, Path]) -> list[tuple[int, list[int]]]:
+    """For each picture with copies still to be made: its index and their sides.
+
+    Creates the folders, and removes what a killed process left half-written.
+    """
+    inside = sorted({os.path.dirname(path) for path in pictures.paths})
+    done = set()
+    for side, folder in folders.items():
+        for relative in inside:
+            utils.make_folder(folder / relative)
+            utils.remove_leftovers(folder / relative)
+            done |= {(side, f"{relative}/{name}") for name in os.listdir(folder / relative)}
+    jobs = []
+    for index, path in enumerate(pictures.paths):
+        key = path if "/" in path else f"/{path}"
+        if wanted := [side for side in folders if (side, key) not in done]:
+            jobs.append((index, wanted))
+    return jobs
+
+
+def resized_copies(path: Path, wanted: list[int]) -> Iterator[tuple[int, bytes]]:
+    """A picture's JPEG at each of the shorter sides. Raises one of utils.DECODING_ERRORS."""
+    with utils.open_picture(path) as image:
+        # Twice the pixels needed are enough to resize from; libjpeg halves while decoding.
+        size = utils.resized_size(*image.size, 2 * max(wanted))
+        original_size = image.size
+        image.draft(image.mode, size)
+        picture = utils.as_rgb(image)
+    for side in wanted:
+        size = utils.resized_size(*original_size, side)
+        copy = io.BytesIO()
+        picture.resize(size, Image.Resampling.BILINEAR).save(copy, "JPEG", **QUALITY)
+        yield side, copy.getvalue()
+
+
+def check_room(pictures: Pictures, jobs: list, total: int, folder: Path, samples: int = 16) -> None:
+    """Says about how much disk the copies will take. Raises UserError if it is not there."""
+    sizes = []
+    for index, wanted in jobs[:: max(1, len(jobs) // samples)]:
+        try:
+            copies = resized_copies(pictures.folder / pictures.paths[index], wanted)
+            sizes += [len(copy) for _, copy in copies]
+        except utils.DECODING_ERRORS:
+            continue  # reported when its turn comes
+    needed = total * sum(sizes) / max(len(sizes), 1)
+    there = shutil.disk_usage(folder).free
+    print(f"about {utils.file_size(needed)} needed in {folder}, {utils.file_size(there)} there")
+    if needed > there:
+        raise UserError(
+            f"{folder}: the copies need about {utils.file_size(needed)}, but only "
+            f"{utils.file_size(there)} are free"
+        )
+
+
+def write_all(pictures: Pictures, folders: dict, jobs: list, total: int, failures) -> None:
+    """Makes the copies, each under its name only when it is whole."""
+
+    def write(job: tuple[int, list[int]]) -> int:
+        index, wanted = job
+        path = pictures.paths[index]
+        try:
+            copies = list(resized_copies(pictures.folder / path, wanted))
+        except utils.DECODING_ERRORS as error:
+            failures.add(path, error)
+            return len(wanted)
+        for side, copy in copies:
+            with utils.written_aside(folders[side] / path) as aside:
+                aside.write_bytes(copy)
+        return len(wanted)
+
+    progress = utils.Progress(total, "copies")
+    for count in utils.map_in_order(write, jobs, utils.cores()):
+        progress.add(count)
+
+
+if __name__ == "__main__":
+    utils.run(main)

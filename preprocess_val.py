@@ -1,0 +1,114 @@
+"""Cuts the ten crops of each validation picture that check_accuracy.py averages over.
+
+    python3 preprocess_val.py
+
+writes `<path_to_save>/val/X10_<index>.npy`, uint8 [10, 224, 224, 3], for each picture: resized to a
+shorter side of 256 pixels; upper left, upper right, bottom left, bottom right and centre, each then
+mirrored; and `<path_to_save>/val/y.npy`, int64 [N], the labels, -1 for a picture that
+cannot be decoded. Started again, it goes on where it stopped.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import utils
+from utils import CROP, Pictures, UserError
+
+SHORTER_SIDE = 256
+CROP_FILE_BYTES = 128 + 10 * CROP * CROP * 3
+
+
+def main() -> None:
+    args = utils.Parser(
+        "Cuts the ten crops of each validation picture.", "preprocess_val.py"
+    ).parse()
+    config = utils.load_config(args.config)
+    pictures = utils.validation_pictures(config)
+    folder = utils.make_folder(config.preprocess.path_to_save / "val")
+    jobs = missing(pictures, folder)
+    print(
+        f"{len(pictures):,} validation pictures of {len(pictures.class_names):,} classes, "
+        f"{pictures.layout}; the crops of {len(jobs):,} are still to be cut, "
+        f"{utils.file_size(len(jobs) * CROP_FILE_BYTES)}"
+    )
+    check_room(folder, len(jobs))
+    labels = pictures.labels.astype(np.int64)
+    failures = write_all(pictures, folder, jobs, labels)
+    with utils.written_aside(folder / "y.npy") as aside, open(aside, "wb") as file:
+        np.save(file, labels, allow_pickle=False)
+    print(
+        f"ten crops of {len(pictures) - len(failures):,} pictures are in {folder}; {failures}. "
+        f"Next: check_accuracy.py takes them from there"
+    )
+
+
+def missing(pictures: Pictures, folder: Path) -> list[int]:
+    """Indices of the pictures whose crops are still to be cut.
+
+    Crops of another list of pictures, and what a killed process left half-written, are removed.
+    """
+    utils.remove_leftovers(folder)
+    listing, paths = folder / "pictures.txt", "".join(f"{p!r}\n" for p in pictures.paths)
+    if not listing.is_file() or listing.read_text(encoding="utf-8") != paths:
+        old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
+        if old:
+            print(f"{folder}: removing {len(old)} files made from other pictures")
+        for name in old:
+            (folder / name).unlink()
+        utils.write_text(listing, paths)
+    with os.scandir(folder) as entries:
+        done = {entry.name for entry in entries if entry.stat().st_size == CROP_FILE_BYTES}
+    return [index for index in range(len(pictures)) if f"X10_{index}.npy" not in done]
+
+
+def check_room(folder: Path, pictures: int) -> None:
+    """Raises UserError if the disk has no room for the crops of so many pictures."""
+    needed, there = pictures * CROP_FILE_BYTES, shutil.disk_usage(folder).free
+    if needed > there:
+        raise UserError(
+            f"{folder}: the crops need {utils.file_size(needed)}, but only "
+            f"{utils.file_size(there)} are free"
+        )
+
+
+def ten_crops(image: Image.Image) -> np.ndarray:
+    """uint8 [10, 224, 224, 3]: corners and centre of the picture, each followed by its mirror."""
+    size = utils.resized_size(*image.size, SHORTER_SIDE)
+    picture = np.asarray(utils.as_rgb(image).resize(size, Image.Resampling.BILINEAR))
+    right, bottom = size[0] - CROP, size[1] - CROP
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
+    crops = [picture[y : y + CROP, x : x + CROP] for y, x in corners]
+    return np.stack([version for crop in crops for version in (crop, crop[:, ::-1])])
+
+
+def write_all(
+    pictures: Pictures, folder: Path, jobs: list[int], labels: np.ndarray
+) -> utils.Failures:
+    """Cuts the crops of the pictures in `jobs`; labels of those that fail become -1."""
+    failures = utils.Failures(len(pictures))
+
+    def write(index: int) -> None:
+        path = pictures.paths[index]
+        try:
+            with utils.open_picture(pictures.folder / path) as image:
+                crops = ten_crops(image)
+        except utils.DECODING_ERRORS as error:
+            failures.add(path, error)
+            labels[index] = -1
+            return
+        with utils.written_aside(folder / f"X10_{index}.npy") as aside, open(aside, "wb") as file:
+            np.save(file, crops, allow_pickle=False)
+
+    progress = utils.Progress(len(jobs), "pictures")
+    for _ in utils.map_in_order(write, jobs, utils.cores()):
+        progress.add()
+    return failures
+
+
+if __name__ == "__main__":
+    utils.run(main)
