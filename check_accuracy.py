@@ -37,8 +37,7 @@ def main() -> None:
     gpus = utils.choose_gpus([1] if args.gpu is None else args.gpu, required=args.gpu is not None)
     print(f"evaluating on {'GPU ' + str(args.gpu or 1) if gpus else 'the CPU'}")
     crops = Crops(config.preprocess.path_to_save / "val", config.preprocess.N)
-    if not run.is_dir():
-        raise UserError(f"{run}: no such run; {runs_there(run.parent)}")
+    wait_for_run(run)
     utils.lock(run / ".check_accuracy.lock", f"{run}: another check_accuracy.py is at work on it")
     utils.remove_leftovers(run)
     table = run / "accuracy.csv"
@@ -92,6 +91,17 @@ def parse_arguments():
 def runs_there(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     return f"{folder} has {', '.join(names)}" if names else f"{folder} has no runs yet"
+
+
+def wait_for_run(run: Path, seconds: float = 30.0) -> None:
+    """Gives train.py the time to start. Raises UserError if the run does not appear."""
+    if not run.is_dir():
+        print(f"waiting {seconds:.0f} seconds for {run}, in case train.py is just starting")
+    end = time.monotonic() + seconds
+    while not run.is_dir():
+        if time.monotonic() > end:
+            raise UserError(f"{run}: no such run; {runs_there(run.parent)}")
+        time.sleep(0.5)
 
 
 def wait_for(folder: Path) -> None:
@@ -362,7 +372,7 @@ def draw_accuracy(rows: list[dict], drops: list[float], path: Path) -> None:
     chart = Chart(f"{path.parent.name}: validation accuracy", "epoch", x_range, (0, 1), True)
     for drop in drops:
         if x_range[0] <= drop <= x_range[1]:
-            chart.mark(drop, "rate ÷ 10")
+            chart.mark(drop, "rate / 10")
     curves = [
         ("top5_10crop", "top-5, 10 crops", BLUE, 0),
         ("top5_centre", "top-5, centre crop", BLUE, 5),

@@ -69,8 +69,8 @@ def main() -> None:
     )
     buffer.leave()
     print(
-        f"training has passed epoch {args.epoch_end - 1}; the buffer is empty. "
-        f"{recipe.pictures_made:,} pictures went into batches, {recipe.failures}."
+        f"training has passed epoch {args.epoch_end - 1}; {folder} is empty again. "
+        f"{recipe.pictures_made:,} pictures were put into batches, {recipe.failures}"
     )
 
 

@@ -19,6 +19,7 @@ import queue
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -712,8 +713,8 @@ class Saver:
         print(f"saved {folder}")
 
     def _write_model(self, folder: Path) -> None:
-        with utils.temporary_folder() as temporary:
-            names = temporary / "class_names.txt"
+        with tempfile.TemporaryDirectory() as temporary:
+            names = Path(temporary) / "class_names.txt"
             utils.write_text(names, "\n".join(map(utils.one_line, self.class_names)) + "\n")
             classifier = Classifier(self.trainer.network, self.config, names)
             tf.saved_model.save(classifier, str(folder), signatures=classifier.classify)
