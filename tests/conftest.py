@@ -1,0 +1,36 @@
+"""Fixtures: a toy dataset, a folder on the RAM disk, settings that name both."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import toolkit
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """A dataset of 4 classes, 40 training and 8 validation pictures. Read only."""
+    import toy_dataset
+
+    folder = tmp_path_factory.mktemp("toy")
+    toy_dataset.make(folder, train=10, val=2)
+    return folder
+
+
+@pytest.fixture
+def ram():
+    """A folder on the RAM disk where there is one."""
+    shm = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="toolkit-test-", dir=shm if shm.is_dir() else None))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def config(tmp_path, toy, ram) -> Path:
+    return toolkit.write_config(tmp_path, toy, ram)

@@ -1,0 +1,87 @@
+"""What the tests share: settings for a toy dataset, and running the scripts as a user would."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def write_config(folder: Path, dataset: Path, buffer: Path, **values: object) -> Path:
+    """A copy of the shipped config.txt for a toy dataset, with other values for some keys.
+
+    `values` are `section__key=value`; in a value of None the line is left out.
+    """
+    values = {
+        "preprocess__ImageNet_folder": str(dataset),
+        "preprocess__path_to_save": str(folder / "preprocessed"),
+        "preprocess__N": 0,
+        "get_mu_sigma__path_to_save": str(folder / "preprocessed"),
+        "train__buffer_folder": str(buffer),
+        "train__path_for_saving": str(folder / "saved_models"),
+        "train__N": 0,
+        "train__sleep_time": 0.2,
+        "runtime_preprocessing__sleep_time": 0.1,
+        "runtime_preprocessing__num_of_threads": 2,
+    } | values
+    section, lines = "", []
+    for line in (ROOT / "config.txt").read_text().splitlines():
+        if match := re.match(r"\[(\w+)\]", line):
+            section = match[1]
+        if (match := re.match(r"(\w+) = ", line)) and f"{section}__{match[1]}" in values:
+            value = values.pop(f"{section}__{match[1]}")
+            if value is None:
+                continue
+            line = f"{match[1]} = {f'"{value}"' if isinstance(value, str) else value}"
+        lines.append(line)
+    for name, value in values.items():  # keys that the shipped file leaves at their defaults
+        section, key = name.split("__")
+        lines.insert(lines.index(f"[{section}]") + 1, f"{key} = {value}")
+    config = folder / "config.txt"
+    config.write_text("\n".join(lines) + "\n")
+    return config
+
+
+def command(script: str, config: Path | None, *arguments: str) -> list[str]:
+    settings = [f"--config={config}"] if config else []
+    return [sys.executable, str(ROOT / script), *settings, *arguments]
+
+
+def run(
+    script: str, config: Path | None, *arguments: str, timeout: float = 300, **environment: str
+):
+    """Runs a script to its end. Returns the CompletedProcess, output as text."""
+    return subprocess.run(
+        command(script, config, *arguments),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | environment,
+        errors="backslashreplace",
+    )
+
+
+def start(script: str, config: Path | None, *arguments: str, log: Path, **environment: str):
+    """Starts a script, its output going to `log`. Returns the Popen."""
+    with open(log, "a") as file:
+        return subprocess.Popen(
+            command(script, config, *arguments),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | environment,
+        )
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, script: str, *words: str) -> None:
+    """Status 2, and on stderr exactly one line of error (after warnings), naming these words."""
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    lines = [line for line in result.stderr.splitlines() if ": warning: " not in line]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith(f"{script}: error: "), lines[0]
+    for word in words:
+        assert word in lines[0], (word, lines[0])
