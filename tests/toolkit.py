@@ -1,5 +1,6 @@
 """What the tests share: settings for a toy dataset, and running the scripts as a user would."""
 
+import json
 import os
 import re
 import subprocess
@@ -35,7 +36,7 @@ def write_config(folder: Path, dataset: Path, buffer: Path, **values: object) ->
             value = values.pop(f"{section}__{match[1]}")
             if value is None:
                 continue
-            line = f"{match[1]} = {f'"{value}"' if isinstance(value, str) else value}"
+            line = f"{match[1]} = {json.dumps(value)}"
         lines.append(line)
     for name, value in values.items():  # keys that the shipped file leaves at their defaults
         section, key = name.split("__")

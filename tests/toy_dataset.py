@@ -2,7 +2,7 @@
 
     python3 tests/toy_dataset.py FOLDER
 
-writes FOLDER/train/<class>/*.JPEG and FOLDER/val/<class>/*.JPEG, a few megabytes, in a second or two.
+writes FOLDER/train/<class>/*.JPEG and FOLDER/val/<class>/*.JPEG, a few megabytes.
 """
 
 import sys
