@@ -119,7 +119,8 @@ class ResNet50(tf.Module):
     def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
         """Training with `limits` (see `batch_renorm`), inference without."""
         x = tf.nn.relu(self.stem(x, limits))
-        x = tf.nn.max_pool2d(x, 3, 2, [[0, 0], [1, 1], [1, 1], [0, 0]])
+        # After a ReLU, zeros around a picture never win the maximum.
+        x = tf.nn.max_pool2d(tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]]), 3, 2, "VALID")
         for block in self.blocks:
             x = block(x, limits)
         x = tf.reduce_mean(tf.cast(x, tf.float32), [1, 2])

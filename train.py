@@ -323,16 +323,25 @@ class Trainer:
     def _replica_step(self, images, labels):
         gradients, statistics, values = self._gradients(images, labels)
         if self.strategy.num_replicas_in_sync > 1:
-            context = tf.distribute.get_replica_context()
-            gradients, statistics = context.all_reduce(
-                tf.distribute.ReduceOp.MEAN, (gradients, statistics)
-            )
+            gradients, statistics = self._across_replicas(gradients, statistics)
         self.optimizer.apply(gradients, self.network.trainable_variables)
         momentum = momentum_at(self.updates, self.config.batch_renorm.moving_avgs_momentum)
         for norm, (mean, std) in zip(self.network.norms, statistics, strict=True):
             norm.update(mean, std, momentum)
         self.updates.assign_add(1)
         return values
+
+    def _across_replicas(self, gradients, statistics):
+        """Statistics become the mean over all replicas. Gradients are summed by the optimizer."""
+        reduce = tf.distribute.get_replica_context().all_reduce
+        statistics = reduce(tf.distribute.ReduceOp.MEAN, statistics)
+        if self.compute_type == tf.float16:
+            # The optimizer looks for overflows in one replica's gradients, or in each one's own;
+            # so that all skip the step together, an overflow anywhere has to show everywhere.
+            local = tf.add_n([tf.reduce_sum(gradient) for gradient in gradients])
+            poison = 0 * reduce(tf.distribute.ReduceOp.SUM, local)
+            gradients = [gradients[0] + poison, *gradients[1:]]
+        return gradients, statistics
 
     def _gradients(self, images, labels):
         """One forward and one backward pass over a replica's pictures."""
@@ -345,7 +354,8 @@ class Trainer:
             penalty = self.config.l2.l2_penalty * tf.add_n(
                 [tf.nn.l2_loss(kernel) for kernel in self.network.kernels]
             )
-            scaled = self.optimizer.scale_loss(loss + penalty)
+            share = (loss + penalty) / self.strategy.num_replicas_in_sync
+            scaled = self.optimizer.scale_loss(share)
         gradients = tape.gradient(scaled, self.network.trainable_variables)
         statistics = [(norm.batch_mean, norm.batch_std) for norm in self.network.norms]
         right = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
