@@ -1,0 +1,748 @@
+"""The pictures in a batch: what they are made of, that they are right, and that they are the same
+each time. Held against Pillow's own resizing, NumPy in float64, and the real command's files.
+"""
+
+import io
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toolkit
+from PIL import Image
+
+import get_mu_sigma
+import runtime_preprocessing
+import utils
+from runtime_preprocessing import Recipe, colour_shifts, crop_file, draw, finish
+from utils import CROP, SIDES
+
+MU, SIGMA = [0.48180, 0.44969, 0.39839], [0.27336, 0.26435, 0.27563]
+
+
+def recipe_of(config: Path, batch_size: int = 4, seed: int = 0, **keywords) -> Recipe:
+    """The recipe that the command has with this config.txt."""
+    settings = utils.load_config(config)
+    resized = runtime_preprocessing.resized_folders(settings)
+    pictures = utils.training_pictures(settings)
+    return Recipe(pictures, batch_size, seed, *utils.mu_sigma(settings), resized, **keywords)
+
+
+def content(recipe: Recipe, epoch: int, batch: int) -> tuple[bytes, bytes]:
+    """A batch as bytes, to compare to the last bit."""
+    x, y = recipe.make((epoch, batch))
+    return x.tobytes(), y.tobytes()
+
+
+def whole_files(config: Path, count: int, log: Path, *arguments: str) -> dict[str, bytes]:
+    """The batch files of the real command once it has made `count` batches; it is then killed."""
+    folder = utils.load_config(config).train.buffer_folder
+    process = toolkit.start("runtime_preprocessing.py", config, *arguments, log=log)
+    deadline = time.monotonic() + 60
+    try:
+        while len(list(folder.glob("X_*.npy"))) < count:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    return {path.name: path.read_bytes() for path in folder.glob("[XY]_*.npy")}
+
+
+# --- a batch is a pure function ---------------------------------------------------------------
+
+
+def test_files_do_not_depend_on_threads_and_are_what_the_recipe_makes(tmp_path, toy, ram):
+    arguments = ("--epoch_start=0", "--epoch_end=2", "--batch_size=8")
+    made = {}
+    for threads in (1, 2, 5):
+        (tmp_path / str(threads)).mkdir()
+        config = toolkit.write_config(
+            tmp_path / str(threads), toy, ram / str(threads),
+            runtime_preprocessing__num_of_threads=threads,
+        )  # fmt: skip
+        made[threads] = whole_files(config, 10, tmp_path / "log", *arguments)
+    assert len(made[1]) == 20
+    assert made[1] == made[2] == made[5]
+    recipe = recipe_of(config, 8)
+    for epoch, batch in ((1, 4), (0, 0), (1, 0)):
+        x, y = recipe.make((epoch, batch))
+        for name, array in (("X", x), ("Y", y)):
+            file = io.BytesIO()
+            np.save(file, array)
+            assert made[2][f"{name}_{epoch}_{batch}.npy"] == file.getvalue()
+
+
+def test_files_of_a_restarted_command_are_the_same(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram)
+    arguments = ("--epoch_start=0", "--epoch_end=2", "--batch_size=8")
+    first = whole_files(config, 3, tmp_path / "log", *arguments)
+    (ram / "X_0_1.npy").unlink()  # not only later batches, also one from before
+    again = whole_files(config, 10, tmp_path / "log", *arguments)
+    assert len(again) == 20
+    assert first.items() <= again.items()
+
+
+def test_a_batch_does_not_depend_on_what_was_made_before(config):
+    positions = [(0, 3), (1, 0), (0, 9), (2, 5)]
+    ordered = recipe_of(config)
+    expected = {p: content(ordered, *p) for p in positions}
+    backwards = recipe_of(config)
+    assert {p: content(backwards, *p) for p in reversed(positions)} == expected
+    for position in positions:
+        assert content(recipe_of(config), *position) == expected[position]
+
+
+def test_threads_may_make_batches_at_the_same_time(config):
+    positions = [(epoch, batch) for epoch in (0, 1) for batch in range(10)]
+    recipe, other = recipe_of(config), recipe_of(config)
+    expected = [content(recipe, *position) for position in positions]
+    with ThreadPoolExecutor(5) as pool:
+        together = list(pool.map(lambda position: content(other, *position), positions))
+    assert together == expected
+
+
+def test_another_seed_epoch_batch_or_worker_gives_another_batch(config):
+    batches = [
+        content(recipe_of(config, seed=seed, worker=worker, workers=2), epoch, batch)[0]
+        for seed, epoch, batch, worker in (
+            (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)
+        )
+    ]  # fmt: skip
+    assert len(set(batches)) == len(batches)
+
+
+def test_each_epoch_is_a_permutation_of_its_own(config):
+    recipe = recipe_of(config)
+    orders = [recipe.order(epoch) for epoch in range(20)]
+    for order in orders:
+        assert sorted(order) == list(range(40))
+    assert len({tuple(order) for order in orders}) == 20
+    assert all(sum(orders[0] == order) < 10 for order in orders[1:])  # expected to agree: 1 of 40
+
+
+def test_labels_follow_the_order(config):
+    recipe = recipe_of(config)
+    labels = np.concatenate([recipe.make((3, batch))[1] for batch in range(recipe.batches)])
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(labels, recipe.pictures.labels[recipe.order(3)])
+
+
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_workers_share_every_epoch(config, workers):
+    recipes = [recipe_of(config, worker=worker, workers=workers) for worker in range(workers)]
+    for epoch in range(3):
+        shares = [recipe.order(epoch) for recipe in recipes]
+        assert sorted(np.concatenate(shares)) == list(range(40))
+    assert {recipe.batches for recipe in recipes} == {40 // workers // 4}
+
+
+def test_the_last_batch_of_an_epoch_is_whole(config):
+    """40 pictures make 3 batches of 12; the 4 that are left over are others in another epoch."""
+    recipe = recipe_of(config, batch_size=12)
+    assert recipe.batches == 3
+    left_over = [frozenset(recipe.order(epoch)[36:]) for epoch in range(5)]
+    assert len(set(left_over)) > 1
+    assert recipe.make((0, 2))[0].shape == (12, CROP, CROP, 3)
+
+
+# --- steps 1 to 3: resize and crop ------------------------------------------------------------
+
+
+def textured(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Coloured structure of all sizes, as in photographs: sums of noise at several scales."""
+    rng = np.random.default_rng(seed)
+    total = np.full((height, width, 3), 128, np.float32)
+    for size, strength in ((2, 60), (5, 40), (17, 30), (60, 15), (200, 8)):
+        grid = (strength * rng.standard_normal((size, size, 3))).astype(np.float32)
+        for channel in range(3):
+            layer = Image.fromarray(grid[:, :, channel])
+            layer = layer.resize((width, height), Image.Resampling.BICUBIC)
+            total[:, :, channel] += np.asarray(layer)
+    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+
+
+def reference_crop(path: Path, side: int, corner) -> np.ndarray:
+    """Resizes the whole picture with Pillow, then cuts: int64 [224, 224, 3]."""
+    with Image.open(path) as image:
+        width, height = (round(pixels * side / min(image.size)) for pixels in image.size)
+        assert min(width, height) == side
+        picture = np.asarray(utils.as_rgb(image).resize((width, height), Image.Resampling.BILINEAR))
+    left, top = int(corner[0] * (width - CROP + 1)), int(corner[1] * (height - CROP + 1))
+    return picture[top : top + CROP, left : left + CROP].astype(np.int64)
+
+
+CORNERS = [(0.0, 0.0), (0.999999, 0.999999), (0.0, 0.999999), (0.43, 0.57)]
+
+FILES = {
+    "500x375": (500, 375, "RGB", "a.jpg", {}),
+    "portrait": (375, 500, "RGB", "a.jpg", {"subsampling": 2}),
+    "4:4:4": (333, 500, "RGB", "a.jpg", {"subsampling": 0}),
+    "4:2:2": (501, 335, "RGB", "a.jpg", {"subsampling": 1}),
+    "progressive": (640, 480, "RGB", "a.jpg", {"progressive": True}),
+    "restart markers": (500, 333, "RGB", "a.jpg", {"restart_marker_rows": 1}),
+    "500x33": (500, 33, "RGB", "a.jpg", {}),
+    "33x500": (33, 500, "RGB", "a.jpg", {}),
+    "long": (2000, 100, "RGB", "a.jpg", {}),
+    "tiny": (17, 23, "RGB", "a.jpg", {}),
+    "one pixel": (1, 1, "RGB", "a.png", {}),
+    "224x224": (224, 224, "RGB", "a.jpg", {}),
+    "256x256": (256, 256, "RGB", "a.jpg", {}),
+    "grey": (500, 375, "L", "a.jpg", {}),
+    "CMYK": (500, 375, "CMYK", "a.jpg", {}),
+    "just no draft": (1280, 1023, "RGB", "a.jpg", {}),
+    "PNG": (500, 375, "RGB", "a.png", {}),
+    "PNG named JPEG": (400, 300, "RGB", "a.JPEG", {"format": "PNG"}),
+    "transparent PNG": (400, 300, "RGBA", "a.png", {}),
+    "palette PNG": (400, 300, "P", "a.png", {}),
+    "GIF": (400, 300, "P", "a.gif", {}),
+    "grey and alpha": (300, 400, "LA", "a.png", {}),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_crop_is_pillows_resize_then_crop(tmp_path, kind):
+    width, height, mode, name, options = FILES[kind]
+    textured(width, height).convert(mode).save(tmp_path / name, **{"quality": 90} | options)
+    rng = np.random.default_rng(1)
+    sides = [SIDES[0], SIDES[-1], *rng.choice(SIDES, 4)]
+    for side, corner in zip(sides, [*CORNERS, *rng.random((2, 2))], strict=True):
+        crop = crop_file(tmp_path / name, int(side), np.array(corner))
+        assert (crop.mode, crop.size) == ("RGB", (CROP, CROP))
+        difference = np.asarray(crop) - reference_crop(tmp_path / name, int(side), corner)
+        assert np.abs(difference).max() <= 2, (side, corner)
+        assert np.abs(difference.mean()) < 0.1, (side, corner)
+
+
+def test_crops_of_many_draws_are_pillows(toy):
+    paths = sorted((toy / "train").rglob("*.JPEG"))
+    rng = np.random.default_rng(2)
+    for path in paths:
+        side, corner = int(rng.choice(SIDES)), rng.random(2)
+        difference = np.asarray(crop_file(path, side, corner)) - reference_crop(path, side, corner)
+        assert np.abs(difference).max() <= 2, (path, side, corner)
+
+
+def test_sixteen_bits_of_grey_are_scaled(tmp_path):
+    """Pillow's own conversion would clip nearly all of it to white."""
+    ramp = np.tile(np.linspace(0, 65535, 300).astype(np.uint16), (300, 1))
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    crop = np.asarray(crop_file(tmp_path / "a.png", 256, np.array([0.0, 0.0])))
+    assert crop[0, 0].max() <= 1
+    assert abs(int(crop[0, 223, 1]) - 255 * 223 / 255) < 3
+    assert (crop[..., 0] == crop[..., 2]).all()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FILES if FILES[kind][3] == "a.jpg"])
+def test_stopping_early_gives_the_same_pixels(tmp_path, monkeypatch, kind):
+    width, height, mode, name, options = FILES[kind]
+    textured(width, height).convert(mode).save(tmp_path / name, **{"quality": 90} | options)
+    rng = np.random.default_rng(3)
+    draws = [(int(rng.choice(SIDES)), rng.random(2)) for _ in range(12)]
+    early = [np.asarray(crop_file(tmp_path / name, *drawn)) for drawn in draws]
+    monkeypatch.setattr(runtime_preprocessing, "load_rows", lambda *arguments: None)
+    for crop, drawn in zip(early, draws, strict=True):
+        np.testing.assert_array_equal(crop, crop_file(tmp_path / name, *drawn))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("first_black_row", [0, 100, 250, 374])
+def test_a_black_bottom_is_no_broken_file(tmp_path, mode, first_black_row):
+    pixels = np.array(textured(500, 375))
+    pixels[first_black_row:] = 0
+    Image.fromarray(pixels).convert(mode).save(tmp_path / "a.jpg", quality=95)
+    for side, corner in ((256, (0.5, 0.9)), (480, (0.1, 0.0)), (480, (0.1, 0.5)), (361, (0.9, 1))):
+        corner = np.minimum(corner, 0.999999)
+        difference = np.asarray(crop_file(tmp_path / "a.jpg", side, corner)) - reference_crop(
+            tmp_path / "a.jpg", side, corner
+        )
+        assert np.abs(difference).max() <= 2, (side, corner)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_crop_beyond_the_end_of_a_broken_file_is_refused(tmp_path, progressive):
+    """Black or grey where the file ends must never be trained on."""
+    file = io.BytesIO()
+    textured(500, 375).save(file, "JPEG", quality=90, progressive=progressive)
+    whole = file.getvalue()
+    path = tmp_path / "a.jpg"
+    for share in (0.0, 0.1, 0.5, 0.8):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(utils.DECODING_ERRORS):
+            crop_file(path, 480, np.array([0.5, 0.999999]))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(3200, 2400), (2051, 3333), (1025, 1931)])
+def test_a_very_large_jpeg_is_right_without_decoding_all_of_it(tmp_path, mode, size):
+    textured(*size).convert(mode).save(tmp_path / "a.jpg", quality=92)
+    for side, corner in ((256, (0.0, 0.0)), (256, (0.999999, 0.999999)), (333, (0.4, 0.6))):
+        crop = np.asarray(crop_file(tmp_path / "a.jpg", side, np.array(corner)))
+        difference = crop - reference_crop(tmp_path / "a.jpg", side, corner)
+        assert np.abs(difference).mean() < 1, (side, corner)
+        assert np.abs(difference.mean(axis=(0, 1))).max() < 0.15, (side, corner)
+
+
+def test_orientation_and_broken_exif_are_ignored(tmp_path, capfd):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotated
+    textured(500, 375).save(tmp_path / "turned.jpg", exif=exif.tobytes(), quality=90)
+    textured(500, 375).save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\xff\xff", quality=90)
+    textured(500, 375).save(tmp_path / "plain.jpg", quality=90)
+    crops = [
+        np.asarray(crop_file(tmp_path / name, 305, np.array([0.2, 0.7])))
+        for name in ("plain.jpg", "turned.jpg", "broken.jpg")
+    ]
+    np.testing.assert_array_equal(crops[0], crops[1])
+    np.testing.assert_array_equal(crops[0], crops[2])
+    assert capfd.readouterr() == ("", "")
+
+
+# --- the draws --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(toy, tmp_path_factory) -> dict[str, np.ndarray]:
+    """What `Recipe.make` chose for 6,400 pictures, seen from outside.
+
+    Each crop is replaced by a picture that is bright on its left, so that flips show.
+    """
+    config = toolkit.write_config(tmp_path_factory.mktemp("drawn"), toy, Path("unused"))
+    seen = {"side": [], "corner": [], "flip": [], "alpha": []}
+    bright_left = np.zeros((CROP, CROP, 3), np.uint8)
+    bright_left[:, : CROP // 2] = 255
+
+    def crop_and_note(path, side, corner):
+        seen["side"].append(int(side))
+        seen["corner"].append(np.array(corner))
+        return Image.fromarray(bright_left)
+
+    def finish_and_note(crops, alpha, mu, sigma, out):
+        seen["flip"].extend(crops[:, 0, 0, 0] == 0)
+        seen["alpha"].extend(alpha)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime_preprocessing, "crop_file", crop_and_note)
+        patch.setattr(runtime_preprocessing, "finish", finish_and_note)
+        recipe = recipe_of(config, batch_size=40)
+        for epoch in range(160):
+            recipe.make((epoch, 0))
+    return {name: np.array(values) for name, values in seen.items()}
+
+
+def chi_square(counts: np.ndarray) -> float:
+    """Pearson's statistic against equal counts: k - 1 expected, deviation √(2(k - 1))."""
+    return float((((counts - counts.mean()) ** 2) / counts.mean()).sum())
+
+
+def assert_uniform(values: np.ndarray, bins: int) -> None:
+    """Within 4 deviations; also not more even than chance makes them."""
+    counts = np.bincount(values, minlength=bins)
+    assert len(counts) == bins and counts.min() > 0
+    deviations = (chi_square(counts) - (bins - 1)) / np.sqrt(2 * (bins - 1))
+    assert -4 < deviations < 4, deviations
+
+
+def test_sides_are_uniform_on_the_33_values(drawn):
+    assert set(drawn["side"]) == {256 + 7 * i for i in range(33)}
+    assert_uniform((drawn["side"] - 256) // 7, 33)
+
+
+def test_half_of_the_pictures_are_flipped(drawn):
+    count = len(drawn["flip"])
+    assert count == 6400
+    assert abs(drawn["flip"].sum() - count / 2) < 4 * np.sqrt(count / 4)
+
+
+def test_corners_are_uniform_and_the_draws_do_not_hang_together(drawn):
+    assert drawn["corner"].min() >= 0 and drawn["corner"].max() < 1
+    for axis in range(2):
+        assert_uniform((drawn["corner"][:, axis] * 50).astype(int), 50)
+    columns = np.column_stack([drawn[name] for name in ("side", "corner", "flip", "alpha")])
+    correlation = np.corrcoef(columns.T.astype(float)) - np.eye(7)
+    assert np.abs(correlation).max() < 4.5 / np.sqrt(len(columns))
+
+
+def test_alpha_is_normal_with_deviation_a_tenth(drawn):
+    alpha, count = drawn["alpha"] / 0.1, len(drawn["alpha"])
+    assert np.abs(alpha.mean(axis=0)).max() < 4 / np.sqrt(count)
+    assert np.abs((alpha**2).mean(axis=0) - 1).max() < 4 * np.sqrt(2 / count)
+    assert np.abs((alpha**4).mean(axis=0) - 3).max() < 4 * np.sqrt(96 / count)
+
+
+def test_pictures_of_a_batch_get_draws_of_their_own():
+    draws = draw(np.random.default_rng(0), 64)
+    assert len(np.unique(draws.side)) > 15
+    assert len(np.unique(draws.corner)) == 128
+    assert 10 < draws.flip.sum() < 54
+    assert len(np.unique(draws.alpha)) == 192
+
+
+def test_crops_reach_every_place_and_both_ends(tmp_path):
+    """A picture whose pixels say where they are: 300x256, at side 256 not resized at all."""
+    y, x = np.mgrid[0:256, 0:300]
+    pixels = np.stack([x % 256, y, x // 256], axis=2).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.bmp")
+    corners = draw(np.random.default_rng(4), 4000).corner
+    first = np.array([crop_file(tmp_path / "a.bmp", 256, c).getpixel((0, 0)) for c in corners])
+    left, top = first[:, 0] + 256 * first[:, 2], first[:, 1]
+    assert_uniform(left, 300 - CROP + 1)
+    assert_uniform(top, 256 - CROP + 1)
+
+
+# --- steps 4 to 6: normalise, flip, colours ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crops(toy) -> np.ndarray:
+    """uint8 [40, 224, 224, 3]."""
+    rng = np.random.default_rng(5)
+    paths = sorted((toy / "train").rglob("*.JPEG"))
+    return np.stack([crop_file(p, int(rng.choice(SIDES)), rng.random(2)) for p in paths])
+
+
+def shift_covariance(crop: np.ndarray) -> np.ndarray:
+    """Σ λᵢ² vᵢ vᵢᵀ of all pixels of a crop, in float64; which is the covariance squared."""
+    pixels = (crop.reshape(-1, 3).astype(np.float64) / 255 - MU) / SIGMA
+    covariance = np.cov(pixels.T, bias=True)
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    squared = (eigenvectors * eigenvalues**2) @ eigenvectors.T
+    np.testing.assert_allclose(squared, covariance @ covariance, atol=1e-12)
+    return squared
+
+
+def shifts_of(crop: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The colour shifts of one crop for many alphas: [len(alpha), 3]."""
+    copies = np.broadcast_to(crop, (len(alpha), *crop.shape))
+    return colour_shifts(copies, alpha, SIGMA)
+
+
+def test_colour_shifts_have_the_stated_covariance(crops):
+    """shift = A·α with A·Aᵀ = Σ λ² v vᵀ, so its covariance is 0.01 of that.
+
+    Tolerance: 10% for every crop, since a grid stands for all its pixels; 3% in the middle.
+    """
+    errors = []
+    for crop in crops:
+        matrix = shifts_of(crop, np.eye(3)).T
+        expected = shift_covariance(crop)
+        errors.append(np.linalg.norm(matrix @ matrix.T - expected) / np.linalg.norm(expected))
+    assert max(errors) < 0.10, errors
+    assert np.median(errors) < 0.03, errors
+
+
+def test_colour_shifts_of_many_draws(crops):
+    """The same from the draws themselves: 2,000 of them know a covariance to about 5%."""
+    alpha = draw(np.random.default_rng(6), 2000).alpha
+    for crop in crops[:3]:
+        shifts = np.concatenate([shifts_of(crop, part) for part in np.split(alpha, 20)])
+        expected = 0.01 * shift_covariance(crop)
+        difference = np.cov(shifts.T) - expected
+        assert np.linalg.norm(difference) / np.linalg.norm(expected) < 0.15
+        assert np.abs(shifts.mean(axis=0)).max() < 4 * np.sqrt(expected.max() / 2000)
+
+
+def test_colour_shifts_are_each_crops_own(crops):
+    alpha = draw(np.random.default_rng(7), len(crops)).alpha
+    together = colour_shifts(crops, alpha, SIGMA)
+    assert together.shape == (len(crops), 3)
+    for i in (0, 7, 39):
+        one = colour_shifts(crops[i : i + 1], alpha[i : i + 1], SIGMA)[0]
+        np.testing.assert_allclose(together[i], one, rtol=1e-4, atol=1e-6)
+    grey = np.full((2, CROP, CROP, 3), 99, np.uint8)
+    np.testing.assert_array_equal(colour_shifts(grey, alpha[:2], SIGMA), 0)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 33])
+def test_finish_is_the_float_formula(crops, count):
+    """Half a unit in the last place of float16, which has 11 bits."""
+    alpha = draw(np.random.default_rng(8), count).alpha
+    out = np.empty((count, CROP, CROP, 3), np.float16)
+    finish(crops[:count], alpha, MU, SIGMA, out=out)
+    expected = (crops[:count].astype(np.float64) / 255 - MU) / SIGMA
+    expected += colour_shifts(crops[:count], alpha, SIGMA)[:, None, None]
+    rounding = np.maximum(2.0**-11 * np.abs(expected), 2.0**-25)
+    assert (np.abs(out - expected) <= 1.001 * rounding).all()
+
+
+def test_a_batch_is_the_six_steps(config, monkeypatch):
+    """Every picture is Pillow's crop, normalised, flipped or not, with one shift for all pixels."""
+    recipe, calls = recipe_of(config, batch_size=10), []
+
+    def note(path, side, corner):
+        calls.append((path, int(side), np.array(corner)))
+        return crop_file(path, side, corner)
+
+    monkeypatch.setattr(runtime_preprocessing, "crop_file", note)
+    x, _ = recipe.make((1, 2))
+    order = recipe.order(1)[20:30]
+    assert [path for path, _, _ in calls] == [
+        recipe.pictures.folder / recipe.pictures.paths[index] for index in order
+    ]
+    flips = set()
+    for picture, (path, side, corner) in zip(x.astype(np.float64), calls, strict=True):
+        plain = (reference_crop(path, side, corner) / 255 - MU) / SIGMA
+        shifts = {}
+        for flipped, expected in ((False, plain), (True, plain[:, ::-1])):
+            shift = (picture - expected).mean(axis=(0, 1))
+            if np.abs(picture - expected - shift).max() < 3 / 255 / min(SIGMA):
+                shifts[flipped] = shift
+        assert len(shifts) == 1, (path, side, corner)
+        flips |= set(shifts)
+    assert flips == {True, False}
+
+
+def test_normalised_pictures_have_mean_0_and_deviation_1(config):
+    recipe = recipe_of(config, batch_size=40)
+    values = get_mu_sigma.mu_sigma(recipe.pictures, recipe.failures)
+    recipe.mu, recipe.sigma = ([float(v) for v in value] for value in values)
+    x = np.concatenate([recipe.make((epoch, 0))[0].astype(np.float32) for epoch in range(3)])
+    assert np.isfinite(x).all()
+    assert np.abs(x.mean(axis=(0, 1, 2))).max() < 0.1
+    assert np.abs(x.std(axis=(0, 1, 2)) - 1).max() < 0.1
+
+
+# --- pictures that cannot be decoded ----------------------------------------------------------
+
+
+@pytest.fixture
+def own_toy(toy, tmp_path) -> Path:
+    """A copy of the toy dataset that a test may break."""
+    for path in (toy / "train").rglob("*.JPEG"):
+        copy = tmp_path / "own" / path.relative_to(toy)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    return tmp_path / "own"
+
+
+def test_a_broken_picture_is_replaced_with_one_warning(tmp_path, own_toy, ram):
+    broken = own_toy / "train/stars/stars_3.JPEG"
+    broken.write_bytes(b"this is no picture")
+    config = toolkit.write_config(tmp_path, own_toy, ram)
+    arguments = ("--epoch_start=0", "--epoch_end=3", "--batch_size=8")
+    files = whole_files(config, 15, tmp_path / "log", *arguments)
+    log = (tmp_path / "log").read_text()
+    assert log.count("warning") == 1 and log.count("stars_3.JPEG") == 1, log
+    recipe = recipe_of(config, 8)
+    for epoch in range(3):
+        for batch in range(5):
+            x, y = (np.load(io.BytesIO(files[f"{n}_{epoch}_{batch}.npy"])) for n in "XY")
+            expected = recipe.make((epoch, batch))
+            np.testing.assert_array_equal(x, expected[0])
+            np.testing.assert_array_equal(y, expected[1])
+
+
+def test_the_substitute_is_a_picture_of_the_epoch_with_its_own_label(own_toy, tmp_path):
+    """Each class has one colour here, so every picture shows its label."""
+    levels = {"discs": 20, "stars": 90, "stripes": 160, "tiles": 230}
+    for path in (own_toy / "train").rglob("*.JPEG"):
+        level = levels[path.parent.name]
+        Image.new("L", (300, 256), level).save(path)
+    (own_toy / "train/stars/stars_0.JPEG").write_bytes(b"")
+    recipe = recipe_of(toolkit.write_config(tmp_path, own_toy, Path("unused")), batch_size=40)
+    replaced = []
+    for epoch in range(4):
+        x, y = recipe.make((epoch, 0))
+        shown = np.rint((x[:, 0, 0, 0].astype(float) * SIGMA[0] + MU[0]) * 255)
+        np.testing.assert_allclose(shown, np.array(list(levels.values()))[y], atol=1)
+        (slot,) = [
+            slot for slot, index in enumerate(recipe.order(epoch))
+            if recipe.pictures.paths[index] == "stars/stars_0.JPEG"
+        ]  # fmt: skip
+        replaced.append(int(y[slot]))
+        others = np.arange(40) != slot
+        expected = recipe.pictures.labels[recipe.order(epoch)]
+        np.testing.assert_array_equal(y[others], expected[others])
+    assert len(set(replaced)) > 1  # drawn, not always the same
+    assert len(recipe.failures) == 1
+
+
+@pytest.mark.parametrize("rows_kept", [0.0, 0.6, 0.85])
+def test_batches_stay_pure_with_a_picture_that_is_broken_in_parts(own_toy, tmp_path, rows_kept):
+    """Some of its crops can be decoded. Which batches were made before must not matter."""
+    path = own_toy / "train/tiles/tiles_5.JPEG"
+    textured(400, 300).save(path, quality=90)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 300 + int(rows_kept * len(whole))])
+    config = toolkit.write_config(tmp_path, own_toy, Path("unused"))
+    positions = [(epoch, batch) for epoch in range(12) for batch in range(10)]
+    recipe = recipe_of(config)
+    slots = [np.flatnonzero(recipe.order(e) == indexed(recipe, "tiles_5"))[0] for e in range(12)]
+    touched = [(epoch, int(slot) // 4) for epoch, slot in enumerate(slots)]
+    assert set(touched) <= set(positions)
+    forwards = {p: content(recipe, *p) for p in touched}
+    for position in touched:
+        assert content(recipe_of(config), *position) == forwards[position], position
+
+
+def indexed(recipe: Recipe, stem: str) -> int:
+    (index,) = [i for i, path in enumerate(recipe.pictures.paths) if Path(path).stem == stem]
+    return index
+
+
+def test_more_than_one_broken_picture_in_a_hundred_ends_it(tmp_path, own_toy, ram):
+    for name in ("stars/stars_3.JPEG", "tiles/tiles_0.JPEG"):
+        (own_toy / "train" / name).write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    config = toolkit.write_config(tmp_path, own_toy, ram)
+    result = toolkit.run(
+        "runtime_preprocessing.py", config, "--epoch_start=0", "--epoch_end=3", "--batch_size=4"
+    )
+    toolkit.assert_one_line_error(
+        result, "runtime_preprocessing.py", "2 of 40 pictures", "1 in 100", ".JPEG"
+    )
+
+
+def test_nothing_but_broken_pictures_ends_it(tmp_path, ram):
+    (tmp_path / "own/train/cats").mkdir(parents=True)
+    (tmp_path / "own/train/cats/cat.jpg").write_bytes(b"")
+    config = toolkit.write_config(tmp_path, tmp_path / "own", ram)
+    arguments = ("--epoch_start=0", "--epoch_end=1", "--batch_size=1")
+    result = toolkit.run("runtime_preprocessing.py", config, *arguments, timeout=20)
+    toolkit.assert_one_line_error(result, "runtime_preprocessing.py", "cats/cat.jpg")
+
+
+def test_a_file_that_vanishes_is_a_broken_picture(tmp_path, own_toy, capsys):
+    recipe = recipe_of(toolkit.write_config(tmp_path, own_toy, Path("unused")), batch_size=40)
+    (own_toy / "train/discs/discs_1.JPEG").unlink()
+    recipe.make((0, 0))
+    recipe.make((1, 0))
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- resized folders --------------------------------------------------------------------------
+
+
+def test_resized_copies_are_used_where_they_are(tmp_path, toy, capsys):
+    """Red copies of one class at all sides but one: red where there is a copy, else not."""
+    config = toolkit.write_config(tmp_path, toy, Path("unused"))
+    copies = tmp_path / "copies/stars"
+    copies.mkdir(parents=True)
+    for path in (toy / "train/stars").iterdir():
+        Image.new("RGB", (300, 256), (250, 5, 5)).save(copies / path.name, quality=95)
+    (tmp_path / "preprocessed").mkdir()
+    for side in SIDES[:-1]:
+        (tmp_path / "preprocessed" / str(side)).symlink_to(tmp_path / "copies")
+    recipe, calls = recipe_of(config, batch_size=40), []
+    assert "32 shorter sides" in capsys.readouterr().out
+
+    def note(path, side, corner):
+        crop = crop_file(path, side, corner)
+        calls.append((path, side, np.asarray(crop)))
+        return crop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime_preprocessing, "crop_file", note)
+        labels = np.concatenate([recipe.make((epoch, 0))[1] for epoch in range(6)])
+    assert len(calls) == len(labels) == 240
+    red_sides = set()
+    for (path, side, crop), label in zip(calls, labels, strict=True):
+        expected_red = recipe.pictures.class_names[label] == "stars" and side != SIDES[-1]
+        is_red = (np.abs(crop.astype(int) - (250, 5, 5)) < 8).all()
+        assert is_red == expected_red, (path, side)
+        red_sides |= {side} if is_red else set()
+    assert len(red_sides) > 20
+    assert not recipe.failures
+
+
+def test_a_broken_copy_is_no_broken_picture(tmp_path, toy):
+    config = toolkit.write_config(tmp_path, toy, Path("unused"))
+    plain = content(recipe_of(config, 40), 0, 0)
+    for side in SIDES:
+        (tmp_path / "preprocessed" / str(side) / "discs").mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "preprocessed" / str(side) / "discs" / f"discs_{i}.JPEG").write_bytes(b"")
+    recipe = recipe_of(config, 40)
+    assert len(recipe.resized) == 33
+    assert content(recipe, 0, 0) == plain
+    assert not recipe.failures
+
+
+# --- the preview ------------------------------------------------------------------------------
+
+
+def places(sheet: np.ndarray, picture: np.ndarray) -> list[tuple[int, int]]:
+    """(top, left) where the picture lies in the sheet, to one level of 256. Both int16."""
+    room = sheet[: sheet.shape[0] - CROP + 1, : sheet.shape[1] - CROP + 1]
+    return [
+        (int(top), int(left))
+        for top, left in np.argwhere(np.abs(room[:, :, 0] - picture[0, 0, 0]) <= 1)
+        if np.abs(sheet[top, left] - picture[0, 0]).max() <= 1
+        and np.abs(sheet[top + CROP - 1, left + CROP - 1] - picture[-1, -1]).max() <= 1
+        and np.abs(sheet[top : top + CROP, left : left + CROP] - picture).max() <= 1
+    ]
+
+
+@pytest.mark.parametrize("batch_size, shown", [(12, 12), (40, 32), (3, 3)])
+def test_preview_shows_the_batch(tmp_path, config, batch_size, shown):
+    file = tmp_path / "sheet.png"
+    result = toolkit.run(
+        "runtime_preprocessing.py", config, "--epoch_start=1", "--epoch_end=2",
+        f"--batch_size={batch_size}", f"--preview={file}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert list(utils.load_config(config).train.buffer_folder.iterdir()) == []
+    with Image.open(file) as image:
+        assert (image.format, image.mode) == ("PNG", "RGB")
+        sheet = np.asarray(image).astype(np.int16)
+    columns, rows = min(8, shown), -(-shown // 8)
+    assert columns * CROP <= sheet.shape[1] <= columns * CROP * 1.1 + 40
+    assert rows * (CROP + 16) <= sheet.shape[0] <= rows * CROP * 1.25 + 80
+    x, _ = recipe_of(config, batch_size).make((1, 0))
+    pixels = np.rint((x[:shown].astype(np.float64) * SIGMA + MU).clip(0, 1) * 255).astype(np.int16)
+    found = [places(sheet, picture) for picture in pixels]
+    assert all(len(place) == 1 for place in found), found
+    assert [place[0] for place in found] == sorted(place[0] for place in found)  # reading order
+
+
+def test_preview_into_no_folder_is_one_line(tmp_path, config):
+    file = tmp_path / "missing" / "sheet.png"
+    result = toolkit.run(
+        "runtime_preprocessing.py", config, "--epoch_start=0", "--epoch_end=1",
+        "--batch_size=4", f"--preview={file}",
+    )  # fmt: skip
+    toolkit.assert_one_line_error(result, "runtime_preprocessing.py", str(file))
+
+
+# --- what the batches are made of ---------------------------------------------------------------
+
+
+def test_description_changes_with_everything_a_batch_depends_on(tmp_path, own_toy):
+    config = toolkit.write_config(tmp_path, own_toy, Path("unused"))
+    descriptions = [
+        recipe_of(config).description,
+        recipe_of(config, seed=1).description,
+        recipe_of(config, batch_size=5).description,
+        recipe_of(config, worker=1, workers=2).description,
+    ]
+    (tmp_path / "preprocessed/256").mkdir(parents=True)
+    descriptions.append(recipe_of(config).description)
+    (own_toy / "train/tiles/tiles_9.JPEG").rename(own_toy / "train/tiles/tiles_99.JPEG")
+    descriptions.append(recipe_of(config).description)
+    (own_toy / "train/tiles/tiles_99.JPEG").rename(own_toy / "train/stars/tiles_99.JPEG")
+    descriptions.append(recipe_of(config).description)
+    toolkit.write_config(tmp_path, own_toy, Path("unused"), utils__mu_1=0.5)
+    descriptions.append(recipe_of(config).description)
+    assert len({json.dumps(each, sort_keys=True) for each in descriptions}) == len(descriptions)
+    for each in descriptions:
+        assert json.loads(json.dumps(each)) == each
+
+
+def test_scratch_memory_is_each_threads_own(config):
+    """Batches are made in memory that a thread uses again, but never another's."""
+    recipe, arrays = recipe_of(config), {}
+    barrier = threading.Barrier(2)
+
+    def make(position):
+        x, _ = recipe.make(position)
+        barrier.wait()
+        arrays[position] = x
+
+    threads = [threading.Thread(target=make, args=((0, batch),)) for batch in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not np.shares_memory(arrays[0, 0], arrays[0, 1])
