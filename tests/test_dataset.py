@@ -1,0 +1,519 @@
+"""The layouts that datasets have on disk: what is found, how it is labelled, what is refused.
+
+python3 -m pytest tests/test_dataset.py
+"""
+
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toolkit
+from PIL import Image
+
+import utils
+from utils import Pictures, UserError
+
+WNIDS = ("n02", "n10", "n01")
+"""Classes, deliberately not in sorted order: n01 has label 0, n02 label 1, n10 label 2."""
+
+NAMES = {"n01": "tench, Tinca tinca", "n02": "goldfish", "n10": "great white shark"}
+TRAIN = {f"{wnid}_{i}.JPEG": wnid for wnid in WNIDS for i in (3, 1, 2)}
+VAL = {f"ILSVRC2012_val_0000000{i}.JPEG": WNIDS[i % 3] for i in range(1, 7)}
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 5), (90, 60, 30)).save(file, "JPEG")
+    return file.getvalue()
+
+
+JPEG = jpeg()
+
+
+def put(path: Path, content: bytes = JPEG) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+# --- the layouts ------------------------------------------------------------------------------
+
+
+def rank(wnid: str) -> int:
+    return sorted(WNIDS).index(wnid)
+
+
+def mapping_text() -> str:
+    return "".join(f"{wnid} {name}\n" for wnid, name in sorted(NAMES.items()))
+
+
+def make_class_folders(root: Path) -> None:
+    for name, wnid in TRAIN.items():
+        put(root / "train" / wnid / name)
+    for name, wnid in VAL.items():
+        put(root / "val" / wnid / name)
+
+
+def make_kaggle_tree(root: Path, below: str = "ILSVRC/Data/CLS-LOC") -> None:
+    """As `kaggle competitions download imagenet-object-localization-challenge` unpacks it."""
+    for name, wnid in TRAIN.items():
+        put(root / below / "train" / wnid / name)
+    for name in VAL:
+        put(root / below / "val" / name)
+    put(root / below / "test" / "ILSVRC2012_test_00000001.JPEG")
+    boxes = "{0} 85 1 499 272 {0} 1 2 3 4 "
+    rows = [f"{Path(name).stem},{boxes.format(wnid)}\n" for name, wnid in reversed(VAL.items())]
+    (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "".join(rows))
+    (root / "LOC_synset_mapping.txt").write_text(mapping_text())
+    (root / "LOC_sample_submission.csv").write_text("ImageId,PredictionString\n")
+
+
+def make_list_files(root: Path, train: str, val: str) -> None:
+    for name, wnid in TRAIN.items():
+        put(root / train / wnid / name)
+    for name in VAL:
+        put(root / val / name)
+    lines = [f"{wnid}/{name} {rank(wnid)}\n" for name, wnid in TRAIN.items()]
+    (root / "train.txt").write_text("".join(lines))
+    (root / "val.txt").write_text("".join(f"{name} {rank(w)}\n" for name, w in VAL.items()))
+
+
+LAYOUTS = {
+    "class folders": (make_class_folders, "."),
+    "Kaggle's tree at its root": (make_kaggle_tree, "."),
+    "Kaggle's tree at ILSVRC": (make_kaggle_tree, "ILSVRC"),
+    "Kaggle's tree at CLS-LOC": (make_kaggle_tree, "ILSVRC/Data/CLS-LOC"),
+    "Kaggle's tree without ILSVRC": (lambda root: make_kaggle_tree(root, "Data/CLS-LOC"), "."),
+    "list files and 2012_train": (lambda r: make_list_files(r, "2012_train", "2012_val"), "."),
+    "list files and train": (lambda root: make_list_files(root, "train", "val"), "."),
+}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """A function: the config for a dataset folder, any number of pictures."""
+
+    def load(dataset: Path, **values):
+        return utils.load_config(
+            toolkit.write_config(tmp_path, dataset, tmp_path / "buffer", **values)
+        )
+
+    return load
+
+
+def labels_by_name(pictures: Pictures) -> dict[str, int]:
+    return {
+        Path(path).name: int(label)
+        for path, label in zip(pictures.paths, pictures.labels, strict=True)
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_gives_the_same_pictures_and_labels(layout, tmp_path, settings):
+    make, below = LAYOUTS[layout]
+    make(tmp_path / "data")
+    config = settings(tmp_path / "data" / below, train__N=len(TRAIN), preprocess__N=len(VAL))
+    train, val = utils.training_pictures(config), utils.validation_pictures(config)
+    assert labels_by_name(train) == {name: rank(wnid) for name, wnid in TRAIN.items()}
+    assert labels_by_name(val) == {name: rank(wnid) for name, wnid in VAL.items()}
+    for pictures in (train, val):
+        assert pictures.labels.dtype == np.int32
+        assert len(pictures) == len(set(pictures.paths)) == len(pictures.labels)
+        assert len(pictures.class_names) == len(WNIDS)
+        for path in pictures.paths:
+            assert (pictures.folder / path).read_bytes() == JPEG
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_command_finds_each_layout(layout, tmp_path):
+    make, below = LAYOUTS[layout]
+    make(tmp_path / "data")
+    config = toolkit.write_config(tmp_path, tmp_path / "data" / below, tmp_path / "buffer")
+    result = toolkit.run("preprocess_val.py", config)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    labels = np.load(tmp_path / "preprocessed" / "val" / "y.npy")
+    assert sorted(labels.tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_order_does_not_depend_on_the_order_of_creation(tmp_path, settings):
+    make_class_folders(tmp_path / "a")
+    for path in sorted((tmp_path / "a").rglob("*.JPEG"), reverse=True):
+        put(tmp_path / "b" / path.relative_to(tmp_path / "a"))
+    one, other = (utils.training_pictures(settings(tmp_path / name)) for name in "ab")
+    assert one.paths == other.paths and one.fingerprint == other.fingerprint
+
+
+def test_the_fingerprint_tells_datasets_apart(tmp_path, settings):
+    make_class_folders(tmp_path)
+    found = [utils.training_pictures(settings(tmp_path)).fingerprint]
+    picture = tmp_path / "train/n01/n01_1.JPEG"
+    picture.rename(tmp_path / "train/n01/n01_9.JPEG")
+    found.append(utils.training_pictures(settings(tmp_path)).fingerprint)
+    (tmp_path / "train/n01/n01_9.JPEG").rename(tmp_path / "train/n02/n01_9.JPEG")
+    found.append(utils.training_pictures(settings(tmp_path)).fingerprint)
+    (tmp_path / "train/n02/n01_9.JPEG").unlink()
+    found.append(utils.training_pictures(settings(tmp_path)).fingerprint)
+    assert len(set(found)) == 4
+
+
+# --- names of the classes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["LOC_synset_mapping.txt", "synset_words.txt"])
+@pytest.mark.parametrize("layout", ["class folders", "list files and train"])
+def test_class_names_come_from_the_mapping(file, layout, tmp_path, settings):
+    LAYOUTS[layout][0](tmp_path / "data")
+    (tmp_path / "data" / file).write_text(mapping_text(), encoding="utf-8")
+    for find in (utils.training_pictures, utils.validation_pictures):
+        names = find(settings(tmp_path / "data")).class_names
+        assert names == ["tench, Tinca tinca", "goldfish", "great white shark"]
+
+
+@pytest.mark.parametrize("below", [".", "ILSVRC", "ILSVRC/Data/CLS-LOC"])
+def test_class_names_come_with_kaggles_tree(below, tmp_path, settings):
+    make_kaggle_tree(tmp_path / "data")
+    names = utils.validation_pictures(settings(tmp_path / "data" / below)).class_names
+    assert names == ["tench, Tinca tinca", "goldfish", "great white shark"]
+
+
+def test_class_names_are_the_folders_where_no_mapping_is(tmp_path, settings):
+    make_class_folders(tmp_path)
+    assert utils.training_pictures(settings(tmp_path)).class_names == ["n01", "n02", "n10"]
+
+
+def test_a_mapping_that_lacks_a_class_leaves_its_folder_name(tmp_path, settings):
+    make_class_folders(tmp_path)
+    (tmp_path / "synset_words.txt").write_text("n02 goldfish\nn99 unicorn\n\nn01\n")
+    assert utils.training_pictures(settings(tmp_path)).class_names == ["n01", "goldfish", "n10"]
+
+
+def test_class_names_of_lists_without_mapping_are_the_labels(tmp_path, settings):
+    make_list_files(tmp_path, "train", "val")
+    assert utils.training_pictures(settings(tmp_path)).class_names == ["0", "1", "2"]
+
+
+# --- N ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["class folders", "Kaggle's tree at its root"])
+def test_a_wrong_n_is_refused_with_both_numbers(layout, tmp_path, settings):
+    LAYOUTS[layout][0](tmp_path / "data")
+    with pytest.raises(UserError, match=r"\[train\] N is 1281167\b.*\b9\b"):
+        utils.training_pictures(settings(tmp_path / "data", train__N=1281167))
+    with pytest.raises(UserError, match=r"\[preprocess\] N is 50000\b.*\b6\b"):
+        utils.validation_pictures(settings(tmp_path / "data", preprocess__N=50000))
+
+
+def test_real_commands_refuse_a_wrong_n(tmp_path):
+    make_class_folders(tmp_path / "data")
+    config = toolkit.write_config(
+        tmp_path, tmp_path / "data", tmp_path / "buffer", train__N=10, preprocess__N=5
+    )
+    for script, arguments, words in (
+        ("get_mu_sigma.py", [], ["[train]", "N is 10", " 9 pictures"]),
+        ("preprocess.py", ["--shorter_side=256"], ["[train]", "N is 10", " 9 pictures"]),
+        ("preprocess_val.py", [], ["[preprocess]", "N is 5", " 6 pictures"]),
+    ):
+        result = toolkit.run(script, config, *arguments)
+        toolkit.assert_one_line_error(result, script, *words)
+    assert not (tmp_path / "preprocessed").exists()
+
+
+# --- what counts as a picture -----------------------------------------------------------------
+
+
+def test_hidden_files_and_other_files_are_left_out(tmp_path, settings):
+    make_class_folders(tmp_path)
+    folder = tmp_path / "train/n01"
+    for name in ("README.txt", "Thumbs.db", ".DS_Store", "._n01_1.JPEG", ".hidden.JPEG", "JPEG"):
+        put(folder / name)
+    put(folder / ".thumbnails" / "n01_1.JPEG")
+    put(tmp_path / "train" / ".git" / "n01_1.JPEG")
+    put(tmp_path / "train" / "stray.JPEG")
+    put(tmp_path / "val/n01/notes.csv")
+    config = settings(tmp_path, train__N=len(TRAIN), preprocess__N=len(VAL))
+    assert set(labels_by_name(utils.training_pictures(config))) == set(TRAIN)
+    assert set(labels_by_name(utils.validation_pictures(config))) == set(VAL)
+
+
+def test_all_usual_suffixes_count_in_any_case(tmp_path, settings):
+    names = ["a.JPEG", "b.jpg", "c.PNG", "d.webp", "e.gif", "f.bmp", "g.tif", "h.tiff", "i.Jpg"]
+    for name in names:
+        put(tmp_path / "train" / "cat" / name)
+    assert set(labels_by_name(utils.training_pictures(settings(tmp_path)))) == set(names)
+
+
+def test_folders_within_a_class_belong_to_it(tmp_path, settings):
+    put(tmp_path / "train/cat/persian/kittens/a.jpg")
+    put(tmp_path / "train/cat/b.jpg")
+    put(tmp_path / "train/dog/poodle/c.jpg")
+    pictures = utils.training_pictures(settings(tmp_path))
+    assert labels_by_name(pictures) == {"a.jpg": 0, "b.jpg": 0, "c.jpg": 1}
+    assert pictures.class_names == ["cat", "dog"]
+    for path in pictures.paths:
+        assert (pictures.folder / path).is_file()
+
+
+def test_an_empty_class_is_warned_of_and_keeps_its_rank(tmp_path, settings, capsys):
+    make_class_folders(tmp_path)
+    (tmp_path / "train/n015").mkdir()
+    config = settings(tmp_path)
+    train = utils.training_pictures(config)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and str(tmp_path / "train/n015") in warnings[0]
+    val = utils.validation_pictures(config)
+    expected = {"n01": 0, "n02": 2, "n10": 3}
+    assert labels_by_name(train) == {name: expected[wnid] for name, wnid in TRAIN.items()}
+    assert labels_by_name(val) == {name: expected[wnid] for name, wnid in VAL.items()}
+    assert train.class_names == val.class_names == ["n01", "n015", "n02", "n10"]
+
+
+STRANGE = [
+    "with space",
+    "it's",
+    'say "cheese"',
+    "line\nbreak",
+    "ünï",
+    "-rf",
+    "100%",
+    "a,b",
+    "$HOME",
+]
+
+
+def test_names_may_hold_any_character(tmp_path, settings):
+    for name in STRANGE:
+        put(tmp_path / "train" / name / f"{name}.jpg")
+    strange_bytes = os.fsencode(tmp_path / "train") + b"/caf\xe9"
+    os.mkdir(strange_bytes)
+    Path(os.fsdecode(strange_bytes + b"/\xff\xfe.jpg")).write_bytes(JPEG)
+    pictures = utils.training_pictures(settings(tmp_path))
+    assert len(pictures) == len(STRANGE) + 1 == len(pictures.class_names)
+    assert re.fullmatch(r"[0-9a-f]{8}", pictures.fingerprint)
+    for path, label in zip(pictures.paths, pictures.labels, strict=True):
+        assert path.split("/")[0] == pictures.class_names[label]
+        assert utils.read_file(pictures.folder / path) == JPEG
+
+
+def test_a_command_works_on_names_of_any_character(tmp_path):
+    for name in STRANGE:
+        put(tmp_path / "data/train" / name / f"{name}.jpg")
+        put(tmp_path / "data/val" / name / f"{name}.jpg")
+    os.mkdir(os.fsencode(tmp_path / "data/train") + b"/caf\xe9")
+    os.mkdir(os.fsencode(tmp_path / "data/val") + b"/caf\xe9")
+    for part in ("train", "val"):
+        name = os.fsencode(tmp_path / "data" / part) + b"/caf\xe9/\xff\xfe.jpg"
+        Path(os.fsdecode(name)).write_bytes(JPEG)
+    config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+    for script, *arguments in (
+        ("preprocess.py", "--shorter_side=256"),
+        ("preprocess_val.py",),
+        ("preprocess_val.py",),
+        ("get_mu_sigma.py", "--shorter_side=256"),
+    ):
+        result = toolkit.run(script, config, *arguments)
+        assert result.returncode == 0 and result.stderr == "", (script, result.stderr)
+    labels = np.load(tmp_path / "preprocessed/val/y.npy")
+    assert labels.tolist() == list(range(len(STRANGE) + 1))
+
+
+# --- links ------------------------------------------------------------------------------------
+
+
+def test_links_to_class_folders_and_pictures_are_followed(tmp_path, settings):
+    put(tmp_path / "disk1/cats/a.jpg")
+    put(tmp_path / "disk2/b.jpg")
+    (tmp_path / "data/train/dog").mkdir(parents=True)
+    (tmp_path / "data/train/cat").symlink_to(tmp_path / "disk1/cats")
+    (tmp_path / "data/train/dog/b.jpg").symlink_to(tmp_path / "disk2/b.jpg")
+    pictures = utils.training_pictures(settings(tmp_path / "data"))
+    assert labels_by_name(pictures) == {"a.jpg": 0, "b.jpg": 1}
+
+
+def test_a_linked_dataset_is_found(tmp_path, settings):
+    make_class_folders(tmp_path / "disk")
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    assert len(utils.training_pictures(settings(tmp_path / "data"))) == len(TRAIN)
+
+
+def test_a_link_to_the_pictures_of_kaggles_tree_is_enough(tmp_path, settings):
+    make_kaggle_tree(tmp_path / "disk")
+    (tmp_path / "data").symlink_to(tmp_path / "disk/ILSVRC/Data/CLS-LOC")
+    pictures = utils.validation_pictures(settings(tmp_path / "data"))
+    assert labels_by_name(pictures) == {name: rank(wnid) for name, wnid in VAL.items()}
+
+
+def test_loops_of_links_do_not_trap(tmp_path, settings):
+    make_class_folders(tmp_path)
+    (tmp_path / "train/n01/again").symlink_to(tmp_path / "train")
+    (tmp_path / "train/n01/here").symlink_to(".")
+    pictures = utils.training_pictures(settings(tmp_path))
+    assert labels_by_name(pictures) == {name: rank(wnid) for name, wnid in TRAIN.items()}
+    assert len(pictures) == len(TRAIN)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_links_that_lead_nowhere_are_no_classes(part, tmp_path, settings):
+    make_class_folders(tmp_path)
+    (tmp_path / part / "itself").symlink_to("itself")
+    (tmp_path / part / "gone").symlink_to("not there")
+    config = settings(tmp_path, train__N=len(TRAIN), preprocess__N=len(VAL))
+    assert utils.training_pictures(config).class_names == ["n01", "n02", "n10"]
+    assert len(utils.validation_pictures(config)) == len(VAL)
+
+
+def test_a_class_that_cannot_be_read_is_an_error(tmp_path, settings, monkeypatch):
+    """A class must not vanish from training because a disk failed for a moment."""
+    make_class_folders(tmp_path)
+    scandir = os.scandir
+
+    def failing(path="."):
+        if Path(os.fsdecode(path)).name == "n02":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises((OSError, UserError), match="n02"):
+        utils.training_pictures(settings(tmp_path))
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+
+
+@pytest.mark.parametrize("place", [TRUTH, f"ILSVRC2012_devkit_t12/data/{TRUTH}"])
+def test_the_devkits_ground_truth_is_refused_with_the_reason(place, tmp_path, settings):
+    make_kaggle_tree(tmp_path, ".")
+    (tmp_path / "LOC_val_solution.csv").unlink()
+    put(tmp_path / place, b"".join(b"%d\n" % (1 + i % 3) for i in range(len(VAL))))
+    with pytest.raises(UserError, match="devkit's own order.*LOC_val_solution.csv") as error:
+        utils.validation_pictures(settings(tmp_path))
+    assert str(tmp_path / place) in str(error.value)
+    assert len(utils.training_pictures(settings(tmp_path))) == len(TRAIN)
+
+
+def test_a_flat_validation_folder_without_classes_is_refused(tmp_path):
+    make_kaggle_tree(tmp_path / "data", ".")
+    (tmp_path / "data/LOC_val_solution.csv").unlink()
+    config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+    toolkit.assert_one_line_error(
+        toolkit.run("preprocess_val.py", config),
+        "preprocess_val.py",
+        str(tmp_path / "data/val"),
+        "LOC_val_solution.csv",
+    )
+
+
+@pytest.mark.parametrize("row", ["", "ILSVRC2012_val_00000001,n77 1 2 3 4\n"])
+def test_a_picture_without_a_known_class_in_the_solution_is_named(row, tmp_path, settings):
+    make_kaggle_tree(tmp_path)
+    solution = tmp_path / "LOC_val_solution.csv"
+    text = solution.read_text()
+    solution.write_text(re.sub("ILSVRC2012_val_00000001.*\n", row, text))
+    with pytest.raises(UserError, match=r"ILSVRC2012_val_00000001\.JPEG.*LOC_val_solution"):
+        utils.validation_pictures(settings(tmp_path))
+
+
+def test_a_validation_class_that_training_lacks_is_named(tmp_path, settings):
+    make_class_folders(tmp_path)
+    put(tmp_path / "val/n05/a.JPEG")
+    with pytest.raises(UserError, match=r"val/n05.*training"):
+        utils.validation_pictures(settings(tmp_path))
+
+
+def remove(root: Path, name: str) -> None:
+    root.joinpath(name).rename(root / "elsewhere")
+
+
+ABSENT = {
+    "no dataset": (lambda root: remove(root.parent, "data"), r"ImageNet_folder"),
+    "no train": (lambda root: remove(root, "train"), r"ImageNet_folder.*train"),
+    "no val": (lambda root: remove(root, "val"), r"data/val"),
+    "a file for a folder": (
+        lambda root: (remove(root.parent, "data"), root.write_text("")),
+        r"ImageNet_folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_what_is_absent_is_named(name, tmp_path, settings):
+    make_class_folders(tmp_path / "data")
+    break_it, message = ABSENT[name]
+    break_it(tmp_path / "data")
+    with pytest.raises(UserError, match=message):
+        utils.validation_pictures(settings(tmp_path / "data"))
+
+
+def test_a_dataset_without_pictures_is_refused(tmp_path, settings):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+    with pytest.raises(UserError, match="no pictures"):
+        utils.training_pictures(settings(tmp_path))
+    put(tmp_path / "train/cat/README.txt")
+    with pytest.raises(UserError, match="no pictures"):
+        utils.training_pictures(settings(tmp_path))
+
+
+# --- list files -------------------------------------------------------------------------------
+
+BAD_LINES = {
+    "no label": "n01/n01_1.JPEG",
+    "only a label": "3",
+    "label as text": "n01/n01_1.JPEG cat",
+    "negative label": "n01/n01_1.JPEG -1",
+    "fractional label": "n01/n01_1.JPEG 1.0",
+    "absolute path": "/etc/passwd.jpg 1",
+    "path upwards": "../secret.jpg 1",
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_of_a_list_is_named_with_its_number(name, tmp_path, settings):
+    make_list_files(tmp_path, "train", "val")
+    lines = (tmp_path / "train.txt").read_text().splitlines()
+    (tmp_path / "train.txt").write_text("\n".join([*lines[:2], BAD_LINES[name], *lines[3:]]))
+    with pytest.raises(UserError, match=r"train\.txt.*\b3\b"):
+        utils.training_pictures(settings(tmp_path))
+
+
+def test_an_empty_list_is_refused(tmp_path, settings):
+    make_list_files(tmp_path, "train", "val")
+    (tmp_path / "val.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"val\.txt"):
+        utils.validation_pictures(settings(tmp_path))
+
+
+def test_lists_may_hold_spaces_windows_line_ends_and_any_bytes(tmp_path, settings):
+    names = ["a b.jpg", "caf\udce9.jpg", "next\x85line.jpg", "para\u2029graph.jpg"]
+    for name in names:
+        put(tmp_path / "train" / name)
+        put(tmp_path / "val" / name)
+    text = "".join(f"{name} {label}\r\n" for label, name in enumerate(names))
+    for part in ("train", "val"):
+        (tmp_path / f"{part}.txt").write_bytes(os.fsencode(text + "\r\n"))
+    pictures = utils.training_pictures(settings(tmp_path))
+    assert pictures.paths == names
+    assert pictures.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_lists_may_separate_with_tabs_or_several_spaces(tmp_path, settings):
+    make_list_files(tmp_path, "train", "val")
+    for part, gap in (("train", "\t"), ("val", "   ")):
+        file = tmp_path / f"{part}.txt"
+        file.write_text(file.read_text().replace(" ", gap))
+    config = settings(tmp_path)
+    assert set(labels_by_name(utils.training_pictures(config))) == set(TRAIN)
+    assert set(labels_by_name(utils.validation_pictures(config))) == set(VAL)
+
+
+def test_the_class_count_covers_both_lists(tmp_path, settings):
+    make_list_files(tmp_path, "train", "val")
+    with open(tmp_path / "val.txt", "a") as file:
+        file.write("ILSVRC2012_val_00000009.JPEG 6\n")
+    for find in (utils.training_pictures, utils.validation_pictures):
+        assert len(find(settings(tmp_path)).class_names) == 7
