@@ -10,6 +10,7 @@ also in `training_log.csv` and, for TensorBoard, in `events/`.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,10 +67,11 @@ def main() -> None:
         config.train.sleep_time,
         trainer.put,
     )
-    with utils.stop_on_signals() as stop, reader:
+    with explained_failures(workers), utils.stop_on_signals() as stop, reader:
         train(trainer, reader, log, saver, position, batches, args, stop)
     if stop.is_set():
         sys.exit(128 + stop.signal)
+    reader.finish()
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
         f"in {run.folder}. Next: python3 check_accuracy.py --run_folder={args.run_folder} "
@@ -102,6 +104,24 @@ def train(trainer, reader, log, saver, position, batches, args, stop) -> None:
             f"stopped before epoch {position[0]}, batch {position[1]}; the same command with "
             f"--resume goes on there"
         )
+
+
+@contextlib.contextmanager
+def explained_failures(workers: int) -> Iterator[None]:
+    """Turns what TensorFlow raises when the hardware fails or is too small into UserError."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError:
+        raise UserError(
+            "not enough memory on the device; take a smaller --batch_size, or "
+            "--precision=mixed_float16"
+        ) from None
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError):
+        if workers == 1:
+            raise
+        raise UserError(
+            "another machine of TF_CONFIG stopped answering; start all of them again with --resume"
+        ) from None
 
 
 def parse_arguments():
@@ -481,6 +501,13 @@ class Reader:
             raise item
         return item
 
+    def finish(self) -> None:
+        """Says that training has passed the last epoch, which ends runtime_preprocessing.py.
+
+        Said only once the last model is saved: a training killed before that needs batches again.
+        """
+        utils.write_progress(self.folder, (self.epoch_end, 0))
+
     def _take(self, timeout: float):
         try:
             return self._ahead.get(timeout > 0, timeout)
@@ -495,7 +522,8 @@ class Reader:
                     return
                 epoch, batch = self.position
                 self.position = divmod(epoch * self.batches + batch + 1, self.batches)
-                utils.write_progress(self.folder, self.position)
+                if self.position[0] < self.epoch_end:
+                    utils.write_progress(self.folder, self.position)
                 self._hand_over(self.put(*arrays))
         except (UserError, OSError, tf.errors.OpError) as error:
             self._hand_over(error)

@@ -751,7 +751,8 @@ class Progress:
 
     def _show(self) -> None:
         left = duration((self.total - self.done) / self.rate) if self.rate else "?"
-        text = f"{self.done:,} of {self.total:,} {self.unit}, {self.rate:,.0f}/s, {left} left"
+        rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.1f}"
+        text = f"{self.done:,} of {self.total:,} {self.unit}, {rate}/s, {left} left"
         if self._terminal:
             filled = round(30 * self.done / max(self.total, 1))
             end = "\n" if self.done == self.total else ""

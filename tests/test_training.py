@@ -1,0 +1,511 @@
+"""train.py: real runs at toy size, killed and resumed; precision, replicas, workers; schedules."""
+
+import csv
+import json
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import toolkit
+import toy_dataset
+import utils
+
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+# Before TensorFlow starts up: two logical devices, so that two replicas fit on one processor.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+
+import train  # noqa: E402
+
+RATE = "--learning_rate=0.01"
+BATCH = "--batch_size=4"
+EPOCH = 2
+"""Batches an epoch: 8 pictures in batches of 4."""
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory) -> Path:
+    """A dataset of 8 training pictures."""
+    folder = tmp_path_factory.mktemp("eight")
+    toy_dataset.make(folder, train=2, val=1)
+    return folder
+
+
+@pytest.fixture
+def training(tmp_path, eight, ram):
+    """Runs train.py with its preprocessor; ends the preprocessors afterwards."""
+    training = Training(tmp_path, eight, ram)
+    yield training
+    for process in training.processes:
+        process.kill()
+        process.wait()
+
+
+class Training:
+    def __init__(self, folder: Path, dataset: Path, buffer: Path):
+        self.folder, self.models = folder, folder / "saved_models"
+        self.config = toolkit.write_config(folder, dataset, buffer)
+        self.processes = []
+
+    def preprocess(self, end: int) -> None:
+        span = ["--epoch_start=0", f"--epoch_end={end}", BATCH]
+        log = self.folder / "preprocessing.log"
+        script = "runtime_preprocessing.py"
+        self.processes.append(toolkit.start(script, self.config, *span, log=log))
+
+    def arguments(self, run: str, start: int, end: int, *more: str) -> list[str]:
+        span = [f"--epoch_start={start}", f"--epoch_end={end}"]
+        return [f"--run_folder={run}", *span, BATCH, RATE, "--deterministic", *more]
+
+    def run(self, run: str, start: int, end: int, *more: str):
+        """Trains from epoch `start` to `end`, to the end of the command."""
+        self.preprocess(end)
+        return toolkit.run("train.py", self.config, *self.arguments(run, start, end, *more))
+
+    def start(self, run: str, start: int, end: int, *more: str):
+        log = self.folder / f"{run}.log"
+        arguments = self.arguments(run, start, end, *more)
+        return toolkit.start("train.py", self.config, *arguments, log=log)
+
+    def state(self, run: str, epoch: int) -> dict[str, np.ndarray]:
+        """All that an epoch's training state holds, by name."""
+        path = self.models / run / str(epoch) / "training_state" / "checkpoint"
+        reader = tf.train.load_checkpoint(str(path))
+        names = [name for name in reader.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name]
+        return {name: reader.get_tensor(name) for name in names}
+
+    def log(self, run: str) -> list[dict]:
+        with open(self.models / run / "training_log.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def assert_same_state(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not np.array_equal(one[name], other[name])]
+    assert not different, different[:5]
+
+
+# --- whole runs -----------------------------------------------------------------------------
+
+
+def test_epochs_in_one_go_and_in_two_end_with_the_same_weights(training):
+    assert training.run("whole", 0, 4).returncode == 0
+    assert training.run("parts", 0, 2).returncode == 0
+    second = training.run("parts", 2, 4)
+    assert second.returncode == 0, second.stderr
+    whole, parts = training.state("whole", 3), training.state("parts", 3)
+    assert len(whole) > 4 * 53  # weights, averages, momentum
+    assert_same_state(whole, parts)
+    changed = training.state("whole", 2)
+    assert any(not np.array_equal(whole[name], changed[name]) for name in whole)
+    assert not toolkit.ROOT.joinpath("saved_models").exists() or training.models.is_dir()
+
+
+def test_killed_at_random_moments_and_resumed_as_if_never_killed(training):
+    """SIGKILL, saving included: a state is saved after each batch."""
+    assert training.run("undisturbed", 0, 3, "--log_seconds=0").returncode == 0
+    training.preprocess(3)
+    more = ["--checkpoint_minutes=0", "--log_seconds=0", "--resume"]
+    moments, kills = random.Random(1), 0
+    for _ in range(30):
+        process = training.start("killed", 0, 3, *more)
+        try:
+            # The first ten kills come after at least one new batch was logged.
+            before = _lines(training.models / "killed" / "training_log.csv")
+            _wait_until(
+                lambda before=before, process=process: (
+                    process.poll() is not None
+                    or _lines(training.models / "killed" / "training_log.csv") > max(before, 1)
+                )
+            )
+            process.wait(timeout=moments.uniform(0, 3) if kills < 5 else None)
+            assert process.returncode == 0
+            break
+        except TimeoutError as error:
+            raise AssertionError((training.folder / "killed.log").read_text()) from error
+        except toolkit.subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills >= 3
+    assert_same_state(training.state("undisturbed", 2), training.state("killed", 2))
+    batches = [(row["epoch"], row["batch"]) for row in training.log("killed")]
+    assert batches == [(str(e), str(b)) for e in range(3) for b in range(EPOCH)]
+    losses = [[row["loss"] for row in training.log(run)] for run in ("undisturbed", "killed")]
+    assert losses[0] == losses[1]
+    run = training.models / "killed"
+    left = [path.name for path in run.iterdir() if path.name.startswith((".", "state_"))]
+    assert not left
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def _wait_until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_the_exact_batch_and_resume_goes_on_there(training, number):
+    training.preprocess(40)
+    process = training.start("stopped", 0, 40, "--log_seconds=0")
+    log = training.folder / "stopped.log"
+    _wait_until(lambda: "epoch 0, batch 2" in log.read_text())
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    assert "with --resume" in log.read_text()
+    rows = training.log("stopped")
+    done = int(rows[-1]["epoch"]) * EPOCH + int(rows[-1]["batch"]) + 1
+    resumed = training.run("stopped", 0, done // EPOCH + 1, "--resume", "--log_seconds=0")
+    assert resumed.returncode == 0, resumed.stderr
+    batches = [int(r["epoch"]) * EPOCH + int(r["batch"]) for r in training.log("stopped")]
+    assert batches == list(range(len(batches)))
+
+
+def test_models_are_not_overwritten_and_a_missing_epoch_is_named(training):
+    assert training.run("run", 0, 1).returncode == 0
+    again = toolkit.run("train.py", training.config, *training.arguments("run", 0, 1))
+    toolkit.assert_one_line_error(again, "train.py", "run/0", "--resume")
+    gap = toolkit.run("train.py", training.config, *training.arguments("run", 5, 6))
+    toolkit.assert_one_line_error(gap, "train.py", "--epoch_start=5", "it has epochs 0")
+
+
+def test_a_loss_that_is_not_finite_stops_before_a_bad_model_is_saved(training):
+    result = training.run("nan", 0, 2, "--learning_rate=1e30")
+    toolkit.assert_one_line_error(result, "train.py", "epoch 0, batch 1", "the loss is")
+    assert not (training.models / "nan" / "0").exists()
+
+
+def test_saved_model_gives_probabilities_of_the_network_and_names(training):
+    assert training.run("model", 0, 1).returncode == 0
+    model = tf.saved_model.load(str(training.models / "model" / "0"))
+    names = Path(model.class_names.asset_path.numpy().decode()).read_text().splitlines()
+    assert names == sorted(toy_dataset.CLASSES)
+    images = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3)).astype(np.uint8)
+    probabilities = model.signatures["serving_default"](images=tf.constant(images))
+    probabilities = probabilities["probabilities"].numpy()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    trainer = make_trainer(classes=4)
+    config = utils.load_config(training.config)
+    facts = {"classes": 4}
+    train.load_state(trainer, training.models / "model" / "0", facts, exact=False)
+    mu, sigma = utils.mu_sigma(config)
+    x = ((images / 255 - mu) / sigma).astype(np.float32)
+    logits = trainer.network(tf.constant(x)).numpy().astype(np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_log_csv_and_events_agree(training):
+    result = training.run("log", 0, 1, "--log_seconds=0")
+    assert result.returncode == 0
+    rows = training.log("log")
+    assert [row["batch"] for row in rows] == ["0", "1"]
+    [events] = (training.models / "log" / "events" / "training").iterdir()
+    seen = {}
+    for event in tf.compat.v1.train.summary_iterator(str(events)):
+        for value in event.summary.value:
+            assert value.metadata.plugin_data.plugin_name == "scalars"
+            seen[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+    for step, row in enumerate(rows):
+        for name in ("loss", "top1", "learning_rate", "waiting_for_data", "r_max", "d_max"):
+            assert seen[name, step] == pytest.approx(float(row[name]), rel=1e-4)
+
+
+def test_buffer_of_another_batch_size_stops_training_with_both_values(training):
+    training.preprocess(2)
+    _wait_until((training.folder / "preprocessing.log").exists)
+    _wait_until(lambda: "ready ahead" in (training.folder / "preprocessing.log").read_text())
+    arguments = [a.replace(BATCH, "--batch_size=2") for a in training.arguments("b", 0, 2)]
+    result = toolkit.run("train.py", training.config, *arguments)
+    toolkit.assert_one_line_error(result, "train.py", "batch_size = 4", "batch_size = 2")
+
+
+def test_second_trainer_on_a_buffer_is_refused(training):
+    training.preprocess(100)
+    first = training.start("first", 0, 100, "--log_seconds=0")
+    _wait_until(lambda: "epoch 0, batch 1" in (training.folder / "first.log").read_text())
+    second = toolkit.run("train.py", training.config, *training.arguments("second", 0, 1))
+    first.kill()
+    first.wait()
+    toolkit.assert_one_line_error(second, "train.py", "another train.py")
+
+
+def test_synthetic_needs_no_buffer_and_saves_nothing(training):
+    arguments = ["--run_folder=none", "--epoch_start=0", "--epoch_end=1", "--batch_size=1", RATE]
+    result = toolkit.run("train.py", training.config, *arguments, "--synthetic")
+    assert result.returncode == 0, result.stderr
+    assert "images/s" in result.stdout
+    assert not training.models.exists()
+
+
+# --- several machines -----------------------------------------------------------------------
+
+
+class Workers:
+    """Two workers on the loopback interface, each with its preprocessor and its buffer."""
+
+    def __init__(self, folder: Path, dataset: Path, ram: Path):
+        self.folder, self.models, self.processes = folder, folder / "saved_models", []
+        self.configs = []
+        for index in range(2):
+            for path in (folder / str(index), ram / str(index)):
+                path.mkdir()
+            self.configs.append(
+                toolkit.write_config(
+                    folder / str(index),
+                    dataset,
+                    ram / str(index),
+                    train__path_for_saving=str(self.models),
+                )
+            )
+
+    def start(self, end: int, *more: str) -> list:
+        """Starts all four processes and returns the two trainers."""
+        sockets = [socket.socket() for _ in range(2)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        workers = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+        for each in sockets:
+            each.close()
+        trainers = []
+        span = ["--epoch_start=0", f"--epoch_end={end}", BATCH]
+        for index, config in enumerate(self.configs):
+            task = {"type": "worker", "index": index}
+            setting = {"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": task})}
+            log = self.folder / f"{index}.log"
+            self.processes.append(
+                toolkit.start("runtime_preprocessing.py", config, *span, log=log, **setting)
+            )
+            arguments = ["--run_folder=two", *span, RATE, "--log_seconds=0", *more]
+            trainers.append(toolkit.start("train.py", config, *arguments, log=log, **setting))
+        self.processes += trainers
+        return trainers
+
+    def log(self, index: int) -> str:
+        path = self.folder / f"{index}.log"
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture
+def workers(tmp_path, toy, ram):
+    workers = Workers(tmp_path, toy, ram)
+    yield workers
+    for process in workers.processes:
+        process.kill()
+        process.wait()
+
+
+def test_two_workers_lose_one_stop_clearly_and_resume(workers):
+    trainers = workers.start(2, "--checkpoint_minutes=0")
+    _wait_until(lambda: "epoch 0, batch 2" in workers.log(0), 180)
+    trainers[1].kill()
+    assert trainers[0].wait(timeout=120) == 2, workers.log(0)
+    assert "another machine of TF_CONFIG stopped answering" in workers.log(0)
+    assert "Traceback" not in workers.log(0)
+    for process in workers.processes:
+        process.kill()
+        process.wait()
+    for trainer in workers.start(1, "--resume"):
+        assert trainer.wait(timeout=180) == 0, workers.log(0) + workers.log(1)
+    assert "going on from" in workers.log(1)
+    assert (workers.models / "two" / "0" / "saved_model.pb").is_file()
+    assert "saved" in workers.log(0)
+    assert "saved" not in workers.log(1)  # only the chief writes
+
+
+# --- the step, in this process --------------------------------------------------------------
+
+
+def make_trainer(strategy=None, precision="float32", classes=8, **options):
+    args = SimpleNamespace(label_smoothing=0.0, jit_compile=False, batch_size=4)
+    vars(args).update(options)
+    config = utils.load_config(toolkit.ROOT / "config.txt")
+    strategy = strategy or tf.distribute.get_strategy()
+    return train.Trainer(strategy, config, classes, precision, args)
+
+
+def small_batch(seed: int = 0):
+    """Four pictures of 64x64: the network takes any size."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(4, 64, 64, 3)).astype(np.float16), np.arange(4, dtype=np.int32)
+
+
+def weights(trainer) -> np.ndarray:
+    return np.concatenate([v.numpy().ravel() for v in trainer.network.trainable_variables])
+
+
+def normalise_with_averages(trainer) -> None:
+    """Makes normalisation in training use the moving averages, as at inference."""
+    network = trainer.network
+
+    class Fixed(type(network)):
+        def __call__(self, x, limits=None):
+            for norm in self.norms:
+                norm.batch_mean, norm.batch_std = norm.moving_mean + 0, norm.moving_std + 0
+            return super().__call__(x)
+
+    network.__class__ = Fixed
+
+
+def test_two_replicas_take_the_step_of_one_with_the_whole_batch():
+    results = []
+    for strategy in (None, tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
+        trainer = make_trainer(strategy)
+        normalise_with_averages(trainer)
+        start = weights(trainer)
+        batch = trainer.put(*small_batch())
+        values = [trainer.step(*batch, 0.01).numpy() for _ in range(2)]
+        results.append((weights(trainer), values))
+    assert np.abs(results[0][0] - start).max() > 1e-3
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-6)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
+
+
+def test_averages_of_two_replicas_are_those_of_the_mean_statistics():
+    trainer = make_trainer(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    images, labels = small_batch()
+    expected = []
+    for half in (images[:2], images[2:]):
+        y = trainer.network.stem.convolve(
+            tf.constant(half.astype(np.float32)), trainer.network.stem.kernel
+        )
+        expected.append(tf.reduce_mean(y, [0, 1, 2]).numpy())
+    trainer.step(*trainer.put(images, labels), 0.0)
+    moved = trainer.network.stem.norm.moving_mean.numpy()
+    np.testing.assert_allclose(moved, 0.9 * np.mean(expected, axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
+def test_a_step_in_mixed_precision_is_close_to_float32(precision):
+    """Within 2% in the loss and 5% in the direction and length of the step."""
+    steps, losses = [], []
+    for kind in ("float32", precision):
+        trainer = make_trainer(precision=kind)
+        before = weights(trainer)
+        losses.append(trainer.step(*trainer.put(*small_batch()), 0.01).numpy()[0])
+        steps.append(weights(trainer) - before)
+        for variable in trainer.network.variables:
+            assert variable.dtype == tf.float32
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert np.linalg.norm(steps[1] - steps[0]) < 0.05 * np.linalg.norm(steps[0])
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_an_overflow_skips_the_step_and_halves_the_scale(replicas, tmp_path):
+    devices = ["CPU:0", "CPU:1"][:replicas]
+    strategy = tf.distribute.MirroredStrategy(devices) if replicas > 1 else None
+    trainer = make_trainer(strategy, "mixed_float16")
+    trainer.step(*trainer.put(*small_batch()), 0.01)
+    trainer.optimizer.dynamic_scale.assign(2.0**100)
+    before = weights(trainer)
+    loss = trainer.step(*trainer.put(*small_batch()), 0.01).numpy()
+    assert np.isfinite(loss).all()
+    assert np.array_equal(weights(trainer), before)
+    assert float(trainer.optimizer.dynamic_scale.numpy()) == 2.0**99
+    trainer.checkpoint.write(str(tmp_path / "state"))
+    restored = make_trainer(precision="mixed_float16")
+    restored.checkpoint.read(str(tmp_path / "state")).assert_existing_objects_matched()
+    assert float(restored.optimizer.dynamic_scale.numpy()) == 2.0**99
+    assert np.array_equal(weights(restored), before)
+
+
+def test_xla_takes_the_same_step():
+    results = []
+    for jit in (False, True):
+        trainer = make_trainer(jit_compile=jit)
+        trainer.step(*trainer.put(*small_batch()), 0.01)
+        results.append(weights(trainer))
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+
+
+def test_loss_against_numpy_with_label_smoothing_and_l2():
+    trainer = make_trainer(label_smoothing=0.1)
+    normalise_with_averages(trainer)
+    images, labels = small_batch()
+    logits = trainer.network(tf.constant(images.astype(np.float32))).numpy().astype(np.float64)
+    squares = sum((v.numpy().astype(np.float64) ** 2).sum() for v in trainer.network.kernels)
+    targets = np.full((4, 8), 0.1 / 8)
+    targets[np.arange(4), labels] += 0.9
+    log_softmax = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    plain = -(targets * log_softmax).sum(axis=1).mean()
+    loss, without_l2, top1 = trainer.step(*trainer.put(images, labels), 0.0).numpy()
+    assert without_l2 == pytest.approx(plain, rel=1e-5)
+    assert loss == pytest.approx(plain + 0.0001 / 2 * squares, rel=1e-5)
+    assert top1 == pytest.approx((logits.argmax(axis=1) == labels).mean())
+
+
+def test_sgd_with_momentum_against_numpy():
+    """v = m v - rate g, w = w + v: as the rate of the command line is, not as one saved."""
+    trainer = make_trainer()
+    normalise_with_averages(trainer)
+    images, labels = small_batch()
+    bias = trainer.network.dense_bias
+    expected, velocity = bias.numpy().astype(np.float64), 0
+    for rate in (0.1, 0.1, 0.01):
+        x = tf.constant(images.astype(np.float32))
+        with tf.GradientTape() as tape:
+            logits = trainer.network(x)
+            loss = tf.reduce_mean(
+                tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+            )
+        velocity = 0.9 * velocity - rate * tape.gradient(loss, bias).numpy()
+        expected = expected + velocity
+        trainer.step(*trainer.put(images, labels), rate)
+        np.testing.assert_allclose(bias.numpy(), expected, atol=1e-5)
+
+
+# --- schedules and small parts --------------------------------------------------------------
+
+
+def rates(batches: int = 10, epochs: int = 6, **options) -> list[float]:
+    args = {"learning_rate": 0.1, "lr_schedule": "constant", "warmup_epochs": 0}
+    args = SimpleNamespace(**args | {"lr_drop_epochs": (), "epoch_end": epochs} | options)
+    return [train.learning_rate(step, batches, args) for step in range(batches * epochs)]
+
+
+def test_learning_rate_schedules():
+    assert rates() == [0.1] * 60
+    steps = rates(lr_schedule="step", lr_drop_epochs=(2, 4))
+    np.testing.assert_allclose(steps, [0.1] * 20 + [0.01] * 20 + [0.001] * 20)
+    cosine = rates(lr_schedule="cosine")
+    np.testing.assert_allclose(cosine, 0.05 * (1 + np.cos(np.pi * np.arange(60) / 60)))
+    warm = rates(lr_schedule="cosine", warmup_epochs=2)
+    np.testing.assert_allclose(warm[:20], np.arange(1, 21) / 20 * 0.1)
+    np.testing.assert_allclose(warm[20:], 0.05 * (1 + np.cos(np.pi * np.arange(40) / 40)))
+
+
+def test_compact_lists():
+    assert train.compact([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "/tmp/x", "", ".hidden", "..", "a\nb"])
+def test_run_folder_cannot_lead_elsewhere(name):
+    config = SimpleNamespace(train=SimpleNamespace(path_for_saving=Path("/models")))
+    with pytest.raises(utils.UserError):
+        utils.run_folder(config, name)
+
+
+def test_state_of_another_class_count_or_broken_is_refused(training):
+    assert training.run("run", 0, 1).returncode == 0
+    folder = training.models / "run" / "0"
+    with pytest.raises(utils.UserError, match="classes"):
+        train.load_state(make_trainer(classes=5), folder, {"classes": 5}, exact=False)
+    checkpoint = next((folder / "training_state").glob("checkpoint.data*"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    result = training.run("run", 1, 2)
+    toolkit.assert_one_line_error(result, "train.py", "run/0", "cannot be read")
