@@ -1,0 +1,716 @@
+"""The folder between the preprocessor and training: which batches lie there, when, and how whole.
+
+The real command works on it; training is a stand-in that reads the batches in order.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import toolkit
+import utils
+from runtime_preprocessing import Buffer, Recipe
+from utils import CROP, Position
+
+BATCHES = 10
+"""In an epoch: 40 pictures in batches of 4."""
+
+PATIENCE = 60
+"""Seconds after which something that should happen counts as not happening."""
+
+
+def recipe_of(config: Path, batch_size: int = 4) -> Recipe:
+    """The recipe that the command has with this config.txt."""
+    settings = utils.load_config(config)
+    pictures = utils.training_pictures(settings)
+    return Recipe(pictures, batch_size, settings.train.seed, *utils.mu_sigma(settings), {})
+
+
+def span(epoch_start: int, epoch_end: int, batch_size: int = 4) -> list[str]:
+    return [
+        f"--epoch_start={epoch_start}",
+        f"--epoch_end={epoch_end}",
+        f"--batch_size={batch_size}",
+    ]
+
+
+@contextlib.contextmanager
+def preprocessor(config: Path, *arguments: str) -> Iterator[subprocess.Popen]:
+    """The real command, killed at the end if it still runs. What it says goes to log.txt."""
+    log = config.with_name("log.txt")
+    process = toolkit.start("runtime_preprocessing.py", config, *arguments, log=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def said(config: Path) -> str:
+    return config.with_name("log.txt").read_text()
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen, what: object) -> None:
+    """Raises AssertionError if it does not happen, or if the process ends before."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        ended = process.poll() is not None and not condition()
+        assert not ended, f"ended with status {process.returncode}, before: {what}"
+        assert time.monotonic() < deadline, f"did not happen: {what}"
+        time.sleep(0.01)
+
+
+def finish(process: subprocess.Popen) -> int:
+    """The exit status."""
+    return process.wait(timeout=PATIENCE)
+
+
+def there(folder: Path, kind: str = "X", batches: int = BATCHES) -> set[int]:
+    """Numbers, counted through all epochs, of the batches with a file of this kind."""
+    found = [utils.parse_batch_name(name) for name in os.listdir(folder)]
+    return {epoch * batches + batch for k, (epoch, batch) in filter(None, found) if k == kind}
+
+
+def settled(folder: Path, window: range, batches: int = BATCHES) -> Callable[[], bool]:
+    """Condition: exactly the batches of the window lie there, and nothing half-written."""
+
+    def condition() -> bool:
+        names = set(os.listdir(folder))
+        expected = {
+            f"{kind}_{number // batches}_{number % batches}.npy"
+            for kind in "XY"
+            for number in window
+        }
+        others = {"buffer.json", "training_progress.txt"}
+        return expected <= names <= expected | others
+
+    return condition
+
+
+def progress(folder: Path, number: int, batches: int = BATCHES) -> None:
+    utils.write_progress(folder, divmod(number, batches))
+
+
+def load(folder: Path, position: Position) -> tuple[np.ndarray, np.ndarray]:
+    x, y = (np.load(path, allow_pickle=False) for path in utils.batch_files(folder, position))
+    return x, y
+
+
+def assert_made_by(recipe: Recipe, position: Position, batch: tuple[np.ndarray, np.ndarray]):
+    expected = recipe.make(position)
+    for array, right in zip(batch, expected, strict=True):
+        assert array.dtype == right.dtype
+        np.testing.assert_array_equal(array, right, err_msg=str(position))
+
+
+def train(
+    folder: Path,
+    recipe: Recipe,
+    numbers: range,
+    process: subprocess.Popen,
+    look: Callable[[int], None] = lambda number: None,
+) -> None:
+    """Reads the batches in order, checks each, calls `look`, and says that it needs the next."""
+    progress(folder, numbers.start, recipe.batches)
+    for number in numbers:
+        position = divmod(number, recipe.batches)
+        wait_until(utils.batch_files(folder, position)[0].exists, process, position)
+        assert_made_by(recipe, position, load(folder, position))
+        look(number)
+        progress(folder, number + 1, recipe.batches)
+
+
+# --- the window -------------------------------------------------------------------------------
+
+
+def test_window_across_epochs_and_a_clean_end(tmp_path, toy, ram):
+    """Never a batch that lies buffer_size or more ahead, and in the end nothing at all."""
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=6)
+    with preprocessor(config, *span(0, 3)) as process:
+        wait_until(settled(ram, range(6)), process, "buffer full")
+
+        def look(number):
+            assert max(there(ram) | there(ram, "Y")) < number + 6
+
+        train(ram, recipe_of(config), range(30), process, look)
+        assert finish(process) == 0
+    assert os.listdir(ram) == []
+
+
+def test_window_is_exact_where_epochs_meet(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=6)
+    with preprocessor(config, *span(0, 3)) as process:
+        for first in (0, 7, 9, 11, 18, 24):
+            progress(ram, first)
+            wait_until(settled(ram, range(first, first + 6)), process, first)
+
+
+def test_nothing_is_made_while_80_percent_lie_ahead(tmp_path, toy, ram):
+    config = toolkit.write_config(
+        tmp_path, toy, ram, train__buffer_size=10, runtime_preprocessing__sleep_time=0.02
+    )
+    with preprocessor(config, *span(0, 3)) as process:
+        wait_until(settled(ram, range(10)), process, "buffer full")
+        for first in (1, 2):
+            progress(ram, first)
+            time.sleep(0.5)
+            assert there(ram) == there(ram, "Y") == set(range(10))
+        progress(ram, 3)
+        wait_until(settled(ram, range(3, 13)), process, "buffer full again")
+
+
+def test_starts_where_epoch_start_says(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+    with preprocessor(config, *span(7, 9)) as process:
+        wait_until(settled(ram, range(70, 73)), process, "first window")
+        assert_made_by(recipe_of(config), (7, 1), load(ram, (7, 1)))
+
+
+@pytest.mark.parametrize("size, end", [(1, 1), (1000, 2)])
+def test_buffers_of_one_batch_and_larger_than_all(tmp_path, toy, ram, size, end):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=size)
+    recipe = recipe_of(config)
+    with preprocessor(config, *span(0, end)) as process:
+        wait_until(settled(ram, range(min(size, 10 * end))), process, "buffer full")
+        train(ram, recipe, range(10 * end), process)
+        assert finish(process) == 0
+    assert os.listdir(ram) == []
+
+
+def test_one_batch_an_epoch(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+    recipe = recipe_of(config, batch_size=40)
+    assert recipe.batches == 1
+    with preprocessor(config, *span(0, 4, 40)) as process:
+        wait_until(settled(ram, range(3), batches=1), process, "buffer full")
+        train(ram, recipe, range(4), process)
+        assert finish(process) == 0
+    assert os.listdir(ram) == []
+
+
+def test_epoch_end_raised_and_started_again(tmp_path, toy, ram):
+    """After an end, and after a kill: then the batches that lie there are kept."""
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=4)
+    recipe = recipe_of(config)
+    with preprocessor(config, *span(0, 1)) as process:
+        train(ram, recipe, range(10), process)
+        assert finish(process) == 0
+    with preprocessor(config, *span(1, 2)) as process:
+        train(ram, recipe, range(10, 18), process)
+        wait_until(lambda: {18, 19} <= there(ram), process, "the last two")
+    before = {path.name: path.stat().st_ino for path in ram.glob("[XY]_1_[89].npy")}
+    assert len(before) == 4
+    with preprocessor(config, *span(1, 3)) as process:
+        wait_until(settled(ram, range(18, 22)), process, "buffer full")
+        assert {name: (ram / name).stat().st_ino for name in before} == before
+        train(ram, recipe, range(18, 30), process)
+        assert finish(process) == 0
+    assert os.listdir(ram) == []
+
+
+def test_progress_of_an_older_run_does_not_end_it(tmp_path, toy, ram):
+    """An older run left a position behind this run's last epoch, or before its first."""
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+    for stale in (20, 999, 5):
+        progress(ram, stale)
+        with preprocessor(config, *span(1, 2)) as process:
+            wait_until(settled(ram, range(10, 13)), process, "first window")
+    with preprocessor(config, *span(1, 2)) as process:
+        train(ram, recipe_of(config), range(10, 20), process)
+        assert finish(process) == 0
+    assert os.listdir(ram) == []
+
+
+# --- healing ----------------------------------------------------------------------------------
+
+
+def test_heals_whatever_happens_to_the_progress_file(tmp_path, toy, ram):
+    config = toolkit.write_config(
+        tmp_path, toy, ram, train__buffer_size=4, runtime_preprocessing__sleep_time=0.02
+    )
+    file, start = ram / "training_progress.txt", range(10, 14)
+    with preprocessor(config, *span(1, 4)) as process:
+        progress(ram, 15)
+        wait_until(settled(ram, range(15, 19)), process, "training has begun")
+        for garbage in (b"", b"garbage\n", b"\xff\xfe\x00", b"1\n", b"1\n-3\n", b"9" * 5000):
+            file.write_bytes(garbage)
+            wait_until(settled(ram, start), process, garbage[:9])
+            progress(ram, 20)
+            wait_until(settled(ram, range(20, 24)), process, "progress is right again")
+        file.unlink()
+        wait_until(settled(ram, start), process, "no progress file")
+        for number in (36, 12, 30, 27, 36):  # jumps ahead and back
+            progress(ram, number)
+            wait_until(settled(ram, range(number, number + 4)), process, number)
+        file.write_bytes(b"1 \r\n 7")  # as an editor may leave it
+        wait_until(settled(ram, range(17, 21)), process, "white space")
+        assert_made_by(recipe_of(config), (2, 0), load(ram, (2, 0)))
+        progress(ram, 40)
+        assert finish(process) == 0
+    assert os.listdir(ram) == []
+
+
+def test_heals_whatever_happens_to_the_batches(tmp_path, toy, ram):
+    config = toolkit.write_config(
+        tmp_path, toy, ram, train__buffer_size=5, runtime_preprocessing__sleep_time=0.02
+    )
+    recipe = recipe_of(config)
+    damages = {
+        "deleted": os.unlink,
+        "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
+        "emptied": lambda path: os.truncate(path, 0),
+    }
+    with preprocessor(config, *span(0, 2)) as process:
+        wait_until(settled(ram, range(5)), process, "buffer full")
+        for kind in "XY":
+            for name, damage in damages.items():
+                path = ram / f"{kind}_0_2.npy"
+                size = path.stat().st_size
+                damage(path)
+                wait_until(
+                    lambda path=path, size=size: path.exists() and path.stat().st_size == size,
+                    process,
+                    f"{path.name} {name}, made again",
+                )
+                wait_until(settled(ram, range(5)), process, "nothing else")
+                assert_made_by(recipe, (0, 2), load(ram, (0, 2)))
+        for path in ram.iterdir():
+            path.unlink()
+        wait_until(lambda: there(ram) == set(range(5)), process, "all deleted, all made again")
+        train(ram, recipe, range(20), process)
+        assert finish(process) == 0
+    assert os.listdir(ram) == []
+
+
+@pytest.mark.parametrize(
+    "change, named", [({"train__seed": 5}, "seed"), ({"utils__mu_0": 0.3}, "mu")]
+)
+def test_batches_of_another_making_are_removed(tmp_path, toy, ram, change, named):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=4)
+    with preprocessor(config, *span(0, 1)) as process:
+        wait_until(settled(ram, range(4)), process, "buffer full")
+    assert "removing" not in said(config)
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=4, **change)
+    recipe = recipe_of(config)
+    with preprocessor(config, *span(0, 1)) as process:
+        wait_until(lambda: utils.read_json(ram / "buffer.json") == recipe.description, process, "")
+        train(ram, recipe, range(10), process)
+        assert finish(process) == 0
+    (line,) = [line for line in said(config).splitlines() if "removing" in line]
+    assert "8 files" in line and named in line
+    assert os.listdir(ram) == []
+
+
+def test_batches_without_buffer_json_are_of_another_making(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=2)
+    recipe = recipe_of(config)
+    x, y = recipe.make((0, 0))
+    np.save(ram / "X_0_0.npy", x + 1)
+    np.save(ram / "Y_0_0.npy", y)
+    with preprocessor(config, *span(0, 1)) as process:
+        wait_until(settled(ram, range(2)), process, "buffer full")
+        assert_made_by(recipe, (0, 0), load(ram, (0, 0)))
+    assert "removing 2 files" in said(config)
+
+
+FOREIGN = [
+    "notes.txt", "X_foo.npy", "X_1_1.npy.bak", "x_0_0.npy", "X_0_0.npz", "Z_0_0.npy", "X_0.npy",
+    "X_-1_0.npy", "X_0_0_0.npy", ".hidden", "progress.txt", "training_progress.txt.bak",
+]  # fmt: skip
+
+
+def test_foreign_files_are_never_touched(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+    for name in FOREIGN:
+        (ram / name).write_text(name)
+    (ram / "folder").mkdir()
+    (ram / "folder" / "X_0_0.npy").write_text("inside")
+    before = {name: (ram / name).stat() for name in FOREIGN}
+    with preprocessor(config, *span(0, 1)) as process:
+        train(ram, recipe_of(config), range(10), process)
+        assert finish(process) == 0
+    assert sorted(os.listdir(ram)) == sorted([*FOREIGN, "folder"])
+    for name in FOREIGN:
+        after = (ram / name).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before[name].st_ino, before[name].st_mtime_ns)
+        assert (ram / name).read_text() == name
+    assert (ram / "folder" / "X_0_0.npy").read_text() == "inside"
+
+
+# --- whole files only -------------------------------------------------------------------------
+
+
+def test_files_appear_whole_and_labels_first(tmp_path, toy, ram):
+    """Looked at all the time while the buffer fills: what has its name can be trained on."""
+    config = toolkit.write_config(
+        tmp_path, toy, ram, train__buffer_size=40, runtime_preprocessing__num_of_threads=4
+    )
+    looks, whole = 0, set()
+    with preprocessor(config, *span(0, 8, 8)) as process:
+        deadline = time.monotonic() + PATIENCE
+        while len(whole) < 40:
+            assert process.poll() is None and time.monotonic() < deadline
+            for number in there(ram, batches=5) - whole:
+                x, y = load(ram, divmod(number, 5))
+                assert (x.dtype, x.shape) == (np.float16, (8, CROP, CROP, 3))
+                assert (y.dtype, y.shape) == (np.int32, (8,))
+                whole.add(number)
+            looks += 1
+    assert looks > 40
+
+
+def test_makes_the_nearest_first(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=30)
+    with preprocessor(config, *span(0, 3)) as process:
+        while len(made := there(ram)) < 30:
+            assert process.poll() is None
+            assert not made or max(made) < len(made) + 2  # two threads
+            time.sleep(0.002)
+    times = [(ram / f"X_{n // 10}_{n % 10}.npy").stat().st_mtime_ns for n in range(30)]
+    assert times[0] < times[10] < times[20]
+
+
+def test_killed_at_any_moment(tmp_path, toy, ram):
+    """Ten SIGKILLs while training goes on: every batch is what an undisturbed run makes."""
+    config = toolkit.write_config(
+        tmp_path, toy, ram, train__buffer_size=6, runtime_preprocessing__sleep_time=0.02
+    )
+    recipe, moments, number = recipe_of(config, batch_size=8), random.Random(3), 0
+    for _ in range(10):
+        with preprocessor(config, *span(0, 40, 8)):
+            killed_at = time.monotonic() + moments.uniform(0.3, 0.8)
+            while time.monotonic() < killed_at:
+                if number in there(ram, batches=5):
+                    assert_made_by(recipe, divmod(number, 5), load(ram, divmod(number, 5)))
+                    number += 1
+                    progress(ram, number, batches=5)
+                time.sleep(0.005)
+    assert 10 < number < 190
+    with preprocessor(config, *span(0, 40, 8)) as process:
+        train(ram, recipe, range(number, number + 3), process)
+        train(ram, recipe, range(196, 200), process)
+        assert finish(process) == 0
+    assert os.listdir(ram) == []
+
+
+def test_what_a_killed_trainer_left_is_gone_after_the_end(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+    with preprocessor(config, *span(0, 1)) as process:
+        wait_until(settled(ram, range(3)), process, "buffer full")
+        (ram / ".training_progress.txt.aside-4194305-1").write_text("half")
+        progress(ram, 10)
+        assert finish(process) == 0
+    assert os.listdir(ram) == []
+
+
+# --- refusals ---------------------------------------------------------------------------------
+
+
+def test_second_preprocessor_is_refused(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+    with preprocessor(config, *span(0, 2)) as process:
+        wait_until(settled(ram, range(3)), process, "buffer full")
+        before = {path.name: path.stat().st_mtime_ns for path in ram.iterdir()}
+        result = toolkit.run("runtime_preprocessing.py", config, *span(0, 2, 5))
+        toolkit.assert_one_line_error(result, "runtime_preprocessing.py", str(ram), "another")
+        assert {path.name: path.stat().st_mtime_ns for path in ram.iterdir()} == before
+        assert process.poll() is None
+    with preprocessor(config, *span(0, 2)) as process:  # the lock died with its process
+        train(ram, recipe_of(config), range(4), process)
+
+
+def test_batch_larger_than_the_dataset(config):
+    result = toolkit.run("runtime_preprocessing.py", config, *span(0, 1, 41))
+    toolkit.assert_one_line_error(
+        result, "runtime_preprocessing.py", "--batch_size=41", "40 training pictures"
+    )
+
+
+def test_batch_larger_than_a_workers_share(config):
+    cluster = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
+    result = toolkit.run(
+        "runtime_preprocessing.py", config, *span(0, 1, 21), TF_CONFIG=json.dumps(cluster)
+    )
+    toolkit.assert_one_line_error(result, "runtime_preprocessing.py", "--batch_size=21", "40")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Makes a RAM disk of so many kilobytes. Skips where mounting is not permitted."""
+    folders = []
+
+    def mount(kilobytes: int) -> Path:
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        call = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(call, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not permitted here")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_window_too_large_for_the_disk_is_refused_with_one_that_fits(tmp_path, toy, small_disk):
+    """4 batches and a little: files take whole pages, and the small files need room too."""
+    recipe_bytes = 128 + 4 * CROP * CROP * 3 * 2
+    disk = small_disk((4 * recipe_bytes + 9000) // 1024)
+    config = toolkit.write_config(tmp_path, toy, disk, train__buffer_size=500)
+    result = toolkit.run("runtime_preprocessing.py", config, *span(0, 100))
+    toolkit.assert_one_line_error(
+        result, "runtime_preprocessing.py", "buffer_size", "500", "MB", str(disk)
+    )
+    size = int(re.search(r"largest buffer_size that fits is (\d+)", result.stderr)[1])
+    assert size in (3, 4)
+    config = toolkit.write_config(tmp_path, toy, disk, train__buffer_size=size)
+    with preprocessor(config, *span(0, 2)) as process:
+        wait_until(settled(disk, range(size)), process, "buffer full")
+        train(disk, recipe_of(config), range(20), process)
+        assert finish(process) == 0
+    assert "no room" not in said(config)
+    assert os.listdir(disk) == []
+
+
+def test_disk_too_small_for_one_batch(tmp_path, toy, small_disk):
+    config = toolkit.write_config(tmp_path, toy, small_disk(600), train__buffer_size=3)
+    result = toolkit.run("runtime_preprocessing.py", config, *span(0, 1))
+    toolkit.assert_one_line_error(result, "runtime_preprocessing.py", "buffer", "room", " kB")
+    assert "that fits is 0" not in result.stderr
+
+
+def test_batches_already_there_count_as_room(tmp_path, toy, small_disk):
+    disk = small_disk(5 * 1300)
+    config = toolkit.write_config(tmp_path, toy, disk, train__buffer_size=4)
+    for _ in range(2):
+        with preprocessor(config, *span(0, 1)) as process:
+            wait_until(settled(disk, range(4)), process, "buffer full")
+            time.sleep(0.3)
+
+
+def fill(disk: Path, but: int) -> Path:
+    """A file that leaves so many bytes free."""
+    with open(disk / "other.bin", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - but)
+    return disk / "other.bin"
+
+
+def test_waits_for_room_and_goes_on(tmp_path, toy, small_disk):
+    """Something else fills the RAM disk while the preprocessor runs."""
+    disk = small_disk(10 * 1300)
+    config = toolkit.write_config(tmp_path, toy, disk, train__buffer_size=5)
+    with preprocessor(config, *span(0, 2)) as process:
+        wait_until(settled(disk, range(5)), process, "buffer full")
+        filler = fill(disk, but=500_000)
+        (disk / "X_0_1.npy").rename(disk / "other.npy")
+        wait_until(lambda: "no room" in said(config), process, "says that there is no room")
+        time.sleep(2.5)
+        assert process.poll() is None
+        assert there(disk) == {0, 2, 3, 4}
+        filler.unlink()
+        wait_until(lambda: there(disk) == set(range(5)), process, "goes on")
+        train(disk, recipe_of(config), range(20), process)
+        assert finish(process) == 0
+    assert said(config).count("no room") == 1, said(config)
+    assert os.listdir(disk) == ["other.npy"]
+
+
+def test_waits_for_room_under_a_limit(tmp_path, toy, ram):
+    """The same where nothing can be mounted: files may not become as large as a batch."""
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with preprocessor(config, *span(0, 1)) as process:
+        wait_until(settled(ram, range(3)), process, "buffer full")
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000_000, hard))
+        progress(ram, 3)
+        wait_until(lambda: "no room" in said(config), process, "says that there is no room")
+        time.sleep(1.5)
+        assert process.poll() is None
+        assert not there(ram) - {0, 1, 2}
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        train(ram, recipe_of(config), range(3, 10), process)
+        assert finish(process) == 0
+    assert said(config).count("no room") == 1, said(config)
+    assert os.listdir(ram) == []
+
+
+# --- the training side ------------------------------------------------------------------------
+
+
+def stock(config: Path, folder: Path, batches: int = 4) -> Buffer:
+    """A buffer with the first batches, as the preprocessor leaves them."""
+    buffer = Buffer(folder, recipe_of(config), 0, 2, 20)
+    buffer.claim()
+    for number in range(batches):
+        buffer.make(number)
+    return buffer
+
+
+@contextlib.contextmanager
+def reading(buffer: Buffer, first: Position = (0, 0)):
+    """A train.Reader whose batches come out as NumPy arrays."""
+    import train
+
+    reader = train.Reader(
+        buffer.folder,
+        buffer.recipe.batches,
+        first,
+        2,
+        lambda: utils.read_json(buffer.folder / "buffer.json"),
+        0.05,
+        lambda images, labels: (images, labels),
+    )
+    with reader:
+        yield reader
+
+
+def next_batch(reader, patience: float = 20) -> tuple[np.ndarray, np.ndarray] | None:
+    """The reader's next batch, None if none comes in so many seconds."""
+    stop = threading.Event()
+    timer = threading.Timer(patience, stop.set)
+    timer.start()
+    try:
+        return reader.next(stop, before_waiting=lambda: None)
+    finally:
+        timer.cancel()
+
+
+def test_reader_hands_out_the_batches_in_order(config, ram):
+    buffer = stock(config, ram, 12)
+    with reading(buffer, (0, 8)) as reader:
+        for number in range(8, 12):
+            batch = next_batch(reader)
+            assert_made_by(buffer.recipe, divmod(number, 10), batch)
+            needs = buffer.number(utils.read_progress(ram))
+            assert number < needs <= number + 3  # one handed out, one waiting, one being read
+        assert next_batch(reader, 0.3) is None
+        assert utils.read_progress(ram) == (1, 2)
+        assert reader.waited > 0.2
+        buffer.make(12)
+        assert_made_by(buffer.recipe, (1, 2), next_batch(reader))
+
+
+def test_reader_waits_where_the_preprocessor_has_left(config, ram, capsys):
+    """It may have been started for fewer epochs; a new one goes on."""
+    buffer = stock(config, ram, 2)
+    with reading(buffer) as reader:
+        for _ in range(2):
+            assert next_batch(reader) is not None
+        buffer.leave()
+        assert next_batch(reader, 0.3) is None
+        assert "waiting for" in capsys.readouterr().out
+        stock(config, ram, 3)
+        assert_made_by(buffer.recipe, (0, 2), next_batch(reader))
+
+
+def test_reader_goes_on_without_room_for_the_progress_file(tmp_path, toy, small_disk):
+    disk = small_disk(10 * 1300)
+    buffer = stock(toolkit.write_config(tmp_path, toy, disk), disk, 4)
+    with reading(buffer) as reader:
+        assert next_batch(reader) is not None
+        filler = fill(disk, but=0)
+        for number in range(1, 4):
+            assert_made_by(buffer.recipe, (0, number), next_batch(reader))
+        filler.unlink()
+        deadline = time.monotonic() + 10
+        while utils.read_progress(disk) != (0, 4) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert utils.read_progress(disk) == (0, 4)
+
+
+def saved(save: Callable, *arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    save(file, *arrays)
+    return file.getvalue()
+
+
+WRONG = {
+    "X": {
+        "cut": lambda right: right[:-1],
+        "only a header": lambda right: right[:128],
+        "empty": lambda right: b"",
+        "zeros": lambda right: b"\0" * len(right),
+        "text": lambda right: b"not a batch at all\n",
+        "broken header": lambda right: right.replace(b"(4, 224", b"(4((224"),
+        "header without end": lambda right: right.replace(b"}", b" "),
+        "huge shape": lambda right: right.replace(b"(4, 224, 224, 3)", b"(9, 9999999, 224)"),
+        "zip": lambda right: saved(np.savez, np.zeros(3)),
+        "objects": lambda right: saved(np.save, np.array([{}], object)),
+        "float32": lambda right: saved(np.save, np.zeros((4, CROP, CROP, 3), np.float32)),
+        "fewer pictures": lambda right: saved(np.save, np.zeros((3, CROP, CROP, 3), np.float16)),
+        "channels first": lambda right: saved(np.save, np.zeros((4, 3, CROP, CROP), np.float16)),
+    },
+    "Y": {
+        "cut": lambda right: right[:-1],
+        "int64": lambda right: saved(np.save, np.zeros(4, np.int64)),
+        "class too high": lambda right: saved(np.save, np.array([0, 1, 4, 2], np.int32)),
+        "class below 0": lambda right: saved(np.save, np.array([0, 1, -1, 2], np.int32)),
+    },
+}
+
+
+@pytest.mark.parametrize("kind, damage", [(kind, name) for kind in WRONG for name in WRONG[kind]])
+def test_reader_removes_what_is_no_batch_and_says_so(config, ram, capfd, kind, damage):
+    buffer = stock(config, ram, 3)
+    path = ram / f"{kind}_0_1.npy"
+    right = path.read_bytes()
+    path.write_bytes(WRONG[kind][damage](right))
+    assert path.read_bytes() != right
+    with reading(buffer) as reader:
+        assert_made_by(buffer.recipe, (0, 0), next_batch(reader))
+        assert next_batch(reader, 0.3) is None
+        assert not (ram / "X_0_1.npy").exists() and not (ram / "Y_0_1.npy").exists()
+        buffer.make(1)
+        for number in (1, 2):
+            assert_made_by(buffer.recipe, (0, number), next_batch(reader))
+    output = capfd.readouterr()
+    (line,) = output.err.splitlines()
+    assert path.name in line and "removed" in line
+    assert output.out.count("waiting for") >= 1
+
+
+def test_reader_and_preprocessor_heal_a_batch_together(tmp_path, toy, ram):
+    """A file of the right length with anything in it: only training can see that it is wrong."""
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=5)
+    recipe = recipe_of(config)
+    with preprocessor(config, *span(0, 2)) as process:
+        wait_until(settled(ram, range(5)), process, "buffer full")
+        path = ram / "X_0_3.npy"
+        path.write_bytes(b"\1" * path.stat().st_size)
+        with reading(Buffer(ram, recipe, 0, 2, 5)) as reader:
+            for number in range(20):
+                assert_made_by(recipe, divmod(number, 10), next_batch(reader))
+        assert finish(process) == 0
+    assert os.listdir(ram) == []
+
+
+def test_training_with_other_arguments_is_told_both_values(config, ram):
+    import train
+
+    stock(config, ram, 0)
+    settings = utils.load_config(config)
+    assert train.check_buffer(settings, 4, 0, 1)["N"] == 40
+    settings.train.seed = 3
+    for arguments, words in (
+        ((8, 0, 1), ("batch_size = 4", "batch_size = 8")),
+        ((4, 0, 1), ("seed = 0", "seed = 3")),
+    ):
+        with pytest.raises(utils.UserError) as error:
+            train.check_buffer(settings, *arguments)
+        assert all(word in str(error.value) for word in words), error.value
+    (ram / "buffer.json").unlink()
+    assert train.check_buffer(settings, 4, 0, 1) is None
