@@ -1,0 +1,507 @@
+"""Opening pictures by their content: formats, colours, odd shapes, and every way to be broken.
+
+python3 -m pytest tests/test_pictures.py
+"""
+
+import io
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
+
+import toolkit
+import utils
+from utils import UserError
+
+# As in the scripts: utils sets these filters when it is imported, pytest resets them.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+    pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning"),
+]
+
+
+def smooth(height: int = 96, width: int = 120, seed: int = 0) -> np.ndarray:
+    """uint8 [height, width, 3]: coloured gradients with a soft pattern, kind to JPEG."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    phase = np.random.default_rng(seed).uniform(0, 6, 3)
+    waves = [np.sin(4 * x + p) + np.cos(5 * y - p) for p in phase]
+    return np.uint8(128 + 50 * np.stack(waves, -1))
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def opened(folder: Path, content: bytes) -> Image.Image:
+    """The picture as the scripts see it, from a file whose name always says JPEG."""
+    path = folder / "picture.JPEG"
+    path.write_bytes(content)
+    with utils.open_picture(path) as image:
+        return utils.as_rgb(image)
+
+
+def pixels(folder: Path, content: bytes) -> np.ndarray:
+    image = opened(folder, content)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Mean absolute difference in levels of 256."""
+    assert found.shape == expected.shape
+    return np.abs(found - expected.astype(int)).mean()
+
+
+COLOUR = smooth()
+GREY = COLOUR[:, :, 1]
+PICTURE = Image.fromarray(COLOUR)
+
+
+# --- formats ----------------------------------------------------------------------------------
+
+FORMATS = {
+    "JPEG": (encoded(PICTURE, "JPEG", quality=95), 2),
+    "progressive JPEG": (encoded(PICTURE, "JPEG", quality=95, progressive=True), 2),
+    "JPEG with restart markers": (
+        encoded(PICTURE, "JPEG", quality=95, restart_marker_blocks=2),
+        2,
+    ),
+    "JPEG with 4:4:4 colours": (encoded(PICTURE, "JPEG", quality=95, subsampling=0), 2),
+    "two JPEGs in one (MPO)": (
+        encoded(PICTURE, "MPO", save_all=True, append_images=[PICTURE.rotate(180)], quality=95),
+        2,
+    ),
+    "PNG": (encoded(PICTURE, "PNG"), 0),
+    "WebP": (encoded(PICTURE, "WEBP", quality=95), 3),
+    "WebP without loss": (encoded(PICTURE, "WEBP", lossless=True), 0),
+    "BMP": (encoded(PICTURE, "BMP"), 0),
+    "TIFF": (encoded(PICTURE, "TIFF"), 0),
+    "TIFF in LZW": (encoded(PICTURE, "TIFF", compression="tiff_lzw"), 0),
+    "RGBA PNG": (encoded(PICTURE.convert("RGBA"), "PNG"), 0),
+    "GIF": (encoded(PICTURE.convert("P", palette=Image.Palette.ADAPTIVE), "GIF"), 8),
+    "animated GIF": (
+        encoded(
+            PICTURE.convert("P", palette=Image.Palette.ADAPTIVE),
+            "GIF",
+            save_all=True,
+            append_images=[PICTURE.rotate(180).convert("P")],
+        ),
+        8,
+    ),
+}
+"""Content, and the mean difference that the format's own loss may make."""
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_format_is_opened_by_its_content(name, tmp_path):
+    content, loss = FORMATS[name]
+    assert difference(pixels(tmp_path, content), COLOUR) <= loss
+
+
+def test_the_format_registry_knows_what_is_asked_for():
+    """One that Pillow does not register makes it fail for every format listed behind it."""
+    Image.init()
+    assert set(utils.FORMATS) <= set(Image.OPEN)
+
+
+def test_formats_beyond_pictures_are_refused(tmp_path):
+    for kind in ("PDF", "EPS", "ICO", "PPM"):
+        with pytest.raises(utils.DECODING_ERRORS):
+            opened(tmp_path, encoded(PICTURE.resize((32, 32)), kind))
+
+
+# --- kinds of grey, palettes, transparency ----------------------------------------------------
+
+
+def as_rgb_levels(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP"])
+def test_grey_pictures_become_grey_rgb(kind, tmp_path):
+    found = pixels(tmp_path, encoded(Image.fromarray(GREY), kind))
+    assert difference(found, as_rgb_levels(GREY)) <= (2 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_of_grey_are_scaled_not_clipped(kind, tmp_path):
+    deep = np.linspace(0, 65535, 96 * 120).reshape(96, 120).astype(np.uint16)
+    found = pixels(tmp_path, encoded(Image.fromarray(deep), kind))
+    assert np.abs(found - as_rgb_levels(deep / 257)).max() <= 1
+    assert found.min() == 0 and found.max() == 255
+
+
+def test_16_bits_of_grey_in_the_other_byte_order(tmp_path):
+    deep = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(">u2")
+    content = encoded(Image.frombytes("I;16B", (64, 64), deep.tobytes()), "TIFF")
+    assert np.abs(pixels(tmp_path, content) - as_rgb_levels(deep / 257)).max() <= 1
+
+
+def png(width: int, height: int, depth: int, colour: int, data: bytes, *chunks: bytes) -> bytes:
+    """A PNG file made by hand; `data` are the filtered rows."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), *(chunk(c[:4], c[4:]) for c in chunks)]
+    parts += [chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_16_bits_of_each_colour_are_scaled(tmp_path):
+    deep = (COLOUR.astype(np.uint16) * 257).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    found = pixels(tmp_path, png(120, 96, 16, 2, rows))
+    assert np.abs(found - COLOUR).max() <= 1
+
+
+def test_one_bit_pictures_are_black_and_white(tmp_path):
+    bits = GREY > 128
+    for kind in ("PNG", "TIFF", "BMP"):
+        found = pixels(tmp_path, encoded(Image.fromarray(bits), kind))
+        assert np.array_equal(found, as_rgb_levels(255 * bits))
+
+
+def test_grey_with_transparency(tmp_path):
+    picture = Image.merge("LA", [Image.fromarray(GREY), Image.new("L", (120, 96), 200)])
+    assert difference(pixels(tmp_path, encoded(picture, "PNG")), as_rgb_levels(GREY)) == 0
+
+
+@pytest.mark.parametrize("transparency", [1, b"\xff\x00\x80\xff"])
+def test_palettes_with_transparency_keep_their_colours(transparency, tmp_path):
+    palette = [(250, 10, 20), (10, 240, 30), (20, 30, 230), (240, 240, 60)]
+    picture = Image.fromarray(GREY // 64)
+    indexed = Image.frombytes("P", picture.size, picture.tobytes())
+    indexed.putpalette([level for colour in palette for level in colour])
+    found = pixels(tmp_path, encoded(indexed, "PNG", transparency=transparency))
+    assert np.array_equal(found, np.array(palette)[GREY // 64])
+
+
+# --- CMYK -------------------------------------------------------------------------------------
+
+INKS = smooth(seed=1)
+BLACK = smooth(seed=2)[:, :, 0] // 2
+PRINTED = (255 - INKS.astype(float)) * (255 - BLACK[:, :, None].astype(float)) / 255
+"""RGB of the inks: each takes its share of white, black takes its share of all."""
+
+
+def cmyk_jpeg(inks: np.ndarray, black: np.ndarray) -> bytes:
+    """As Photoshop writes it: Adobe marker, all four channels inverted."""
+    picture = Image.merge("CMYK", [Image.fromarray(c) for c in (*np.moveaxis(inks, 2, 0), black)])
+    content = encoded(picture, "JPEG", quality=95)
+    assert b"Adobe" in content
+    return content
+
+
+def test_cmyk_of_adobe_has_the_right_colours(tmp_path):
+    assert difference(pixels(tmp_path, cmyk_jpeg(INKS, BLACK)), PRINTED) < 3
+
+
+def test_ycck_of_adobe_has_the_right_colours(tmp_path):
+    """The same inks stored as brightness and colour differences: Adobe's transform 2."""
+    ycc = np.asarray(Image.fromarray(INKS).convert("YCbCr"))
+    content = cmyk_jpeg(255 - ycc, BLACK)
+    at = content.index(b"Adobe") + 11
+    assert content[at] == 0
+    content = content[:at] + b"\x02" + content[at + 1 :]
+    assert difference(pixels(tmp_path, content), PRINTED) < 4
+
+
+def test_cmyk_tiff(tmp_path):
+    picture = Image.merge("CMYK", [Image.fromarray(c) for c in (*np.moveaxis(INKS, 2, 0), BLACK)])
+    assert difference(pixels(tmp_path, encoded(picture, "TIFF")), PRINTED) < 2
+
+
+# --- what comes along with a picture ----------------------------------------------------------
+
+
+def exif(orientation: int) -> bytes:
+    values = Image.Exif()
+    values[0x0112] = orientation
+    values[0x010F] = "camera"
+    return values.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_orientation_is_ignored(kind, orientation, tmp_path):
+    plain = pixels(tmp_path, encoded(PICTURE, kind))
+    turned = pixels(tmp_path, encoded(PICTURE, kind, exif=exif(orientation)))
+    assert np.array_equal(plain, turned)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_colour_profiles_change_nothing(kind, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = pixels(tmp_path, encoded(PICTURE, kind))
+    assert np.array_equal(plain, pixels(tmp_path, encoded(PICTURE, kind, icc_profile=profile)))
+
+
+def broken_exif() -> bytes:
+    """A JPEG without resolution, whose Exif block promises values that are not there."""
+    values = TiffImagePlugin.ImageFileDirectory_v2()
+    values[282], values[296], values[0x0112] = 300.0, 2, 6
+    block = io.BytesIO()
+    values.save(block)
+    content = b"Exif\0\0" + block.getvalue()[:20]
+    jpeg = encoded(PICTURE, "JPEG")
+    assert jpeg[2:4] == b"\xff\xe0"
+    rest = jpeg[4 + int.from_bytes(jpeg[4:6], "big") :]
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + rest
+
+
+BROKEN_EXIF = broken_exif()
+OPEN_PLAINLY = "import sys; from PIL import Image; Image.open(sys.argv[1]).getexif()"
+
+
+def test_broken_exif_is_silent(tmp_path):
+    (tmp_path / "data/train/cat").mkdir(parents=True)
+    path = tmp_path / "data/train/cat/a.JPEG"
+    path.write_bytes(BROKEN_EXIF)
+    pillow = subprocess.run([sys.executable, "-c", OPEN_PLAINLY, str(path)], capture_output=True)
+    assert b"UserWarning" in pillow.stderr  # so there is something to silence
+    config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+    for script, *arguments in (("get_mu_sigma.py",), ("preprocess.py", "--shorter_side=256")):
+        result = toolkit.run(script, config, *arguments)
+        assert result.returncode == 0 and result.stderr == "", result.stderr
+
+
+# --- shapes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (500, 33), (33, 500), (1, 100), (1500, 20)])
+def test_odd_shapes_are_fine(size, tmp_path):
+    for kind in ("JPEG", "PNG"):
+        assert opened(tmp_path, encoded(Image.new("RGB", size, "red"), kind)).size == size
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (20000, 20)])
+def test_shapes_beyond_use_are_refused(size, tmp_path):
+    for kind in ("JPEG", "PNG"):
+        with pytest.raises(utils.DECODING_ERRORS, match=f"{size[0]}.{size[1]}"):
+            opened(tmp_path, encoded(Image.new("RGB", size, "red"), kind))
+
+
+# --- pictures of enormous size ----------------------------------------------------------------
+
+
+def bomb(width: int, height: int, kind: str) -> bytes:
+    """A small file that says it holds so many pixels."""
+    if kind == "PNG":
+        return png(width, height, 8, 2, b"\0" * 50_000)
+    content = bytearray(encoded(PICTURE, kind))
+    if kind == "JPEG":
+        at = content.index(b"\xff\xc0")
+        content[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    elif kind == "GIF":
+        content[6:10] = struct.pack("<HH", width, height)
+    else:
+        content[18:26] = struct.pack("<ii", width, height)
+    return bytes(content)
+
+
+@pytest.fixture
+def never_decoded(monkeypatch):
+    def load(image):
+        pytest.fail(f"{image.size} was decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
+@pytest.mark.parametrize("size", [(60000, 50000), (14000, 14000), (10000, 9500)])
+def test_enormous_pictures_are_refused_unseen(kind, size, tmp_path, never_decoded):
+    with pytest.raises(utils.DECODING_ERRORS):
+        opened(tmp_path, bomb(*size, kind))
+
+
+def test_commands_refuse_enormous_pictures_unseen(tmp_path):
+    folder = tmp_path / "data/train/cat"
+    folder.mkdir(parents=True)
+    (folder / "bomb.JPEG").write_bytes(bomb(10_000, 9_500, "PNG"))
+    for i in range(3):
+        (folder / f"{i}.JPEG").write_bytes(FORMATS["JPEG"][0])
+    config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+    result = toolkit.run("get_mu_sigma.py", config)
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert "warning: cat/bomb.JPEG" in lines[0] and "95000000 pixels" in lines[0]
+    assert "1 could not be decoded" in result.stdout
+
+
+# --- broken files -----------------------------------------------------------------------------
+
+
+SINGLE = [name for name in FORMATS if not name.startswith(("animated", "two"))]
+"""Of several pictures in a file the first, which counts, is whole before the file ends."""
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_truncated_picture_is_refused(name, tmp_path):
+    content, _ = FORMATS[name]
+    for sixteenth in range(16):
+        with pytest.raises(utils.DECODING_ERRORS):
+            opened(tmp_path, content[: len(content) * sixteenth // 16])
+
+
+NO_PICTURES = {
+    "nothing": b"",
+    "text": b"<html><body>404 Not Found</body></html>\n" * 20,
+    "zeros": bytes(5000),
+    "noise": np.random.default_rng(0).bytes(5000),
+    "a JPEG's start and noise": b"\xff\xd8\xff\xe0" + np.random.default_rng(1).bytes(5000),
+    "a PNG's start alone": b"\x89PNG\r\n\x1a\n",
+    "a JPEG without its start": encoded(PICTURE, "JPEG")[2:],
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_picture_is_refused(name, tmp_path):
+    with pytest.raises(utils.DECODING_ERRORS):
+        opened(tmp_path, NO_PICTURES[name])
+
+
+def test_a_missing_file_counts_as_a_picture_that_cannot_be_decoded(tmp_path):
+    with pytest.raises(utils.DECODING_ERRORS), utils.open_picture(tmp_path / "gone.JPEG"):
+        pass
+    (tmp_path / "folder.JPEG").mkdir()
+    with pytest.raises(utils.DECODING_ERRORS), utils.open_picture(tmp_path / "folder.JPEG"):
+        pass
+
+
+def damaged(content: bytes, draw: np.random.Generator) -> bytes:
+    """Some bytes changed, more often near the beginning, where the headers are."""
+    broken = bytearray(content)
+    for _ in range(draw.choice([1, 2, 4, 16])):
+        end = len(broken) if draw.random() < 0.5 else min(len(broken), 300)
+        broken[draw.integers(end)] = draw.choice([draw.integers(256), 0, 255])
+    return bytes(broken)
+
+
+def open_damaged(folder: Path, content: bytes, draft: bool) -> str:
+    path = folder / "damaged.JPEG"
+    path.write_bytes(content)
+    try:
+        with utils.open_picture(path) as image:
+            if draft:
+                image.draft(image.mode, (20, 20))
+            assert utils.as_rgb(image).mode == "RGB"
+        return "decoded"
+    except utils.DECODING_ERRORS:
+        return "refused"
+
+
+def test_2000_damaged_jpegs_raise_only_the_known_errors(ram):
+    draw = np.random.default_rng(7)
+    small = Image.fromarray(smooth(40, 56))
+    kinds = [
+        encoded(small, "JPEG"),
+        encoded(small, "JPEG", progressive=True, exif=exif(6)),
+        encoded(small.convert("L"), "JPEG"),
+        encoded(small.convert("CMYK"), "JPEG"),
+    ]
+    outcomes = [
+        open_damaged(ram, damaged(kinds[i % len(kinds)], draw), i % 3 == 0) for i in range(2000)
+    ]
+    assert outcomes.count("decoded") > 200 and outcomes.count("refused") > 200
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_damaged_pictures_of_other_formats_raise_only_the_known_errors(kind, ram):
+    draw = np.random.default_rng(8)
+    small = Image.fromarray(smooth(40, 56))
+    variant = {"lossless": True} if kind == "WEBP" else {}
+    second = small if kind == "WEBP" else small.convert("P")
+    kinds = [encoded(small, kind), encoded(second, kind, **variant)]
+    outcomes = [open_damaged(ram, damaged(kinds[i % 2], draw), False) for i in range(400)]
+    assert outcomes.count("refused") > 40
+
+
+# --- counting failures ------------------------------------------------------------------------
+
+
+def warnings_of(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if ": warning: " in line]
+
+
+def test_each_failing_picture_is_named_once(capsys):
+    failures = utils.Failures(1000)
+    for path in ("cat/a.JPEG", "cat/b.JPEG", "cat/a.JPEG", "cat/a.JPEG"):
+        failures.add(path, OSError("image file is truncated"))
+    lines = warnings_of(capsys)
+    assert len(lines) == len(failures) == 2
+    assert "cat/a.JPEG" in lines[0] and "truncated" in lines[0]
+    assert "cat/b.JPEG" in lines[1]
+    assert str(failures).startswith("2 ")
+
+
+@pytest.mark.parametrize(("pictures", "allowed"), [(100, 1), (299, 2), (1000, 10), (50_000, 500)])
+def test_more_than_1_in_100_failing_is_the_end(pictures, allowed, capsys):
+    failures = utils.Failures(pictures)
+    for i in range(allowed):
+        failures.add(f"{i}.JPEG", OSError("broken"))
+        failures.add(f"{i}.JPEG", OSError("broken"))
+    with pytest.raises(UserError, match=f"{allowed + 1} of {pictures}.*last.JPEG"):
+        failures.add("last.JPEG", OSError("broken"))
+
+
+def test_a_single_failure_does_not_stop_a_small_set(capsys):
+    failures = utils.Failures(8)
+    failures.add("a.JPEG", OSError("broken"))
+    with pytest.raises(UserError):
+        failures.add("b.JPEG", OSError("broken"))
+
+
+def test_threads_name_each_failing_picture_once(capsys):
+    failures = utils.Failures(10_000)
+
+    def add_all() -> None:
+        for i in range(50):
+            failures.add(f"{i}.JPEG", OSError("broken"))
+
+    threads = [threading.Thread(target=add_all) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = warnings_of(capsys)
+    assert len(lines) == len(set(lines)) == len(failures) == 50
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_the_reason_is_for_people(name, tmp_path, capsys):
+    """One line, and not the address of a Python object."""
+    path = tmp_path / "line\nbreak.JPEG"
+    path.write_bytes(NO_PICTURES[name])
+    with pytest.raises(utils.DECODING_ERRORS) as error, utils.open_picture(path) as image:
+        utils.as_rgb(image)
+    utils.Failures(1000).add("cat/line\nbreak.JPEG", error.value)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "cat/line\\nbreak.JPEG" in lines[0]
+    assert "object at 0x" not in lines[0] and not lines[0].endswith(": ")
+
+
+# --- sizes ------------------------------------------------------------------------------------
+
+
+def test_the_shorter_side_is_exact_and_the_longer_nearest():
+    draw = np.random.default_rng(3)
+    for width, height in draw.integers(1, 6000, (3000, 2)).tolist():
+        for side in (256, 319, 480):
+            size = utils.resized_size(width, height, side)
+            assert min(size) == side
+            exact = max(width, height) * side / min(width, height)
+            assert abs(max(size) - exact) <= 0.5
+            assert (width - height) * (size[0] - size[1]) >= 0
