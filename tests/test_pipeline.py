@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toolkit
 from PIL import Image
 
 import get_mu_sigma
 import runtime_preprocessing
+import toolkit
 import utils
 from runtime_preprocessing import Recipe, colour_shifts, crop_file, draw, finish
 from utils import CROP, SIDES
