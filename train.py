@@ -577,7 +577,7 @@ def load_batch(x_path: Path, y_path: Path, buffer: dict) -> tuple[np.ndarray, np
     return tuple(arrays)
 
 
-def show_bound(args, config, strategy, precision: str, batches: int = 100) -> None:
+def show_bound(args, config, strategy, precision: str, seconds: float = 20.0) -> None:
     """Trains on random batches and prints images per second: what the hardware can do."""
     trainer = Trainer(strategy, config, 1000, precision, args)
     generator = np.random.default_rng(0)
@@ -585,12 +585,14 @@ def show_bound(args, config, strategy, precision: str, batches: int = 100) -> No
     labels = generator.integers(0, 1000, args.batch_size).astype(np.int32)
     batch = trainer.put(images.astype(np.float16), labels)
     print(f"random batches of {args.batch_size}, {precision}; nothing is saved")
-    trainer.step(*batch, 0.0).numpy()  # builds the step
-    progress = utils.Progress(batches * args.batch_size, "pictures")
-    for _ in range(batches):
+    for _ in range(2):
+        trainer.step(*batch, 0.0).numpy()  # builds the step
+    batches, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
         trainer.step(*batch, 0.0).numpy()
-        progress.add(args.batch_size)
-    print(f"this hardware trains {progress.rate:,.1f} images/s with batches of {args.batch_size}")
+        batches += 1
+    rate = batches * args.batch_size / (time.perf_counter() - start)
+    print(f"this hardware trains {rate:,.1f} images/s with batches of {args.batch_size}")
 
 
 # --- the run's folder -----------------------------------------------------------------------

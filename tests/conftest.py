@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 import toolkit
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import toolkit  # noqa: F401  (puts the scripts on the path)
 
+import toolkit  # noqa: F401  (puts the scripts on the path)
 from batch_renorm import EPSILON, BatchRenorm, Limits, limits_at, momentum_at, ramp
 
 CHANNELS = 6

@@ -14,8 +14,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import toolkit
 
+import toolkit
 import utils
 from utils import UserError
 

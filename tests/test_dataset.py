@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toolkit
 from PIL import Image
 
+import toolkit
 import utils
 from utils import Pictures, UserError
 

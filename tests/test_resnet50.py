@@ -7,9 +7,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import toolkit  # noqa: F401  (puts the scripts on the path)
 
 import resnet50
+import toolkit  # noqa: F401  (puts the scripts on the path)
 from batch_renorm import Limits
 from resnet50 import ConvNorm, ResNet50
 

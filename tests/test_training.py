@@ -324,8 +324,9 @@ def test_two_workers_lose_one_stop_clearly_and_resume(workers):
         assert trainer.wait(timeout=180) == 0, workers.log(0) + workers.log(1)
     assert "going on from" in workers.log(1)
     assert (workers.models / "two" / "0" / "saved_model.pb").is_file()
-    assert "saved" in workers.log(0)
-    assert "saved" not in workers.log(1)  # only the chief writes
+    saved = f"saved {workers.models / 'two' / '0'}"
+    assert saved in workers.log(0)
+    assert saved not in workers.log(1)  # only the chief writes
 
 
 # --- the step, in this process --------------------------------------------------------------
