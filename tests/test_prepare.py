@@ -1,0 +1,539 @@
+"""The three scripts that run once before training, as commands, against Pillow and NumPy.
+
+python3 -m pytest tests/test_prepare.py
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+import get_mu_sigma
+import preprocess
+import preprocess_val
+import toolkit
+import toy_dataset
+import utils
+from utils import UserError
+
+SIDES = range(256, 481, 7)
+
+
+# --- datasets and helpers ---------------------------------------------------------------------
+
+
+def picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    """A toy picture scaled to a size of choice: edges and texture at any resolution."""
+    name = list(toy_dataset.CLASSES)[seed % len(toy_dataset.CLASSES)]
+    return toy_dataset.picture(name, np.random.default_rng(seed)).resize(size)
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def save_picture(path: Path, image: Image.Image, kind: str = "JPEG", **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "JPEG":
+        options = {"quality": 92} | options
+    image.save(path, kind, **options)
+
+
+def make_mixed(folder: Path) -> None:
+    """Nine pictures: what ImageNet holds beside plain JPEG files."""
+    save_picture(folder / "a/plain.JPEG", picture(0, (400, 300)))
+    save_picture(folder / "a/deep below/tall.JPEG", picture(1, (281, 419)))
+    save_picture(folder / "a/square.jpg", picture(2, (256, 256)))
+    save_picture(folder / "a/really png.JPEG", picture(3, (333, 250)), "PNG")
+    save_picture(folder / "b/grey.JPEG", picture(4, (300, 401)).convert("L"))
+    save_picture(folder / "b/cmyk.JPEG", picture(5, (390, 300)).convert("CMYK"))
+    save_picture(folder / "b/large.JPEG", picture(6, (1500, 1100)), exif=turned())
+    save_picture(folder / "b/small.gif", picture(7, (50, 40)).convert("P"), "GIF")
+    save_picture(folder / "b/wide.JPEG", picture(8, (300, 120)))
+
+
+def as_pillow_opens(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Content of every file below a folder, by relative path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def mtimes(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def run_well(script: str, config: Path, *arguments: str) -> subprocess.CompletedProcess:
+    result = toolkit.run(script, config, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, "it was over before it could be stopped"
+        time.sleep(0.001)
+
+
+def in_process(module, monkeypatch, config: Path, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", f"--config={config}", *arguments])
+    module.main()
+
+
+def disk_with(free: int):
+    return lambda _folder: SimpleNamespace(total=10**15, used=0, free=free)
+
+
+def run_under(limit: str, script: str, config: Path, *arguments: str):
+    """Runs a script after a line of Python that limits its process."""
+    program = f"import os, resource, sys; {limit}; os.execv(sys.executable, sys.argv[1:])"
+    command = toolkit.command(script, config, *arguments)
+    return subprocess.run(
+        [sys.executable, "-c", program, sys.executable, *command[1:]],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """A dataset with the mixed pictures for training and for validation. Read only."""
+    folder = tmp_path_factory.mktemp("mixed")
+    make_mixed(folder / "train")
+    make_mixed(folder / "val")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copies(mixed, tmp_path_factory) -> SimpleNamespace:
+    """All 33 sides of the mixed pictures, made in one go. Read only."""
+    folder = tmp_path_factory.mktemp("copies")
+    config = toolkit.write_config(folder, mixed, folder / "buffer")
+    result = run_well("preprocess.py", config, "--shorter_side=all")
+    return SimpleNamespace(folder=folder / "preprocessed", stdout=result.stdout)
+
+
+@pytest.fixture
+def settings(tmp_path, mixed) -> Path:
+    return toolkit.write_config(tmp_path, mixed, tmp_path / "buffer")
+
+
+def linked_dataset(folder: Path, toy: Path, part: str, count: int) -> Path:
+    """A dataset whose pictures in `part` are `count` links to those of the toy dataset."""
+    pictures = sorted((toy / "train").rglob("*.JPEG"))
+    for i in range(count):
+        original = pictures[i % len(pictures)]
+        link = folder / part / original.parent.name / f"{i:04}.JPEG"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(original)
+    if part != "train":
+        (folder / "train").symlink_to(toy / "train")
+    return folder
+
+
+def truncate(path: Path) -> None:
+    """Makes a picture broken that may be a link to a good one."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 3])
+
+
+# --- preprocess.py ----------------------------------------------------------------------------
+
+
+def originals(mixed: Path) -> list[str]:
+    folder = mixed / "train"
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+
+
+def test_every_side_has_the_names_of_the_originals(copies, mixed):
+    assert sorted(path.name for path in copies.folder.iterdir()) == [str(side) for side in SIDES]
+    for side in SIDES:
+        assert sorted(tree(copies.folder / str(side))) == originals(mixed)
+
+
+def test_shapes_are_exact_and_all_are_rgb_jpegs(copies, mixed):
+    for name in originals(mixed):
+        with Image.open(mixed / "train" / name) as original:
+            width, height = original.size
+        for side in SIDES:
+            with Image.open(copies.folder / str(side) / name) as copy:
+                assert (copy.format, copy.mode) == ("JPEG", "RGB")
+                assert min(copy.size) == side
+                exact = max(width, height) * side / min(width, height)
+                assert abs(max(copy.size) - exact) <= 0.5
+                assert (width - height) * (copy.width - copy.height) >= 0
+                assert not copy.getexif()
+
+
+def test_contents_are_those_of_pillows_resize(copies, mixed):
+    for name in originals(mixed):
+        original = as_pillow_opens(mixed / "train" / name)
+        for side in (256, 375, 480):
+            copy = as_pillow_opens(copies.folder / str(side) / name)
+            expected = original.resize(copy.size, Image.Resampling.BILINEAR)
+            difference = np.subtract(copy, expected, dtype=float)
+            assert np.abs(difference).mean() < 2, (name, side)
+            assert np.abs(difference.mean((0, 1))).max() < 1, (name, side)
+
+
+def test_it_says_how_much_disk_it_needs_and_how_it_goes(copies, mixed):
+    needed = re.search(rf"about ([\d.]+) (kB|MB) needed in {copies.folder}\b", copies.stdout)
+    really = sum(map(len, tree(copies.folder).values()))
+    assert 0.7 < float(needed[1]) * {"kB": 1e3, "MB": 1e6}[needed[2]] / really < 1.4
+    total = len(SIDES) * len(originals(mixed))
+    assert re.search(rf"{total} of {total} copies, [\d,]+/s, .* left", copies.stdout)
+    assert "all could be decoded" in copies.stdout.splitlines()[-1]
+
+
+def test_one_side_makes_that_side_alone(settings, mixed, tmp_path):
+    result = run_well("preprocess.py", settings, "--shorter_side=263")
+    assert [path.name for path in (tmp_path / "preprocessed").iterdir()] == ["263"]
+    assert sorted(tree(tmp_path / "preprocessed/263")) == originals(mixed)
+    assert re.search(r"9 of 9 copies", result.stdout)
+
+
+def test_a_restart_keeps_what_is_finished_and_makes_what_is_missing(settings, tmp_path):
+    folder = tmp_path / "preprocessed"
+    run_well("preprocess.py", settings, "--shorter_side=256")
+    whole, times = tree(folder), mtimes(folder)
+    for name in ("a/plain.JPEG", "b/large.JPEG"):
+        (folder / "256" / name).unlink()
+    leftover = folder / "256/a/.plain.JPEG.aside-4194304-1"
+    leftover.write_bytes(b"half")
+    assert utils.is_leftover(leftover.name)
+    result = run_well("preprocess.py", settings, "--shorter_side=256")
+    assert "2 of 9 resized copies are still to be made" in result.stdout
+    assert tree(folder) == whole
+    changed = {path for path, at in mtimes(folder).items() if times[path] != at}
+    assert changed == {folder / "256/a/plain.JPEG", folder / "256/b/large.JPEG"}
+    result = run_well("preprocess.py", settings, "--shorter_side=256")
+    assert "0 of 9 resized copies are still to be made" in result.stdout
+
+
+def test_killed_and_started_again_it_makes_the_same(settings, copies, tmp_path):
+    folder = tmp_path / "preprocessed"
+    process = toolkit.start(
+        "preprocess.py", settings, "--shorter_side=all", log=tmp_path / "log.txt"
+    )
+    wait_until(lambda: sum(1 for _ in folder.rglob("[!.]*.*")) > 20, process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    whole = tree(copies.folder)
+    visible = {
+        name: content
+        for name, content in tree(folder).items()
+        if not Path(name).name.startswith(".")
+    }
+    assert 20 < len(visible) < len(whole)
+    assert visible.items() <= whole.items()
+    run_well("preprocess.py", settings, "--shorter_side=all")
+    assert tree(folder) == whole
+
+
+def test_ctrl_c_leaves_no_half_written_file(settings, tmp_path):
+    folder, log = tmp_path / "preprocessed", tmp_path / "log.txt"
+    process = toolkit.start("preprocess.py", settings, "--shorter_side=all", log=log)
+    wait_until(lambda: sum(1 for _ in folder.rglob("[!.]*.*")) > 5, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert log.read_text().splitlines()[-1] == "preprocess.py: stopped"
+    assert "Traceback" not in log.read_text()
+    for path in folder.rglob("*.*"):
+        assert not utils.is_leftover(path.name)
+        as_pillow_opens(path)
+
+
+def test_a_disk_too_small_is_refused_beforehand(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", disk_with(50_000))
+    with pytest.raises(UserError, match=r"preprocessed: .*need.* [\d.]+ [kM]B.*50 kB"):
+        in_process(preprocess, monkeypatch, settings, "--shorter_side=256")
+    assert tree(tmp_path / "preprocessed") == {}
+
+
+def test_one_broken_picture_is_warned_of_and_counted(tmp_path, toy):
+    dataset = linked_dataset(tmp_path / "data", toy, "train", 24)
+    truncate(dataset / "train/discs/0000.JPEG")
+    config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
+    result = toolkit.run("preprocess.py", config, "--shorter_side=256")
+    assert result.returncode == 0
+    warnings = result.stderr.splitlines()
+    assert len(warnings) == 1
+    assert warnings[0].startswith("preprocess.py: warning: discs/0000.JPEG: ")
+    last = result.stdout.splitlines()[-1]
+    assert "of 23 pictures" in last and "1 could not be decoded" in last
+    assert len(tree(tmp_path / "preprocessed")) == 23
+
+
+@pytest.mark.parametrize("script", ["preprocess.py", "preprocess_val.py", "get_mu_sigma.py"])
+def test_too_many_broken_pictures_stop_it(script, tmp_path, toy):
+    part = "val" if script == "preprocess_val.py" else "train"
+    dataset = linked_dataset(tmp_path / "data", toy, part, 12)
+    for path in sorted((dataset / part).rglob("*.JPEG"))[:2]:
+        truncate(path)
+    config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
+    arguments = ["--shorter_side=256"] if script == "preprocess.py" else []
+    result = toolkit.run(script, config, *arguments)
+    toolkit.assert_one_line_error(result, script, "2 of 12 pictures", "1 in 100")
+    assert result.stderr.count(": warning: ") == 2
+    assert not any(utils.is_leftover(Path(name).name) for name in tree(tmp_path / "preprocessed"))
+
+
+@pytest.mark.parametrize("script", ["preprocess.py", "preprocess_val.py"])
+def test_a_disk_that_fills_up_is_one_line_that_names_the_file(script, settings, tmp_path):
+    arguments = ["--shorter_side=256"] if script == "preprocess.py" else []
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+    result = run_under(limit, script, settings, *arguments)
+    folder = str(tmp_path / "preprocessed")
+    toolkit.assert_one_line_error(result, script, folder, "File too large")
+    assert [name for name in tree(tmp_path / "preprocessed") if "aside" in name] == []
+
+
+@pytest.mark.parametrize("script", ["preprocess.py", "preprocess_val.py", "get_mu_sigma.py"])
+def test_a_file_in_place_of_the_folder_is_named(script, settings, tmp_path):
+    (tmp_path / "preprocessed").write_text("")
+    arguments = ["--shorter_side=256"] if script == "preprocess.py" else []
+    result = toolkit.run(script, settings, *arguments)
+    toolkit.assert_one_line_error(result, script, str(tmp_path / "preprocessed"))
+
+
+# --- preprocess_val.py ------------------------------------------------------------------------
+
+
+def ten_crops(image: Image.Image) -> np.ndarray:
+    """uint8 [10, 224, 224, 3], with Pillow's own crop and mirror."""
+    scale = 256 / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    right, bottom = width - 224, height - 224
+    corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (right // 2, bottom // 2)]
+    crops = [resized.crop((x, y, x + 224, y + 224)) for x, y in corners]
+    return np.stack([np.asarray(c) for crop in crops for c in (crop, ImageOps.mirror(crop))])
+
+
+def validation_names(dataset: Path) -> list[Path]:
+    """In the order of class and relative path."""
+    return sorted((dataset / "val").rglob("*.*"), key=lambda path: str(path))
+
+
+def assert_crops_are_right(folder: Path, dataset: Path) -> None:
+    names = validation_names(dataset)
+    files = {path.name for path in folder.iterdir() if path.suffix == ".npy"}
+    assert files == {"y.npy", *(f"X10_{i}.npy" for i in range(len(names)))}
+    labels = np.load(folder / "y.npy", allow_pickle=False)
+    classes = sorted(path.name for path in (dataset / "train").iterdir())
+    assert (labels.dtype, labels.shape) == (np.int64, (len(names),))
+    for index, path in enumerate(names):
+        crops = np.load(folder / f"X10_{index}.npy", allow_pickle=False)
+        assert (crops.dtype, crops.shape) == (np.uint8, (10, 224, 224, 3))
+        assert np.array_equal(crops, ten_crops(as_pillow_opens(path))), path
+        assert classes[labels[index]] == path.relative_to(dataset / "val").parts[0]
+
+
+def test_crops_are_those_of_pillow(settings, mixed, tmp_path):
+    result = run_well("preprocess_val.py", settings)
+    assert_crops_are_right(tmp_path / "preprocessed/val", mixed)
+    assert re.search(r"9 of 9 pictures, [\d,]+/s, .* left", result.stdout)
+    assert re.search(r"13\.5 MB", result.stdout)
+
+
+def test_crops_of_the_toy_dataset(config, toy, tmp_path):
+    run_well("preprocess_val.py", config)
+    assert_crops_are_right(tmp_path / "preprocessed/val", toy)
+
+
+def test_a_restart_of_the_crops_keeps_what_is_finished(settings, mixed, tmp_path):
+    folder = tmp_path / "preprocessed/val"
+    run_well("preprocess_val.py", settings)
+    times = mtimes(folder)
+    (folder / "X10_4.npy").unlink()
+    (folder / "X10_7.npy").write_bytes(b"half")
+    (folder / "y.npy").unlink()
+    (folder / ".X10_3.npy.aside-4194304-1").write_bytes(b"half")
+    run_well("preprocess_val.py", settings)
+    assert_crops_are_right(folder, mixed)
+    changed = {path.name for path, at in mtimes(folder).items() if times[path] != at}
+    assert changed == {"X10_4.npy", "X10_7.npy", "y.npy"}
+    assert not (folder / ".X10_3.npy.aside-4194304-1").exists()
+
+
+def test_killed_and_started_again_it_cuts_the_same(tmp_path, toy):
+    dataset = linked_dataset(tmp_path / "data", toy, "val", 80)
+    config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
+    folder = tmp_path / "preprocessed/val"
+    process = toolkit.start("preprocess_val.py", config, log=tmp_path / "log.txt")
+    wait_until(lambda: any(folder.glob("X10_*")), process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    finished = list(folder.glob("X10_*"))
+    assert 0 < len(finished) < 80
+    times = {path: path.stat().st_mtime_ns for path in finished}
+    assert not (folder / "y.npy").exists()
+    run_well("preprocess_val.py", config)
+    assert_crops_are_right(folder, dataset)
+    assert times == {path: path.stat().st_mtime_ns for path in finished}
+
+
+def copied(toy: Path, folder: Path) -> Path:
+    shutil.copytree(toy / "val", folder / "val")
+    (folder / "train").symlink_to(toy / "train")
+    return folder
+
+
+def add_first(dataset: Path) -> None:
+    save_picture(dataset / "val/discs/aaa.JPEG", picture(20, (330, 300)))
+
+
+def remove_one(dataset: Path) -> None:
+    (dataset / "val/stars/stars_0.JPEG").unlink()
+
+
+@pytest.mark.parametrize("change", [add_first, remove_one])
+def test_crops_of_a_changed_dataset_are_cut_again(change, tmp_path, toy):
+    dataset = copied(toy, tmp_path / "data")
+    config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
+    run_well("preprocess_val.py", config)
+    change(dataset)
+    run_well("preprocess_val.py", config)
+    assert_crops_are_right(tmp_path / "preprocessed/val", dataset)
+
+
+def test_crops_of_another_dataset_with_the_same_names_are_cut_again(tmp_path, toy):
+    toy_dataset.make(tmp_path / "other", train=1, val=2, seed=9)
+    for dataset in (toy, tmp_path / "other"):
+        config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
+        run_well("preprocess_val.py", config)
+        assert_crops_are_right(tmp_path / "preprocessed/val", dataset)
+
+
+def test_the_crops_need_room(settings, mixed, tmp_path, monkeypatch):
+    needed = 9 * (128 + 10 * 224 * 224 * 3)
+    monkeypatch.setattr(shutil, "disk_usage", disk_with(needed - 1))
+    with pytest.raises(UserError, match=r"preprocessed/val.*13\.5 MB"):
+        in_process(preprocess_val, monkeypatch, settings)
+    folder = tmp_path / "preprocessed/val"
+    assert not list(folder.glob("*.npy"))
+    monkeypatch.setattr(shutil, "disk_usage", disk_with(needed))
+    in_process(preprocess_val, monkeypatch, settings)
+    assert_crops_are_right(folder, mixed)
+
+
+def test_a_broken_validation_picture_has_no_label(tmp_path, toy):
+    dataset = copied(toy, tmp_path / "data")
+    truncate(dataset / "val/stars/stars_1.JPEG")
+    config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
+    for _ in range(2):  # a restart tries it again, and says so again
+        result = toolkit.run("preprocess_val.py", config)
+        assert result.returncode == 0
+        assert len(result.stderr.splitlines()) == 1
+        assert "preprocess_val.py: warning: stars/stars_1.JPEG" in result.stderr
+        assert "1 could not be decoded" in result.stdout.splitlines()[-1]
+        labels = np.load(tmp_path / "preprocessed/val/y.npy")
+        assert labels.tolist() == [0, 0, 1, -1, 2, 2, 3, 3]
+    assert len(list((tmp_path / "preprocessed/val").glob("X10_*"))) == 7
+
+
+# --- get_mu_sigma.py --------------------------------------------------------------------------
+
+
+def numpy_mu_sigma(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [3] each: every picture weighs the same, pixels scaled to 0…1."""
+    pictures = [np.asarray(as_pillow_opens(path), np.float64) / 255 for path in folder.rglob("*.*")]
+    mu = np.mean([x.mean((0, 1)) for x in pictures], 0)
+    variance = np.mean([((x - mu) ** 2).mean((0, 1)) for x in pictures], 0)
+    return mu, np.sqrt(variance)
+
+
+def printed_section(stdout: str) -> str:
+    return re.search(r"\[utils\]\n(?:\w+ = [\d.]+\n)+", stdout)[0]
+
+
+def values_of(section: str) -> np.ndarray:
+    """float64 [2, 3]: mu and sigma."""
+    values = tomllib.loads(section)["utils"]
+    assert list(values) == ["mu_0", "mu_1", "mu_2", "sigma_0", "sigma_1", "sigma_2"]
+    return np.reshape(list(values.values()), (2, 3))
+
+
+def test_mu_and_sigma_are_numpys(settings, mixed, tmp_path):
+    result = run_well("get_mu_sigma.py", settings)
+    section = printed_section(result.stdout)
+    assert np.abs(values_of(section) - numpy_mu_sigma(mixed / "train")).max() < 6e-6
+    files = tree(tmp_path / "preprocessed")
+    assert list(files.values()) == [section.encode()]
+    assert str(tmp_path / "preprocessed" / next(iter(files))) in result.stdout
+
+
+def test_the_printed_section_can_be_pasted(settings):
+    section = printed_section(run_well("get_mu_sigma.py", settings).stdout)
+    text = settings.read_text(encoding="utf-8")
+    start, end = text.index("[utils]"), text.index("[l2]")
+    settings.write_text(text[:start] + section + "\n" + text[end:], encoding="utf-8")
+    mu, sigma = utils.mu_sigma(utils.load_config(settings))
+    assert np.array_equal([mu, sigma], values_of(section))
+
+
+def test_any_number_of_cores_gives_the_same_bits(settings, mixed, monkeypatch):
+    pictures = utils.training_pictures(utils.load_config(settings))
+    results = []
+    for cores in (1, 2, 5):
+        monkeypatch.setattr(utils, "cores", lambda cores=cores: cores)
+        results.append(get_mu_sigma.mu_sigma(pictures, utils.Failures(len(pictures))))
+    for result in results:
+        assert np.array_equal(result, results[0])
+        assert np.allclose(result, numpy_mu_sigma(mixed / "train"), rtol=1e-10, atol=0)
+
+
+def test_one_core_alone_gives_the_same_output(settings, tmp_path):
+    whole = run_well("get_mu_sigma.py", settings)
+    core = min(os.sched_getaffinity(0))
+    alone = run_under(f"os.sched_setaffinity(0, [{core}])", "get_mu_sigma.py", settings)
+    assert alone.returncode == 0
+    assert printed_section(alone.stdout) == printed_section(whole.stdout)
+
+
+def test_the_resized_copies_can_be_read_instead(settings, mixed, tmp_path):
+    result = toolkit.run("get_mu_sigma.py", settings, "--shorter_side=256")
+    toolkit.assert_one_line_error(result, "get_mu_sigma.py", str(tmp_path / "preprocessed/256"))
+    run_well("preprocess.py", settings, "--shorter_side=256")
+    expected = numpy_mu_sigma(tmp_path / "preprocessed/256")
+    result = run_well("get_mu_sigma.py", settings, "--shorter_side=256")
+    found = values_of(printed_section(result.stdout))
+    assert np.abs(found - expected).max() < 6e-6
+    assert np.abs(found - numpy_mu_sigma(mixed / "train")).max() > 1e-4
+
+
+def test_a_broken_picture_is_left_out_of_the_mean(tmp_path, toy):
+    dataset = linked_dataset(tmp_path / "data", toy, "train", 12)
+    broken = dataset / "train/discs/0000.JPEG"
+    truncate(broken)
+    config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
+    result = toolkit.run("get_mu_sigma.py", config)
+    assert result.returncode == 0
+    assert len(result.stderr.splitlines()) == 1
+    assert "warning: discs/0000.JPEG" in result.stderr
+    assert "1 could not be decoded" in result.stdout
+    broken.unlink()
+    expected = numpy_mu_sigma(dataset / "train")
+    assert np.abs(values_of(printed_section(result.stdout)) - expected).max() < 6e-6
