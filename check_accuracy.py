@@ -336,7 +336,7 @@ class Chart:
         self.legend_at += 42 + 20 * len(notes)
 
     def save(self, path: Path) -> None:
-        small = self.image.resize(self.size, Image.Resampling.LANCZOS)
+        small = self.image.resize(self.size, Image.Resampling.BOX)
         with utils.written_aside(path) as aside:
             small.save(aside, format="PNG")
 

@@ -23,7 +23,6 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -40,16 +39,17 @@ def main() -> None:
     config = utils.load_config(args.config)
     worker, workers = utils.worker()
     pictures = utils.training_pictures(config)
-    print(describe(pictures, args, workers))
+    resized = resized_folders(config.preprocess.path_to_save)
     recipe = Recipe(
         pictures,
         args.batch_size,
         config.train.seed,
         *utils.mu_sigma(config),
-        resized_folders(config),
+        resized,
         worker,
         workers,
     )
+    print(describe(recipe, args.epoch_end - args.epoch_start))
     if args.preview:
         draw_preview(recipe, args.preview, (args.epoch_start, 0))
         return
@@ -62,7 +62,7 @@ def main() -> None:
     buffer = Buffer(folder, recipe, args.epoch_start, args.epoch_end, config.train.buffer_size)
     buffer.claim()
     buffer.check_room()
-    keep_full(
+    made = keep_full(
         buffer,
         config.runtime_preprocessing.num_of_threads,
         config.runtime_preprocessing.sleep_time,
@@ -70,7 +70,7 @@ def main() -> None:
     buffer.leave()
     print(
         f"training has passed epoch {args.epoch_end - 1}; {folder} is empty again. "
-        f"{recipe.pictures_made:,} pictures were put into batches, {recipe.failures}"
+        f"{made:,} batches were made, {recipe.failures}"
     )
 
 
@@ -92,27 +92,22 @@ def parse_arguments():
     return parser.parse()
 
 
-def describe(pictures: Pictures, args, workers: int) -> str:
-    batches = utils.batches_per_epoch(len(pictures), args.batch_size, workers)
-    epochs = args.epoch_end - args.epoch_start
+def resized_folders(root: Path) -> dict[int, Path]:
+    """The folders that preprocess.py has made, by shorter side."""
+    return {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
+
+
+def describe(recipe: "Recipe", epochs: int) -> str:
+    """What is going to happen."""
+    pictures, sides = recipe.pictures, len(recipe.resized)
+    source = f"resized copies of {sides} of the {len(SIDES)} shorter sides" if sides else ""
+    if sides < len(SIDES):
+        source += f"{', else ' if sides else ''}the originals"
     return (
         f"{len(pictures.class_names):,} classes, {len(pictures):,} training pictures, "
-        f"{pictures.layout}; {batches:,} batches of {args.batch_size} an epoch, "
-        f"{epochs * batches:,} batches in {epochs} epochs"
+        f"{pictures.layout}; {recipe.batches:,} batches of {recipe.batch_size} an epoch, "
+        f"{epochs * recipe.batches:,} in {epochs} epochs, from {source}"
     )
-
-
-def resized_folders(config: SimpleNamespace) -> dict[int, Path]:
-    """The folders that preprocess.py has made, by shorter side."""
-    found = {side: config.preprocess.path_to_save / str(side) for side in SIDES}
-    found = {side: folder for side, folder in found.items() if folder.is_dir()}
-    print(
-        f"pictures come from the resized folders of {len(found)} shorter sides"
-        f"{'' if len(found) == len(SIDES) else ', else from the originals'}"
-        if found
-        else "pictures come from the originals"
-    )
-    return found
 
 
 # --- what a batch is made of ----------------------------------------------------------------
@@ -164,7 +159,6 @@ class Recipe:
         self.worker, self.workers = worker, workers
         self.batches = utils.batches_per_epoch(len(pictures), batch_size, workers)
         self.failures = utils.Failures(len(pictures))
-        self.pictures_made = 0
         self._scratch = threading.local()
         self.order = functools.lru_cache(maxsize=3)(self._order)
 
@@ -209,15 +203,16 @@ class Recipe:
             self._scratch.x = np.empty((size, CROP, CROP, 3), np.float16)
         crops = self._scratch.crops
         for slot in range(size):
-            substitutes = None
-            while (crop := self._crop(chosen[slot], draws.side[slot], draws.corner[slot])) is None:
-                substitutes = substitutes or self._generator(2, epoch, batch, self.worker, slot)
-                chosen[slot] = substitutes.choice(self.order(epoch))
+            crop = self._crop(chosen[slot], draws.side[slot], draws.corner[slot])
+            if crop is None:
+                substitutes = self._generator(2, epoch, batch, self.worker, slot)
+                while crop is None:
+                    chosen[slot] = substitutes.choice(self.order(epoch))
+                    crop = self._crop(chosen[slot], draws.side[slot], draws.corner[slot])
             if draws.flip[slot]:
                 crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             crops[slot] = crop
         finish(crops, draws.alpha, self.mu, self.sigma, out=self._scratch.x)
-        self.pictures_made += size
         return self._scratch.x, self.pictures.labels[chosen]
 
     def _crop(self, index: int, side: int, corner: np.ndarray) -> Image.Image | None:
@@ -453,13 +448,13 @@ def _size(entry: os.DirEntry) -> int:
         return -1
 
 
-def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> None:
-    """Follows training until it has passed the last epoch.
+def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
+    """Follows training until it has passed the last epoch. Returns the number of batches made.
 
     Looks at progress and folder anew before each batch, so whatever happens to either, the next
     batch made is the nearest one missing.
     """
-    made, filling, started = 0, False, time.monotonic()
+    total, made, filling, started = 0, 0, False, time.monotonic()
     under_way: dict[Future, int] = {}
     with ThreadPoolExecutor(threads) as pool:
         while (first := buffer.wanted_first()) < buffer.end:
@@ -477,7 +472,7 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> None:
                 rate = made * buffer.recipe.batch_size / (time.monotonic() - started)
                 print(
                     f"epoch {buffer.position(first)[0]}, batch {buffer.position(first)[1]}: "
-                    f"{len(window)} batches ready ahead of training; made {made} at "
+                    f"{len(window):,} batches ready ahead of training, {made:,} just made at "
                     f"{rate:,.0f} pictures/s"
                 )
             if not filling:
@@ -489,7 +484,8 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> None:
             for future in done:
                 del under_way[future]
                 future.result()
-                made += 1
+                made, total = made + 1, total + 1
+    return total
 
 
 # --- benchmark and preview ------------------------------------------------------------------

@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -472,17 +473,16 @@ class Reader:
         self.waited = 0.0
         self._ahead = queue.Queue(maxsize=1)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._read_all, daemon=True)
+        self._pool = ThreadPoolExecutor(1)
 
     def __enter__(self):
         utils.write_progress(self.folder, self.position)
-        self._thread.start()
+        self._reading = self._pool.submit(self._read_all)
         return self
 
     def __exit__(self, *_):
         self._closed.set()
-        while self._thread.is_alive():
-            self._take(0.05)
+        self._pool.shutdown()
 
     def next(self, stop: threading.Event, before_waiting: Callable[[], None]):
         """Images and labels as `put` gave them, or None when `stop` was set while waiting.
@@ -495,10 +495,10 @@ class Reader:
             before_waiting()
             start = time.perf_counter()
             while item is None and not stop.is_set():
+                if self._reading.done():
+                    self._reading.result()  # raises what the thread raised
                 item = self._take(0.1)
             self.waited += time.perf_counter() - start
-        if isinstance(item, Exception):
-            raise item
         return item
 
     def finish(self) -> None:
@@ -515,44 +515,40 @@ class Reader:
             return None
 
     def _read_all(self) -> None:
-        try:
-            while self.position[0] < self.epoch_end and not self._closed.is_set():
-                arrays = self._load()
-                if arrays is None:
-                    return
-                epoch, batch = self.position
-                self.position = divmod(epoch * self.batches + batch + 1, self.batches)
-                if self.position[0] < self.epoch_end:
-                    utils.write_progress(self.folder, self.position)
-                self._hand_over(self.put(*arrays))
-        except (UserError, OSError, tf.errors.OpError) as error:
-            self._hand_over(error)
-
-    def _hand_over(self, item) -> None:
-        while not self._closed.is_set():
-            try:
-                self._ahead.put(item, timeout=0.1)
-                break
-            except queue.Full:
-                continue
+        while self.position[0] < self.epoch_end:
+            arrays = self._load()
+            if arrays is None:
+                return
+            epoch, batch = self.position
+            self.position = divmod(epoch * self.batches + batch + 1, self.batches)
+            if self.position[0] < self.epoch_end:
+                utils.write_progress(self.folder, self.position)
+            item = self.put(*arrays)
+            while not self._closed.is_set():
+                try:
+                    self._ahead.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
 
     def _load(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The batch at `position`, waiting for it if need be. None once the reader is closed."""
         paths = utils.batch_files(self.folder, self.position)
         waiting = False
         while not self._closed.is_set():
-            buffer = self.check()
             try:
-                return load_batch(*paths, buffer) if buffer else None
+                if buffer := self.check():
+                    return load_batch(*paths, buffer)
             except FileNotFoundError:
-                if not waiting:
-                    print(f"waiting for {paths[0]}")
-                waiting = True
-                self._closed.wait(self.sleep_time)
+                pass  # not made yet
             except ValueError as error:
                 utils.warn(f"{error}; removed, to be made again")
                 for path in paths:
                     path.unlink(missing_ok=True)
+            if not waiting:
+                print(f"waiting for {paths[0]}")
+            waiting = True
+            self._closed.wait(self.sleep_time)
         return None
 
 
@@ -720,11 +716,11 @@ class Saver:
         if not self.run.chief:
             return
         folder = self.run.folder / f"state_{position[0]}_{position[1]}"
-        if folder.exists():
-            return
         try:
             with utils.folder_written_aside(folder) as aside:
                 self._write_state(aside, position)
+                if folder.exists():
+                    shutil.rmtree(folder)
         except (OSError, tf.errors.OpError) as error:
             utils.warn(f"{folder}: not saved, training goes on: {utils.one_line(str(error))[:200]}")
             return

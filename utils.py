@@ -583,7 +583,7 @@ def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
 
 # --- files that appear whole ----------------------------------------------------------------
 
-_ASIDE = re.compile(r"\..+\.aside-\d+-\d+")
+_ASIDE = re.compile(r"\..+\.aside-(\d+)-\d+")
 
 
 def _aside(path: Path) -> Path:
@@ -625,8 +625,13 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file of this name was left by a process killed within `written_aside`."""
-    return _ASIDE.fullmatch(name) is not None
+    """Whether a file of this name was left by a process that was killed within `written_aside`.
+
+    Not if that process is still at work.
+    """
+    match = _ASIDE.fullmatch(name)
+    alive = match and int(match[1]) != os.getpid() and Path(f"/proc/{match[1]}").exists()
+    return match is not None and not alive
 
 
 def write_text(path: Path, text: str) -> None:
@@ -693,7 +698,7 @@ class Failures:
             self.paths.add(path)
             reason = str(error).replace(repr(path), "it") or type(error).__name__
             warn(f"{path}: left out, cannot be decoded: {reason}")
-            if len(self.paths) > self.allowed:
+            if len(self.paths) > self.allowed or len(self.paths) == self.pictures:
                 raise UserError(
                     f"{len(self.paths)} of {self.pictures} pictures could not be decoded, more "
                     f"than 1 in 100; the last was {path}"

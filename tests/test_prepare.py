@@ -39,6 +39,15 @@ def picture(seed: int, size: tuple[int, int]) -> Image.Image:
     return toy_dataset.picture(name, np.random.default_rng(seed)).resize(size)
 
 
+def mosaic(size: tuple[int, int]) -> Image.Image:
+    """A picture with more detail than its resized copies can hold."""
+    whole = Image.new("RGB", size)
+    for i, y in enumerate(range(0, size[1], 100)):
+        for j, x in enumerate(range(0, size[0], 150)):
+            whole.paste(picture(10 * i + j, (150, 100)), (x, y))
+    return whole
+
+
 def turned() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -60,7 +69,7 @@ def make_mixed(folder: Path) -> None:
     save_picture(folder / "a/really png.JPEG", picture(3, (333, 250)), "PNG")
     save_picture(folder / "b/grey.JPEG", picture(4, (300, 401)).convert("L"))
     save_picture(folder / "b/cmyk.JPEG", picture(5, (390, 300)).convert("CMYK"))
-    save_picture(folder / "b/large.JPEG", picture(6, (1500, 1100)), exif=turned())
+    save_picture(folder / "b/large.JPEG", mosaic((1500, 1100)), exif=turned())
     save_picture(folder / "b/small.gif", picture(7, (50, 40)).convert("P"), "GIF")
     save_picture(folder / "b/wide.JPEG", picture(8, (300, 120)))
 
@@ -187,15 +196,20 @@ def test_shapes_are_exact_and_all_are_rgb_jpegs(copies, mixed):
                 assert not copy.getexif()
 
 
-def test_contents_are_those_of_pillows_resize(copies, mixed):
+def assert_contents_are_right(folder: Path, mixed: Path) -> None:
     for name in originals(mixed):
+        copy = as_pillow_opens(folder / name)
         original = as_pillow_opens(mixed / "train" / name)
-        for side in (256, 375, 480):
-            copy = as_pillow_opens(copies.folder / str(side) / name)
-            expected = original.resize(copy.size, Image.Resampling.BILINEAR)
-            difference = np.subtract(copy, expected, dtype=float)
-            assert np.abs(difference).mean() < 2, (name, side)
-            assert np.abs(difference.mean((0, 1))).max() < 1, (name, side)
+        expected = original.resize(copy.size, Image.Resampling.BILINEAR)
+        difference = np.subtract(copy, expected, dtype=float)
+        limit = 3.5 if "large" in name else 1.5  # its detail is hard on JPEG
+        assert np.abs(difference).mean() < limit, (folder, name)
+        assert np.abs(difference.mean((0, 1))).max() < 1, (folder, name)
+
+
+@pytest.mark.parametrize("side", [256, 375, 480])
+def test_contents_are_those_of_pillows_resize(side, copies, mixed):
+    assert_contents_are_right(copies.folder / str(side), mixed)
 
 
 def test_it_says_how_much_disk_it_needs_and_how_it_goes(copies, mixed):
@@ -212,6 +226,7 @@ def test_one_side_makes_that_side_alone(settings, mixed, tmp_path):
     assert [path.name for path in (tmp_path / "preprocessed").iterdir()] == ["263"]
     assert sorted(tree(tmp_path / "preprocessed/263")) == originals(mixed)
     assert re.search(r"9 of 9 copies", result.stdout)
+    assert_contents_are_right(tmp_path / "preprocessed/263", mixed)
 
 
 def test_a_restart_keeps_what_is_finished_and_makes_what_is_missing(settings, tmp_path):
