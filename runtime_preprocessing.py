@@ -241,6 +241,13 @@ def crop_file(path: Path, side: int, corner: np.ndarray) -> Image.Image:
     Resizing the crop's window alone gives what resizing all and cutting gives, at a fraction of
     the cost. Raises one of utils.DECODING_ERRORS.
     """
+    try:
+        return _crop_file(path, side, corner, whole=False)
+    except RowsMissing:
+        return _crop_file(path, side, corner, whole=True)
+
+
+def _crop_file(path: Path, side: int, corner: np.ndarray, whole: bool) -> Image.Image:
     with utils.open_picture(path) as image:
         width, height = utils.resized_size(*image.size, side)
         left = int(corner[0] * (width - CROP + 1))
@@ -248,11 +255,16 @@ def crop_file(path: Path, side: int, corner: np.ndarray) -> Image.Image:
         shrink(image, side)
         scale_x, scale_y = image.width / width, image.height / height
         box = (left * scale_x, top * scale_y, (left + CROP) * scale_x, (top + CROP) * scale_y)
-        # Antialiasing reaches beyond the window by one output pixel; one input pixel for rounding.
-        load_rows(image, int(box[3] + max(scale_y, 1)) + 2)
+        if not whole:
+            # Antialiasing reaches beyond the window by one output pixel; one more for rounding.
+            load_rows(image, int(box[3] + max(scale_y, 1)) + 2)
         if (image.width, image.height) == (width, height):
             return utils.as_rgb(image).crop((left, top, left + CROP, top + CROP))
         return utils.as_rgb(image).resize((CROP, CROP), Image.Resampling.BILINEAR, box)
+
+
+class RowsMissing(Exception):
+    """Whether the rows of a JPEG were decoded cannot be told: they are black, or it is broken."""
 
 
 def shrink(image: Image.Image, side: int) -> None:
@@ -267,19 +279,17 @@ def load_rows(image: Image.Image, rows: int) -> None:
 
     Told that the picture ends there, Pillow's decoder stops there, and complains of the data that
     it then finds left over. The last row says whether that was all: it has been decoded unless it
-    is still black. If it is, decoding everything tells a black row from a broken file.
+    is still black. Raises RowsMissing if it is.
     """
     image.decodermaxblock = 1 << 24  # the file in one piece: each piece ends in slow steps
     if image.format != "JPEG" or rows >= image.height:
         return
-    tile = image.tile[0]
-    image.tile = [tile._replace(extents=(0, 0, image.width, rows))]
+    image.tile = [image.tile[0]._replace(extents=(0, 0, image.width, rows))]
     try:
         image.load()
     except OSError:
         if image.im.crop((0, rows - 1, image.width, rows)).getbbox() is None:
-            image.tile = [tile]
-            image.load()
+            raise RowsMissing from None
         image.tile = []
 
 
