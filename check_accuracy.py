@@ -67,7 +67,7 @@ def main() -> None:
 
 def parse_arguments():
     parser = utils.Parser(
-        "Evaluates the model of each epoch on ten crops a picture, while training goes on.",
+        "Evaluates the model of each epoch on ten crops a picture, while training runs.",
         "check_accuracy.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30",
     )
     parser.add_argument("--run_folder", required=True, metavar="NAME", help="name of the run")

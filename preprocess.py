@@ -12,7 +12,8 @@ import argparse
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -71,27 +72,30 @@ def sides(text: str) -> list[int]:
     return [side]
 
 
-def missing(pictures: Pictures, folders: dict[int, Path]) -> list[tuple[int, list[int]]]:
+def missing(pictures: Pictures, folders: dict[int, Path]) -> list[tuple[int, tuple[int, ...]]]:
     """For each picture with copies still to be made: its index and their sides.
 
     Creates the folders, and removes what a killed process left half-written.
     """
-    inside = sorted({os.path.dirname(path) for path in pictures.paths})
-    done = set()
-    for side, folder in folders.items():
-        for relative in inside:
+    in_folder = defaultdict(list)
+    for index, path in enumerate(pictures.paths):
+        in_folder[os.path.dirname(path)].append(index)
+    jobs, same = [], {}  # equal tuples are kept once: there may be millions
+    for relative, indices in in_folder.items():
+        done = {}
+        for side, folder in folders.items():
             utils.make_folder(folder / relative)
             utils.remove_leftovers(folder / relative)
-            done |= {(side, f"{relative}/{name}") for name in os.listdir(folder / relative)}
-    jobs = []
-    for index, path in enumerate(pictures.paths):
-        key = path if "/" in path else f"/{path}"
-        if wanted := [side for side in folders if (side, key) not in done]:
-            jobs.append((index, wanted))
+            done[side] = set(os.listdir(folder / relative))
+        for index in indices:
+            name = os.path.basename(pictures.paths[index])
+            if wanted := tuple(side for side in folders if name not in done[side]):
+                jobs.append((index, same.setdefault(wanted, wanted)))
+    jobs.sort()
     return jobs
 
 
-def resized_copies(path: Path, wanted: list[int]) -> Iterator[tuple[int, bytes]]:
+def resized_copies(path: Path, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
     """A picture's JPEG at each of the shorter sides. Raises one of utils.DECODING_ERRORS."""
     with utils.open_picture(path) as image:
         # Twice the pixels needed are enough to resize from; libjpeg halves while decoding.
@@ -128,7 +132,7 @@ def check_room(pictures: Pictures, jobs: list, total: int, folder: Path, samples
 def write_all(pictures: Pictures, folders: dict, jobs: list, total: int, failures) -> None:
     """Makes the copies, each under its name only when it is whole."""
 
-    def write(job: tuple[int, list[int]]) -> int:
+    def write(job: tuple[int, tuple[int, ...]]) -> int:
         index, wanted = job
         path = pictures.paths[index]
         try:

@@ -39,12 +39,19 @@ def main() -> None:
     check_room(folder, len(jobs))
     labels = pictures.labels.astype(np.int64)
     failures = write_all(pictures, folder, jobs, labels)
-    with utils.written_aside(folder / "y.npy") as aside, open(aside, "wb") as file:
-        np.save(file, labels, allow_pickle=False)
+    utils.save_array(folder / "y.npy", labels)
     print(
         f"ten crops of {len(pictures) - len(failures):,} pictures are in {folder}; {failures}. "
         f"Next: check_accuracy.py takes them from there"
     )
+
+
+def _size(path: Path) -> int:
+    """In bytes, -1 for a file that cannot be read: tells pictures of the same name apart."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def missing(pictures: Pictures, folder: Path) -> list[int]:
@@ -53,14 +60,15 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
     Crops of another list of pictures, and what a killed process left half-written, are removed.
     """
     utils.remove_leftovers(folder)
-    listing, paths = folder / "pictures.txt", "".join(f"{p!r}\n" for p in pictures.paths)
-    if not listing.is_file() or listing.read_text(encoding="utf-8") != paths:
+    listing = folder / "pictures.txt"
+    lines = [f"{_size(pictures.folder / path)} {path!r}\n" for path in pictures.paths]
+    if not listing.is_file() or listing.read_text(encoding="utf-8") != "".join(lines):
         old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
         if old:
             print(f"{folder}: removing {len(old)} files made from other pictures")
         for name in old:
             (folder / name).unlink()
-        utils.write_text(listing, paths)
+        utils.write_text(listing, "".join(lines))
     with os.scandir(folder) as entries:
         done = {entry.name for entry in entries if entry.stat().st_size == CROP_FILE_BYTES}
     return [index for index in range(len(pictures)) if f"X10_{index}.npy" not in done]
@@ -101,8 +109,7 @@ def write_all(
             failures.add(path, error)
             labels[index] = -1
             return
-        with utils.written_aside(folder / f"X10_{index}.npy") as aside, open(aside, "wb") as file:
-            np.save(file, crops, allow_pickle=False)
+        utils.save_array(folder / f"X10_{index}.npy", crops)
 
     progress = utils.Progress(len(jobs), "pictures")
     for _ in utils.map_in_order(write, jobs, utils.cores()):

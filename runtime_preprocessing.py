@@ -431,8 +431,7 @@ class Buffer:
         x_path, y_path = utils.batch_files(self.folder, self.position(number))
         try:
             for path, array in ((y_path, y), (x_path, x)):
-                with utils.written_aside(path) as aside, open(aside, "wb") as file:
-                    np.save(file, array, allow_pickle=False)
+                utils.save_array(path, array)
         except OSError as error:
             if not utils.is_no_room(error):
                 raise

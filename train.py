@@ -128,8 +128,8 @@ def explained_failures(workers: int) -> Iterator[None]:
 def parse_arguments():
     parser = utils.Parser(
         "Trains a ResNet-50 with batch renormalization from the buffer's batches.",
-        "train.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30 --batch_size=64 "
-        "--learning_rate=0.01",
+        "train.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30 \\\n"
+        "    --batch_size=64 --learning_rate=0.01",
     )
     add = parser.add_argument
     add(

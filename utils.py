@@ -37,7 +37,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 CROP = 224
 """Side of the pictures that the network sees, in pixels."""
@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, sentence: str, example: str):
         super().__init__(
             description=sentence,
-            epilog=f"example: python3 {example}",
+            epilog=f"example:\npython3 {example}",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -126,6 +126,9 @@ class Parser(argparse.ArgumentParser):
     def parse(self) -> argparse.Namespace:
         """The arguments. Raises UserError."""
         args = self.parse_args()
+        for name, value in vars(args).items():
+            if value == []:  # what argparse makes of --flag=--
+                self.error(f"argument --{name}: expected one argument")
         if getattr(args, "epoch_end", None) is not None and args.epoch_end <= args.epoch_start:
             raise UserError(
                 f"--epoch_end={args.epoch_end} must be larger than "
@@ -189,13 +192,13 @@ KEYS: dict[str, dict[str, Key]] = {
     "preprocess": {
         "ImageNet_folder": Key(Path),
         "path_to_save": Key(Path),
-        "N": Key(int, 0),
+        "N": Key(int, 0, 10**12),
     },
     "get_mu_sigma": {"path_to_save": Key(Path)},
     "train": {
         "buffer_folder": Key(Path),
         "path_for_saving": Key(Path),
-        "N": Key(int, 0),
+        "N": Key(int, 0, 10**12),
         "sgd_momentum": Key(float, 0, 0.9999),
         "buffer_size": Key(int, 1, 10_000_000),
         "sleep_time": Key(float, 0.01, 86_400),
@@ -203,12 +206,12 @@ KEYS: dict[str, dict[str, Key]] = {
     },
     "batch_renorm": {
         "moving_avgs_momentum": Key(float, 0, 0.999999),
-        "rmax_max": Key(float, 1),
-        "dmax_max": Key(float, 0),
-        "start_relaxing_rmax": Key(int, 0),
-        "reach_rmax_max": Key(int, 0),
-        "start_relaxing_dmax": Key(int, 0),
-        "reach_dmax_max": Key(int, 0),
+        "rmax_max": Key(float, 1, 1e6),
+        "dmax_max": Key(float, 0, 1e6),
+        "start_relaxing_rmax": Key(int, 0, 10**12),
+        "reach_rmax_max": Key(int, 0, 10**12),
+        "start_relaxing_dmax": Key(int, 0, 10**12),
+        "reach_dmax_max": Key(int, 0, 10**12),
     },
     "runtime_preprocessing": {
         "sleep_time": Key(float, 0.01, 86_400),
@@ -230,7 +233,7 @@ def load_config(file: Path) -> SimpleNamespace:
     the folder of `file`. Raises UserError: a line that names file, section, key and expectation.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         sections = tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; --config names the settings to use") from None
@@ -238,6 +241,8 @@ def load_config(file: Path) -> SimpleNamespace:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{file}: {error}{_quoting_hint(text, str(error))}") from None
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        raise UserError(f"{file}: holds a value that is too long to be read") from None
     _check_names(str(file), "section", sections, KEYS)
     config = SimpleNamespace()
     for section, keys in KEYS.items():
@@ -284,8 +289,10 @@ def _check_value(where: str, value: object, key: Key, folder: Path) -> object:
         if not value.strip() or "\0" in value:
             raise UserError(f"{where}: expected {key.expected}, not {_toml(value)}")
         path = os.path.expanduser(os.path.expandvars(value))
+        if unset := re.search(r"\$(\w+|\{\w+\})", path):
+            raise UserError(f"{where}: the environment variable {unset[0]} is not set")
         return Path(os.path.abspath(folder / path))
-    if not (key.minimum <= value <= key.maximum and math.isfinite(value)):
+    if not key.minimum <= value <= key.maximum:
         raise UserError(f"{where}: expected {key.expected}, not {_toml(value)}")
     return key.type(value)
 
@@ -299,7 +306,7 @@ def _quoting_hint(text: str, error: str) -> str:
     """A hint where the line that TOML stumbled over looks like an unquoted path."""
     number = re.search(r"line (\d+)", error)
     line = text.splitlines()[int(number[1]) - 1] if number else ""
-    if match := re.match(r"\s*(\w+)\s*=\s*([~$./A-Za-z].*?)\s*$", line):
+    if match := re.match(r"\s*(\w+)\s*=\s*([~$./A-Za-z].*?)\s*(#.*)?$", line):
         return f'; text and paths need quotes: {match[1]} = "{match[2]}"'
     if re.match(r"\s*\w+\s*:", line):
         return "; write key = value, not key: value"
@@ -398,7 +405,7 @@ def _has_lists(root: Path) -> bool:
 
 def _near(root: Path, *names: str) -> Path | None:
     """The first of these files in the folder, or in the three above it (Kaggle's root)."""
-    for folder in (root, *list(root.parents)[:3]):
+    for folder in (root, *list(root.resolve().parents)[:3]):
         for name in names:
             if (folder / name).is_file():
                 return folder / name
@@ -407,7 +414,12 @@ def _near(root: Path, *names: str) -> Path | None:
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        folders = [
+            e.name
+            for e in entries
+            if not e.is_file(follow_symlinks=False) and os.path.isdir(e.path)
+        ]
+    return sorted(name for name in folders if not name.startswith("."))
 
 
 def _in_class_folders(root: Path, part: str = "train", classes: list[str] | None = None):
@@ -432,12 +444,16 @@ def _in_class_folders(root: Path, part: str = "train", classes: list[str] | None
     return Pictures(folder, paths, labels, _readable(root, classes), layout)
 
 
+def _fail(error: OSError) -> None:
+    raise error
+
+
 def _picture_files(folder: Path, below: str) -> Iterator[str]:
     """Relative paths of the pictures in folder/below and the folders in it, hidden ones left out.
 
     Links to folders are not followed further down, so that a loop of links cannot trap.
     """
-    for parent, folders, files in os.walk(folder / below):
+    for parent, folders, files in os.walk(folder / below, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = os.path.relpath(parent, folder)
         for name in files:
@@ -506,15 +522,16 @@ def _listed(root: Path, part: str) -> Pictures:
 
 def _read_list(file: Path) -> list[tuple[str, int]]:
     listed = []
-    for number, line in enumerate(os.fsdecode(file.read_bytes()).splitlines(), 1):
-        path, _, label = line.strip().rpartition(" ")
+    for number, line in enumerate(os.fsdecode(file.read_bytes()).split("\n"), 1):
         if not line.strip():
             continue
-        if not path or not re.fullmatch(r"[0-9]{1,6}", label):
+        match = re.fullmatch(r"\s*(.*\S)\s+([0-9]{1,6})\s*", line)
+        if not match:
             raise UserError(f"{file}: line {number}: expected 'filename label', not {line!r}")
+        path, label = match.groups()
         if os.path.isabs(path) or ".." in Path(path).parts:
             raise UserError(f"{file}: line {number}: {path} lies outside the folder of pictures")
-        listed.append((path.strip(), int(label)))
+        listed.append((path, int(label)))
     if not listed:
         raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
     return listed
@@ -522,7 +539,7 @@ def _read_list(file: Path) -> list[tuple[str, int]]:
 
 # --- opening pictures -----------------------------------------------------------------------
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LONGEST = 100
 """Pictures more than so many times as long as wide are refused: at 480 pixels of shorter side they
 would not fit into a JPEG file (65,535 pixels), and hardly into memory."""
@@ -545,7 +562,12 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
 
     Raises one of DECODING_ERRORS for a file that is no picture or of a shape beyond use.
     """
-    with Image.open(io.BytesIO(read_file(path)), formats=FORMATS) as image:
+    content = io.BytesIO(read_file(path))
+    try:
+        image = Image.open(content, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"is none of {', '.join(FORMATS)}") from None
+    with image:
         if max(image.size) > LONGEST * min(image.size):
             raise ValueError(f"{image.width}×{image.height} pixels is too long and thin")
         yield image
@@ -553,7 +575,7 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
 
 def read_file(path: str | Path) -> bytes:
     """The file's content, in the fewest system calls: between threads, each costs a hand-over."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
     try:
         size = os.fstat(descriptor).st_size
         content = os.read(descriptor, size)
@@ -600,9 +622,19 @@ def written_aside(path: Path) -> Iterator[Path]:
     try:
         yield aside
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write that failed, because the disk is full
         raise
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """What np.save writes. Raises OSError with its errno, which np.save swallows."""
+    form = np.lib.format
+    with written_aside(path) as aside, open(aside, "wb") as file:
+        form.write_array_header_1_0(file, form.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
 
 
 @contextlib.contextmanager

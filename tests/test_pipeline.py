@@ -26,7 +26,7 @@ MU, SIGMA = [0.48180, 0.44969, 0.39839], [0.27336, 0.26435, 0.27563]
 def recipe_of(config: Path, batch_size: int = 4, seed: int = 0, **keywords) -> Recipe:
     """The recipe that the command has with this config.txt."""
     settings = utils.load_config(config)
-    resized = runtime_preprocessing.resized_folders(settings)
+    resized = runtime_preprocessing.resized_folders(settings.preprocess.path_to_save)
     pictures = utils.training_pictures(settings)
     return Recipe(pictures, batch_size, seed, *utils.mu_sigma(settings), resized, **keywords)
 
@@ -115,6 +115,21 @@ def test_another_seed_epoch_batch_or_worker_gives_another_batch(config):
     assert len(set(batches)) == len(batches)
 
 
+def test_batches_and_epochs_draw_anew(config, monkeypatch):
+    """Not only other pictures: also other sides and corners."""
+    drawn = []
+
+    def note(path, side, corner):
+        drawn.append((int(side), *corner))
+        return Image.new("RGB", (CROP, CROP))
+
+    monkeypatch.setattr(runtime_preprocessing, "crop_file", note)
+    recipe = recipe_of(config)
+    for position in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        recipe.make(position)
+    assert len(set(drawn)) == 16
+
+
 def test_each_epoch_is_a_permutation_of_its_own(config):
     recipe = recipe_of(config)
     orders = [recipe.order(epoch) for epoch in range(20)]
@@ -177,6 +192,8 @@ def reference_crop(path: Path, side: int, corner) -> np.ndarray:
 
 CORNERS = [(0.0, 0.0), (0.999999, 0.999999), (0.0, 0.999999), (0.43, 0.57)]
 
+SAVING = {"quality": 90, "save_all": True}
+
 FILES = {
     "500x375": (500, 375, "RGB", "a.jpg", {}),
     "portrait": (375, 500, "RGB", "a.jpg", {"subsampling": 2}),
@@ -200,13 +217,20 @@ FILES = {
     "palette PNG": (400, 300, "P", "a.png", {}),
     "GIF": (400, 300, "P", "a.gif", {}),
     "grey and alpha": (300, 400, "LA", "a.png", {}),
+    "two pictures in one": (
+        400,
+        300,
+        "RGB",
+        "a.mpo",
+        {"append_images": [Image.new("RGB", (9, 9))]},
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_crop_is_pillows_resize_then_crop(tmp_path, kind):
     width, height, mode, name, options = FILES[kind]
-    textured(width, height).convert(mode).save(tmp_path / name, **{"quality": 90} | options)
+    textured(width, height).convert(mode).save(tmp_path / name, **SAVING | options)
     rng = np.random.default_rng(1)
     sides = [SIDES[0], SIDES[-1], *rng.choice(SIDES, 4)]
     for side, corner in zip(sides, [*CORNERS, *rng.random((2, 2))], strict=True):
@@ -239,7 +263,7 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
 @pytest.mark.parametrize("kind", [kind for kind in FILES if FILES[kind][3] == "a.jpg"])
 def test_stopping_early_gives_the_same_pixels(tmp_path, monkeypatch, kind):
     width, height, mode, name, options = FILES[kind]
-    textured(width, height).convert(mode).save(tmp_path / name, **{"quality": 90} | options)
+    textured(width, height).convert(mode).save(tmp_path / name, **SAVING | options)
     rng = np.random.default_rng(3)
     draws = [(int(rng.choice(SIDES)), rng.random(2)) for _ in range(12)]
     early = [np.asarray(crop_file(tmp_path / name, *drawn)) for drawn in draws]
@@ -615,7 +639,7 @@ def test_a_file_that_vanishes_is_a_broken_picture(tmp_path, own_toy, capsys):
 # --- resized folders --------------------------------------------------------------------------
 
 
-def test_resized_copies_are_used_where_they_are(tmp_path, toy, capsys):
+def test_resized_copies_are_used_where_they_are(tmp_path, toy):
     """Red copies of one class at all sides but one: red where there is a copy, else not."""
     config = toolkit.write_config(tmp_path, toy, Path("unused"))
     copies = tmp_path / "copies/stars"
@@ -626,7 +650,7 @@ def test_resized_copies_are_used_where_they_are(tmp_path, toy, capsys):
     for side in SIDES[:-1]:
         (tmp_path / "preprocessed" / str(side)).symlink_to(tmp_path / "copies")
     recipe, calls = recipe_of(config, batch_size=40), []
-    assert "32 shorter sides" in capsys.readouterr().out
+    assert list(recipe.resized) == list(SIDES[:-1])
 
     def note(path, side, corner):
         crop = crop_file(path, side, corner)
