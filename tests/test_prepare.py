@@ -217,7 +217,7 @@ def test_it_says_how_much_disk_it_needs_and_how_it_goes(copies, mixed):
     really = sum(map(len, tree(copies.folder).values()))
     assert 0.7 < float(needed[1]) * {"kB": 1e3, "MB": 1e6}[needed[2]] / really < 1.4
     total = len(SIDES) * len(originals(mixed))
-    assert re.search(rf"{total} of {total} copies, [\d,]+/s, .* left", copies.stdout)
+    assert re.search(rf"{total} of {total} copies, [\d,.]+/s, .* left", copies.stdout)
     assert "all could be decoded" in copies.stdout.splitlines()[-1]
 
 
@@ -369,7 +369,7 @@ def assert_crops_are_right(folder: Path, dataset: Path) -> None:
 def test_crops_are_those_of_pillow(settings, mixed, tmp_path):
     result = run_well("preprocess_val.py", settings)
     assert_crops_are_right(tmp_path / "preprocessed/val", mixed)
-    assert re.search(r"9 of 9 pictures, [\d,]+/s, .* left", result.stdout)
+    assert re.search(r"9 of 9 pictures, [\d,.]+/s, .* left", result.stdout)
     assert re.search(r"13\.5 MB", result.stdout)
 
 
