@@ -408,24 +408,29 @@ def learning_rate_drops(run: Path) -> list[float]:
     ]
 
 
-def draw_training(log_file: Path, path: Path) -> None:
-    """Loss and top-1 on training batches against the epoch."""
+def draw_training(log_file: Path, path: Path, most: int = 300) -> None:
+    """Loss and top-1 on training batches against the epoch, averaged to at most so many points."""
     log = read_training_log(log_file)
     if not log:
         return
     last_batch = max(log["batch"]) + 1
-    epochs = [e + b / last_batch for e, b in zip(log["epoch"], log["batch"], strict=True)]
+    log["epochs"] = [e + b / last_batch for e, b in zip(log["epoch"], log["batch"], strict=True)]
+    groups = np.array_split(np.arange(len(log["epochs"])), min(len(log["epochs"]), most))
+    log = {
+        name: [float(np.mean(np.array(values)[group])) for group in groups]
+        for name, values in log.items()
+    }
+    epochs, highest = log["epochs"], max(log["loss"])
     if len(set(epochs)) < 2:
         return
-    x_range, top = (0 if epochs[0] < 1 else math.floor(epochs[0]), epochs[-1]), max(log["loss"])
-    chart = Chart(f"{path.parent.name}: training", "epoch", x_range, (0, top * 1.05))
-    for column, name, colour, dash in (
-        ("loss", "loss", BLUE, 0),
-        ("loss_without_l2", "loss without L2", BLUE, 5),
-    ):
-        chart.curve(epochs, log[column], colour, name, [f"last {log[column][-1]:.3f}"], dash)
-    chart.curve(epochs, [v * top for v in log["top1"]], GREEN, "top-1 of batches",
-                [f"last {log['top1'][-1]:.1%}", "full height is 100%"])  # fmt: skip
+    first = 0 if epochs[0] < 1 else math.floor(epochs[0])
+    chart = Chart(
+        f"{path.parent.name}: training", "epoch", (first, epochs[-1]), (0, highest * 1.05)
+    )
+    for column, name, dash in (("loss", "loss", 0), ("loss_without_l2", "loss without L2", 5)):
+        chart.curve(epochs, log[column], BLUE, name, [f"last {log[column][-1]:.3f}"], dash)
+    notes = [f"last {log['top1'][-1]:.1%}", f"100% is as high as {highest:.2f}"]
+    chart.curve(epochs, [v * highest for v in log["top1"]], GREEN, "top-1 of batches", notes)
     chart.save(path)
 
 

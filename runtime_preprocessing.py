@@ -293,7 +293,7 @@ def load_rows(image: Image.Image, rows: int) -> None:
         image.tile = []
 
 
-GROUP = 8
+GROUP = 2
 """Crops finished at a time: enough that threads rarely hand over, few enough for the cache."""
 
 
