@@ -621,6 +621,19 @@ def test_reader_waits_where_the_preprocessor_has_left(config, ram, capsys):
         assert_made_by(buffer.recipe, (0, 2), next_batch(reader))
 
 
+def test_waiting_reader_says_again_what_it_needs(config, ram):
+    """Else both would wait for ever once the progress file is lost."""
+    buffer = stock(config, ram, 9)
+    with reading(buffer, (0, 8)) as reader:
+        assert next_batch(reader) is not None
+        assert next_batch(reader, 0.3) is None
+        (ram / "training_progress.txt").unlink()
+        deadline = time.monotonic() + 10
+        while utils.read_progress(ram) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert utils.read_progress(ram) == (0, 9)
+
+
 def test_reader_goes_on_without_room_for_the_progress_file(tmp_path, toy, small_disk):
     disk = small_disk(10 * 1300)
     buffer = stock(toolkit.write_config(tmp_path, toy, disk), disk, 4)
