@@ -22,7 +22,8 @@ import utils
 from utils import SIDES, Pictures, UserError
 
 QUALITY = {"quality": 95, "subsampling": 0}
-"""JPEG settings: the mean error is about one level of 256, a third of the original's own loss."""
+"""JPEG settings: a mean error of 1.1 levels of 256 on photographs (44 dB), which nobody sees.
+Quality 90 with halved colour resolution would take 0.56 of the disk, at 1.9 levels (39 dB)."""
 
 
 def main() -> None:
