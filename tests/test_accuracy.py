@@ -227,3 +227,24 @@ def test_subprocess_is_quiet(prepared):
     result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
     assert isinstance(result, subprocess.CompletedProcess)
     assert result.stderr == ""
+
+
+def test_a_run_that_does_not_appear_is_an_error_that_lists_what_is_there(tmp_path):
+    (tmp_path / "other").mkdir()
+    with pytest.raises(utils.UserError, match="mytest: no such run; .* has other"):
+        check_accuracy.wait_for_run(tmp_path / "mytest", seconds=0.1)
+    with pytest.raises(utils.UserError, match="has no runs yet"):
+        check_accuracy.wait_for_run(tmp_path / "none" / "mytest", seconds=0.1)
+
+
+def test_training_curves_of_a_long_run_are_drawn_from_averages(tmp_path):
+    names = "epoch,batch,batches,loss,loss_without_l2,top1"
+    lines = [
+        f"{i // 100},{i % 100},1,{3 - i / 1000},{2 - i / 1000},{i / 2000}" for i in range(2000)
+    ]
+    log = tmp_path / "training_log.csv"
+    log.write_text("\n".join([names, *lines]))
+    check_accuracy.draw_training(log, tmp_path / "training.png")
+    image = check_accuracy.Image.open(tmp_path / "training.png").convert("RGB")
+    colours = {colour for _, colour in image.getcolors(1_000_000)}
+    assert check_accuracy.BLUE in colours and check_accuracy.GREEN in colours
