@@ -19,6 +19,7 @@ import os
 import queue
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -68,7 +69,7 @@ def main() -> None:
         config.train.sleep_time,
         trainer.put,
     )
-    with explained_failures(workers), utils.stop_on_signals() as stop, reader:
+    with explained_failures(workers), stop_on_signals() as stop, reader:
         train(trainer, reader, log, saver, position, batches, args, stop)
     if stop.is_set():
         sys.exit(128 + stop.signal)
@@ -105,6 +106,31 @@ def train(trainer, reader, log, saver, position, batches, args, stop) -> None:
             f"stopped before epoch {position[0]}, batch {position[1]}; the same command with "
             f"--resume goes on there"
         )
+
+
+class Stop(threading.Event):
+    """Set by SIGINT or SIGTERM, whose number is in `signal`."""
+
+    signal = 0
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Turns Ctrl-C and SIGTERM into an event. A second one ends the process at once."""
+    stop = Stop()
+
+    def handle(number: int, _frame: object) -> None:
+        stop.signal = number
+        stop.set()
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import struct
 import sys
 import threading
@@ -972,31 +971,6 @@ def write_event(name: str, value: float) -> None:
         plugin_data=tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars")
     )
     tf.summary.write(name, tf.constant(value, tf.float32), metadata=metadata)
-
-
-class Stop(threading.Event):
-    """Set by SIGINT or SIGTERM, whose number is in `signal`."""
-
-    signal = 0
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Turns Ctrl-C and SIGTERM into an event. A second one ends the process at once."""
-    stop = Stop()
-
-    def handle(number: int, _frame: object) -> None:
-        stop.signal = number
-        stop.set()
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-
-    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def is_no_room(error: OSError) -> bool:
