@@ -2,7 +2,8 @@
 
     from batch_renorm import BatchRenorm, Limits, limits_at
     norm = BatchRenorm(64, name="norm")
-    outputs = norm(images, limits_at(step, config))   # training; afterwards norm.update(momentum)
+    outputs = norm(images, limits_at(step, config))   # training; afterwards
+    norm.update(norm.batch_mean, norm.batch_std, momentum_at(step, 0.99))
     outputs = norm(images)                            # inference
 
 Batch normalization normalises with the statistics of the batch while training, and with moving
@@ -128,7 +129,7 @@ def _renormalize(x, gamma, beta, moving_mean, moving_std, limits):
         )
         # The kernel returns the unbiased variance, for inference; here the batch's own is meant.
         count = tf.cast(tf.size(x) // tf.size(gamma), tf.float32)
-        variance *= tf.maximum(count - 1, 1) / count
+        variance = tf.math.multiply_no_nan(variance, (count - 1) / count)
         std = tf.sqrt(variance + EPSILON)
         r = tf.clip_by_value(std / moving_std, 1 / limits.r_max, limits.r_max)
         d = tf.clip_by_value((mean - moving_mean) / moving_std, -limits.d_max, limits.d_max)
