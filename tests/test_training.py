@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import random
 import signal
 import socket
@@ -16,15 +15,8 @@ import tensorflow as tf
 
 import toolkit
 import toy_dataset
+import train
 import utils
-
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-# Before TensorFlow starts up: two logical devices, so that two replicas fit on one processor.
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
-
-import train  # noqa: E402
 
 RATE = "--learning_rate=0.01"
 BATCH = "--batch_size=4"
