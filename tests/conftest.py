@@ -12,6 +12,13 @@ import toolkit
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+import tensorflow as tf  # noqa: E402
+
+# Two logical devices, so that two replicas fit on one processor; only possible before first use.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
