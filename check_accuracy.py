@@ -154,8 +154,8 @@ class Crops:
         for slot, index in enumerate(indices):
             path = self.folder / f"X10_{index}.npy"
             try:
-                crops[slot] = np.load(path, allow_pickle=False)
-            except (ValueError, EOFError, FileNotFoundError):
+                crops[slot] = utils.load_array(path, np.uint8, crops.shape[1:])
+            except (ValueError, FileNotFoundError):
                 path.unlink(missing_ok=True)
                 raise UserError(f"{path}: broken, removed; run preprocess_val.py again") from None
         return crops.reshape(-1, CROP, CROP, 3)

@@ -372,7 +372,7 @@ class Buffer:
             print(f"{self.folder}: removing {len(names)} files made with another "
                   f"{', '.join(differing)}")  # fmt: skip
             self._remove(names)
-        self._remove(name for name in os.listdir(self.folder) if utils.is_leftover(name))
+        utils.remove_leftovers(self.folder)
         utils.write_text(self.folder / "buffer.json", json.dumps(new, indent=1))
         # A position outside of this run's epochs was left by an older run.
         if not self.start <= self.wanted_first() < self.end:
@@ -380,12 +380,10 @@ class Buffer:
 
     def check_room(self) -> None:
         """Says how much room the window needs. Raises UserError if it is not there."""
-        own = sum(
-            entry.stat().st_size
-            for entry in os.scandir(self.folder)
-            if utils.parse_batch_name(entry.name)
-        )
-        batch, there = self.x_bytes + self.y_bytes, shutil.disk_usage(self.folder).free + own
+        names = [name for name in os.listdir(self.folder) if utils.parse_batch_name(name)]
+        own = sum(on_disk((self.folder / name).stat().st_size) for name in names)
+        there = shutil.disk_usage(self.folder).free + own - ROOM_FOR_SMALL_FILES
+        batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
         needed = batch * self.size
         print(
             f"buffer: {self.size:,} batches of {utils.file_size(batch)} in {self.folder}, "
@@ -394,8 +392,12 @@ class Buffer:
         if needed > there:
             raise UserError(
                 f"[train] buffer_size = {self.size} needs {utils.file_size(needed)}, but "
-                f"{self.folder} has room for {utils.file_size(there)}; the largest buffer_size "
-                f"that fits is {there // batch}"
+                f"buffer_folder {self.folder} has room for {utils.file_size(max(there, 0))}; "
+                + (
+                    f"the largest buffer_size that fits is {there // batch}"
+                    if there >= batch
+                    else "not even one batch fits: take another folder or a smaller --batch_size"
+                )
             )
 
     def wanted_first(self) -> int:
@@ -443,11 +445,21 @@ class Buffer:
     def leave(self) -> None:
         """Leaves the folder clean."""
         self.remove_all_but(range(0))
+        utils.remove_leftovers(self.folder)
         self._remove(["training_progress.txt", "buffer.json", ".trainer.lock"])
 
     def _remove(self, names) -> None:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
+
+
+ROOM_FOR_SMALL_FILES = 4096
+"""Bytes left free for training_progress.txt while it is replaced."""
+
+
+def on_disk(size: int) -> int:
+    """Bytes that a file takes on a RAM disk: whole pages."""
+    return -(-size // 4096) * 4096
 
 
 def _size(entry: os.DirEntry) -> int:

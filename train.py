@@ -502,7 +502,7 @@ class Reader:
         self._pool = ThreadPoolExecutor(1)
 
     def __enter__(self):
-        utils.write_progress(self.folder, self.position)
+        self._tell()
         self._reading = self._pool.submit(self._read_all)
         return self
 
@@ -548,7 +548,7 @@ class Reader:
             epoch, batch = self.position
             self.position = divmod(epoch * self.batches + batch + 1, self.batches)
             if self.position[0] < self.epoch_end:
-                utils.write_progress(self.folder, self.position)
+                self._tell()
             item = self.put(*arrays)
             while not self._closed.is_set():
                 try:
@@ -556,6 +556,14 @@ class Reader:
                     break
                 except queue.Full:
                     continue
+
+    def _tell(self) -> None:
+        """Says which batch is needed next; without room for that, it is said while waiting."""
+        try:
+            utils.write_progress(self.folder, self.position)
+        except OSError as error:
+            if not utils.is_no_room(error):
+                raise
 
     def _load(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The batch at `position`, waiting for it if need be. None once the reader is closed."""
@@ -574,6 +582,7 @@ class Reader:
             if not waiting:
                 print(f"waiting for {paths[0]}")
             waiting = True
+            self._tell()  # again: the file may have been lost
             self._closed.wait(self.sleep_time)
         return None
 
@@ -583,20 +592,12 @@ def load_batch(x_path: Path, y_path: Path, buffer: dict) -> tuple[np.ndarray, np
 
     Raises FileNotFoundError, and ValueError for anything else than such a batch.
     """
-    size = buffer["batch_size"]
-    expected = ((np.float16, (size, CROP, CROP, 3)), (np.int32, (size,)))
-    arrays = []
-    for path, (dtype, shape) in zip((x_path, y_path), expected, strict=True):
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: not a whole .npy file: {error}") from None
-        if array.dtype != dtype or array.shape != shape:
-            raise ValueError(f"{path}: {array.dtype} {array.shape}, not {dtype.__name__} {shape}")
-        arrays.append(array)
-    if arrays[1].min() < 0 or arrays[1].max() >= buffer["classes"]:
-        raise ValueError(f"{y_path}: labels outside 0 … {buffer['classes'] - 1}")
-    return tuple(arrays)
+    size, classes = buffer["batch_size"], buffer["classes"]
+    images = utils.load_array(x_path, np.float16, (size, CROP, CROP, 3))
+    labels = utils.load_array(y_path, np.int32, (size,))
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"{y_path}: labels outside 0 … {classes - 1}")
+    return images, labels
 
 
 def show_bound(args, config, strategy, precision: str, seconds: float = 20.0) -> None:

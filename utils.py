@@ -628,12 +628,34 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise
 
 
+def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """What a .npy file of such an array begins with."""
+    file, form = io.BytesIO(), np.lib.format
+    descr = form.dtype_to_descr(np.dtype(dtype))
+    content = {"descr": descr, "fortran_order": False, "shape": shape}
+    form.write_array_header_1_0(file, content)
+    return file.getvalue()
+
+
 def save_array(path: Path, array: np.ndarray) -> None:
     """What np.save writes. Raises OSError with its errno, which np.save swallows."""
-    form = np.lib.format
     with written_aside(path) as aside, open(aside, "wb") as file:
-        form.write_array_header_1_0(file, form.header_data_from_array_1_0(array))
+        file.write(npy_header(array.dtype, array.shape))
         file.write(np.ascontiguousarray(array).data)
+
+
+def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The array in a .npy file. Raises ValueError if it holds anything else than expected.
+
+    Header and length are compared with what they must be, and never interpreted: whatever lies in
+    the file, nothing is executed and no memory is taken for it.
+    """
+    content, header = read_file(path), npy_header(dtype, shape)
+    if not content.startswith(header):
+        raise ValueError(f"{path}: does not hold {np.dtype(dtype)} {list(shape)}")
+    if len(content) != len(header) + math.prod(shape) * np.dtype(dtype).itemsize:
+        raise ValueError(f"{path}: is cut off, or longer than its array")
+    return np.frombuffer(content, dtype, offset=len(header)).reshape(shape)
 
 
 @contextlib.contextmanager
