@@ -102,12 +102,13 @@ def resized_copies(path: Path, wanted: Sequence[int]) -> Iterator[tuple[int, byt
         # Twice the pixels needed are enough to resize from; libjpeg halves while decoding.
         size = utils.resized_size(*image.size, 2 * max(wanted))
         original_size = image.size
-        image.draft(image.mode, size)
+        drafted = image.draft(image.mode, size)
+        extent = drafted[1] if drafted else (0, 0, *image.size)
         picture = utils.as_rgb(image)
     for side in wanted:
         size = utils.resized_size(*original_size, side)
         copy = io.BytesIO()
-        picture.resize(size, Image.Resampling.BILINEAR).save(copy, "JPEG", **QUALITY)
+        picture.resize(size, Image.Resampling.BILINEAR, extent).save(copy, "JPEG", **QUALITY)
         yield side, copy.getvalue()
 
 

@@ -218,8 +218,6 @@ class Recipe:
     def _crop(self, index: int, side: int, corner: np.ndarray) -> Image.Image | None:
         """The crop of a picture, from its resized copy if there is one. None if it is broken."""
         path = self.pictures.paths[index]
-        if path in self.failures.paths:
-            return None
         try:
             if side in self.resized:
                 try:
@@ -252,8 +250,8 @@ def _crop_file(path: Path, side: int, corner: np.ndarray, whole: bool) -> Image.
         width, height = utils.resized_size(*image.size, side)
         left = int(corner[0] * (width - CROP + 1))
         top = int(corner[1] * (height - CROP + 1))
-        shrink(image, side)
-        scale_x, scale_y = image.width / width, image.height / height
+        full_width, full_height = shrink(image, side)
+        scale_x, scale_y = full_width / width, full_height / height
         box = (left * scale_x, top * scale_y, (left + CROP) * scale_x, (top + CROP) * scale_y)
         if not whole:
             # Antialiasing reaches beyond the window by one output pixel; one more for rounding.
@@ -267,11 +265,17 @@ class RowsMissing(Exception):
     """Whether the rows of a JPEG were decoded cannot be told: they are black, or it is broken."""
 
 
-def shrink(image: Image.Image, side: int) -> None:
-    """Lets libjpeg halve a large JPEG while decoding, as long as twice the pixels needed remain."""
+def shrink(image: Image.Image, side: int) -> tuple[float, float]:
+    """Lets libjpeg halve a large JPEG while decoding, as long as twice the pixels needed remain.
+
+    Returns the width and height that the picture then has, before they are rounded up to pixels.
+    """
     if image.format == "JPEG" and min(image.size) >= 4 * side:
         factor = min(image.size) // (2 * side)
-        image.draft(image.mode, (image.width // factor, image.height // factor))
+        drafted = image.draft(image.mode, (image.width // factor, image.height // factor))
+        if drafted:
+            return drafted[1][2:]
+    return image.size
 
 
 def load_rows(image: Image.Image, rows: int) -> None:

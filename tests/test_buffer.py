@@ -428,7 +428,7 @@ def test_second_preprocessor_is_refused(tmp_path, toy, ram):
     with preprocessor(config, *span(0, 2)) as process:
         wait_until(settled(ram, range(3)), process, "buffer full")
         before = {path.name: path.stat().st_mtime_ns for path in ram.iterdir()}
-        result = toolkit.run("runtime_preprocessing.py", config, *span(0, 2, 5))
+        result = toolkit.run("runtime_preprocessing.py", config, *span(0, 2, 5), timeout=PATIENCE)
         toolkit.assert_one_line_error(result, "runtime_preprocessing.py", str(ram), "another")
         assert {path.name: path.stat().st_mtime_ns for path in ram.iterdir()} == before
         assert process.poll() is None
