@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -431,8 +432,8 @@ class Buffer:
                     names.append(name)
         self._remove(names)
 
-    def make(self, number: int) -> None:
-        """Makes a batch, labels first. Without room it does nothing but say so, once."""
+    def make(self, number: int) -> bool:
+        """Makes a batch, labels first. Without room it says so, once, and returns False."""
         x, y = self.recipe.make(self.position(number))
         x_path, y_path = utils.batch_files(self.folder, self.position(number))
         try:
@@ -445,6 +446,8 @@ class Buffer:
                 self._said_no_room.set()
                 utils.warn(f"{self.folder}: no room for another batch; waiting for room")
             time.sleep(1)
+            return False
+        return True
 
     def leave(self) -> None:
         """Leaves the folder clean."""
@@ -508,8 +511,8 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
             done, _ = wait(under_way, timeout=sleep_time, return_when=FIRST_COMPLETED)
             for future in done:
                 del under_way[future]
-                future.result()
-                made, total = made + 1, total + 1
+                done_well = future.result()
+                made, total = made + done_well, total + done_well
     return total
 
 
@@ -520,10 +523,12 @@ def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
     """Prints pictures per second for 1, 2, 4 … threads, batches written and removed again."""
     cores = utils.cores()
     counts = sorted({2**i for i in range(cores.bit_length())} | {cores})
-    buffer = Buffer(folder, recipe, 0, 1, recipe.batches)
     rates = {}
     for threads in counts:
-        rates[threads] = measure(lambda n: _make_and_remove(buffer, n), threads, recipe, seconds)
+        with tempfile.TemporaryDirectory(prefix=".benchmark-", dir=folder) as aside:
+            buffer = Buffer(Path(aside), recipe, 0, 1, recipe.batches)
+            make = functools.partial(_make_and_remove, buffer)
+            rates[threads] = measure(make, threads, recipe, seconds)
         print(
             f"{threads:3d} threads {rates[threads]:8,.0f} pictures/s "
             f"{rates[threads] / threads:8,.0f} a thread   x{rates[threads] / rates[1]:.2f}"

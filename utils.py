@@ -843,7 +843,7 @@ def file_size(count: float) -> str:
 # --- the buffer -----------------------------------------------------------------------------
 
 BUFFER_FORMAT = 1
-_BATCH_FILE = re.compile(r"([XY])_(\d+)_(\d+)\.npy")
+_BATCH_FILE = re.compile(r"([XY])_(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.npy")
 Position = tuple[int, int]
 """(epoch, batch), both counted from 0."""
 
