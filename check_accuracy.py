@@ -199,6 +199,12 @@ def rank(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (~(probabilities < right)).sum(axis=1) - 1
 
 
+LOADING_ERRORS = (
+    OSError, LookupError, ValueError, AttributeError, TypeError, RuntimeError, tf.errors.OpError,
+)  # fmt: skip
+"""What TensorFlow raises for folders that are no whole SavedModel."""
+
+
 def load_model(folder: Path):
     """The function from uint8 crops to probabilities, and its number of classes.
 
@@ -210,7 +216,7 @@ def load_model(folder: Path):
         shape = classify.structured_outputs["probabilities"].shape
         classify.model = model  # the variables live as long as the model
         return classify, int(shape[-1])
-    except (OSError, KeyError, ValueError, AttributeError, TypeError, tf.errors.OpError) as error:
+    except LOADING_ERRORS as error:
         reason = utils.one_line(str(error))[:150]
         raise UserError(f"{folder}: not a model that can be loaded: {reason}") from None
 

@@ -725,7 +725,7 @@ def load_state(trainer: Trainer, folder: Path, facts: dict, exact: bool) -> None
     try:
         status = trainer.checkpoint.read(str(folder / "training_state" / "checkpoint"))
         status.assert_existing_objects_matched()
-    except (tf.errors.OpError, AssertionError, ValueError) as error:
+    except (tf.errors.OpError, AssertionError, ValueError, LookupError, RuntimeError) as error:
         reason = utils.one_line(str(error))[:100]
         raise BrokenState(f"{folder}: its training state cannot be read: {reason}") from None
 
