@@ -9,6 +9,7 @@ runtime_preprocessing.py takes from the originals; README says what it brings.
 """
 
 import argparse
+import errno
 import io
 import os
 import shutil
@@ -20,6 +21,9 @@ from PIL import Image
 
 import utils
 from utils import SIDES, Pictures, UserError
+
+END_OF_IMAGE = b"\xff\xd9"
+"""The last bytes of every JPEG."""
 
 QUALITY = {"quality": 95, "subsampling": 0}
 """JPEG settings: a mean error of 1.1 levels of 256 on photographs (44 dB), which nobody sees.
@@ -96,8 +100,11 @@ def missing(pictures: Pictures, folders: dict[int, Path]) -> list[tuple[int, tup
     return jobs
 
 
-def resized_copies(path: Path, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """A picture's JPEG at each of the shorter sides. Raises one of utils.DECODING_ERRORS."""
+def resized_copies(path: Path, wanted: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+    """A picture, decoded once, at each of the shorter sides in turn.
+
+    Raises one of utils.DECODING_ERRORS, before the first copy.
+    """
     with utils.open_picture(path) as image:
         # Twice the pixels needed are enough to resize from; libjpeg halves while decoding.
         size = utils.resized_size(*image.size, 2 * max(wanted))
@@ -105,11 +112,24 @@ def resized_copies(path: Path, wanted: Sequence[int]) -> Iterator[tuple[int, byt
         drafted = image.draft(image.mode, size)
         extent = drafted[1] if drafted else (0, 0, *image.size)
         picture = utils.as_rgb(image)
-    for side in wanted:
+
+    def resized(side: int) -> Image.Image:
         size = utils.resized_size(*original_size, side)
-        copy = io.BytesIO()
-        picture.resize(size, Image.Resampling.BILINEAR, extent).save(copy, "JPEG", **QUALITY)
-        yield side, copy.getvalue()
+        return picture.resize(size, Image.Resampling.BILINEAR, extent)
+
+    return ((side, resized(side)) for side in wanted)
+
+
+def save_jpeg(image: Image.Image, path: Path) -> None:
+    """Straight into the file: into memory, Pillow would compress one picture at a time.
+
+    Raises OSError, also where Pillow overlooks that the disk took only a part.
+    """
+    with utils.written_aside(path) as aside, open(aside, "w+b") as file:
+        image.save(file, "JPEG", **QUALITY)
+        file.seek(-len(END_OF_IMAGE), os.SEEK_END)
+        if file.read() != END_OF_IMAGE:
+            raise OSError(errno.ENOSPC, "only a part could be written; is the disk full?")
 
 
 def check_room(pictures: Pictures, jobs: list, total: int, folder: Path, samples: int = 16) -> None:
@@ -117,8 +137,10 @@ def check_room(pictures: Pictures, jobs: list, total: int, folder: Path, samples
     sizes = []
     for index, wanted in jobs[:: max(1, len(jobs) // samples)]:
         try:
-            copies = resized_copies(pictures.folder / pictures.paths[index], wanted)
-            sizes += [len(copy) for _, copy in copies]
+            for _, image in resized_copies(pictures.folder / pictures.paths[index], wanted):
+                copy = io.BytesIO()
+                image.save(copy, "JPEG", **QUALITY)
+                sizes.append(len(copy.getvalue()))
         except utils.DECODING_ERRORS:
             continue  # reported when its turn comes
     needed = total * sum(sizes) / max(len(sizes), 1)
@@ -138,13 +160,12 @@ def write_all(pictures: Pictures, folders: dict, jobs: list, total: int, failure
         index, wanted = job
         path = pictures.paths[index]
         try:
-            copies = list(resized_copies(pictures.folder / path, wanted))
+            copies = resized_copies(pictures.folder / path, wanted)
         except utils.DECODING_ERRORS as error:
             failures.add(path, error)
             return len(wanted)
-        for side, copy in copies:
-            with utils.written_aside(folders[side] / path) as aside:
-                aside.write_bytes(copy)
+        for side, image in copies:
+            save_jpeg(image, folders[side] / path)
         return len(wanted)
 
     progress = utils.Progress(total, "copies")

@@ -20,7 +20,7 @@ import utils
 from utils import CROP, Pictures, UserError
 
 SHORTER_SIDE = 256
-CROP_FILE_BYTES = 128 + 10 * CROP * CROP * 3
+CROP_FILE_BYTES = utils.array_file_size(np.uint8, (10, CROP, CROP, 3))
 
 
 def main() -> None:
@@ -87,11 +87,17 @@ def check_room(folder: Path, pictures: int) -> None:
 def ten_crops(image: Image.Image) -> np.ndarray:
     """uint8 [10, 224, 224, 3]: corners and centre of the picture, each followed by its mirror."""
     size = utils.resized_size(*image.size, SHORTER_SIDE)
-    picture = np.asarray(utils.as_rgb(image).resize(size, Image.Resampling.BILINEAR))
+    resized = utils.as_rgb(image).resize(size, Image.Resampling.BILINEAR)
+    # Mirrored by Pillow, as a whole: NumPy takes three times as long to turn pixels of 3 bytes.
+    picture = np.asarray(resized)
+    mirror = np.asarray(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     right, bottom = size[0] - CROP, size[1] - CROP
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
-    crops = [picture[y : y + CROP, x : x + CROP] for y, x in corners]
-    return np.stack([version for crop in crops for version in (crop, crop[:, ::-1])])
+    crops = np.empty((10, CROP, CROP, 3), np.uint8)
+    for i, (y, x) in enumerate(corners):
+        crops[2 * i] = picture[y : y + CROP, x : x + CROP]
+        crops[2 * i + 1] = mirror[y : y + CROP, right - x : right - x + CROP]
+    return crops
 
 
 def write_all(

@@ -17,10 +17,11 @@ import functools
 import json
 import os
 import shutil
+import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,6 @@ class Recipe:
         self.worker, self.workers = worker, workers
         self.batches = utils.batches_per_epoch(len(pictures), batch_size, workers)
         self.failures = utils.Failures(len(pictures))
-        self._scratch = threading.local()
         self.order = functools.lru_cache(maxsize=3)(self._order)
 
     @property
@@ -190,42 +190,51 @@ class Recipe:
         return permutation[self.worker :: self.workers]
 
     def make(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
-        """X: float16 [batch_size, 224, 224, 3], Y: int32 [batch_size].
+        """X: float16 [batch_size, 224, 224, 3], Y: int32 [batch_size]; see `parts`."""
+        x, y = zip(*((x.copy(), y) for x, y in self.parts(position)), strict=True)
+        return np.concatenate(x), np.concatenate(y)
 
-        X is this thread's scratch memory, good until its next call. Raises UserError when too many
-        pictures fail.
+    def parts(self, position: Position) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The batch in parts of GROUP pictures, so that each is written while the cache holds it.
+
+        X: float16 [n, 224, 224, 3], overwritten by the next part. Y: int32 [n]. Raises UserError
+        when too many pictures fail.
         """
         epoch, batch = position
-        size = self.batch_size
-        chosen = self.order(epoch)[batch * size : (batch + 1) * size].copy()
+        first, size = batch * self.batch_size, self.batch_size
+        chosen = self.order(epoch)[first : first + size].tolist()
         draws = draw(self._generator(1, epoch, batch, self.worker), size)
-        if not hasattr(self._scratch, "crops"):
-            self._scratch.crops = np.empty((size, CROP, CROP, 3), np.uint8)
-            self._scratch.x = np.empty((size, CROP, CROP, 3), np.float16)
-        crops = self._scratch.crops
-        for slot in range(size):
-            crop = self._crop(chosen[slot], draws.side[slot], draws.corner[slot])
-            if crop is None:
-                substitutes = self._generator(2, epoch, batch, self.worker, slot)
-                while crop is None:
-                    chosen[slot] = substitutes.choice(self.order(epoch))
-                    crop = self._crop(chosen[slot], draws.side[slot], draws.corner[slot])
-            if draws.flip[slot]:
-                crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            crops[slot] = crop
-        finish(crops, draws.alpha, self.mu, self.sigma, out=self._scratch.x)
-        return self._scratch.x, self.pictures.labels[chosen]
+        # Plain numbers: those of NumPy take ten times as long to reckon with, one by one.
+        sides, corners, flips = draws.side.tolist(), draws.corner.tolist(), draws.flip.tolist()
+        crops = np.empty((min(GROUP, size), CROP, CROP, 3), np.uint8)
+        x = np.empty(crops.shape, np.float16)
+        for start in range(0, size, GROUP):
+            part = slice(start, min(start + GROUP, size))
+            for slot in range(part.start, part.stop):
+                crop = self._crop(chosen[slot], sides[slot], corners[slot])
+                if crop is None:
+                    substitutes = self._generator(2, epoch, batch, self.worker, slot)
+                    while crop is None:
+                        chosen[slot] = int(substitutes.choice(self.order(epoch)))
+                        crop = self._crop(chosen[slot], sides[slot], corners[slot])
+                if flips[slot]:
+                    crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                pixels = np.frombuffer(crop.tobytes(), np.uint8)
+                crops[slot - start] = pixels.reshape(CROP, CROP, 3)
+            count = part.stop - start
+            finish(crops[:count], draws.alpha[part], self.mu, self.sigma, out=x[:count])
+            yield x[:count], self.pictures.labels[chosen[part]]
 
-    def _crop(self, index: int, side: int, corner: np.ndarray) -> Image.Image | None:
+    def _crop(self, index: int, side: int, corner: list[float]) -> Image.Image | None:
         """The crop of a picture, from its resized copy if there is one. None if it is broken."""
         path = self.pictures.paths[index]
         try:
             if side in self.resized:
                 try:
-                    return crop_file(self.resized[side] / path, side, corner)
+                    return crop_file(f"{self.resized[side]}/{path}", side, corner)
                 except utils.DECODING_ERRORS:
                     pass  # not resized yet, or broken: the original decides
-            return crop_file(self.pictures.folder / path, side, corner)
+            return crop_file(f"{self.pictures.folder}/{path}", side, corner)
         except utils.DECODING_ERRORS as error:
             self.failures.add(path, error)
             return None
@@ -234,95 +243,113 @@ class Recipe:
 # --- the six steps --------------------------------------------------------------------------
 
 
-def crop_file(path: Path, side: int, corner: np.ndarray) -> Image.Image:
+def crop_file(path: str | Path, side: int, corner: Sequence[float]) -> Image.Image:
     """Steps 1 to 3: the 224x224 RGB crop that lies at `corner` once the shorter side is `side`.
 
-    Resizing the crop's window alone gives what resizing all and cutting gives, at a fraction of
-    the cost. Raises one of utils.DECODING_ERRORS.
+    `corner`: two numbers in [0, 1), where between left and right, between top and bottom. Resizing
+    the crop's window alone gives what resizing all and cutting gives, at a fraction of the cost.
+    Raises one of utils.DECODING_ERRORS.
     """
+    content = utils.read_file(path)
+    return crop_jpeg(content, side, corner) or crop_any(content, side, corner)
+
+
+def crop_any(content: bytes, side: int, corner: Sequence[float]) -> Image.Image:
+    """The crop of a file of any format."""
+    with utils.picture_in(content) as image:
+        return cut(utils.as_rgb(image), window(image.size, side, corner))
+
+
+def crop_jpeg(content: bytes, side: int, corner: Sequence[float]) -> Image.Image | None:
+    """The same for a usual JPEG, decoding no more than is needed. None: `crop_any` must see to it.
+
+    A large picture is halved by libjpeg while decoding, as long as twice the pixels needed remain.
+    Told that the picture ends where the window ends, Pillow's decoder stops there, a fifth of the
+    work before the end, and complains of the data left over. The last row says whether that was
+    all: it has been decoded unless it is still black.
+    """
+    frame = jpeg_frame(content)
+    if frame is None:
+        return None
+    *size, mode = frame
+    factor = next(f for f in (8, 4, 2, 1) if min(size) >= 2 * f * side or f == 1)
+    width, height = -(-size[0] // factor), -(-size[1] // factor)
+    box = tuple(edge / factor for edge in window(size, side, corner))
+    # Antialiasing reaches beyond the window by one output pixel; one more for rounding.
+    rows = min(int(box[3] + max((box[3] - box[1]) / CROP, 1)) + 2, height)
+    image = Image.new(mode, (width, rows))
     try:
-        return _crop_file(path, side, corner, whole=False)
-    except RowsMissing:
-        return _crop_file(path, side, corner, whole=True)
+        image.frombytes(content, "jpeg", (mode, "", factor, 0))
+    except ValueError:
+        if rows == height or is_black(image, rows - 1):
+            return None
+    return cut(utils.as_rgb(image), box)
 
 
-def _crop_file(path: Path, side: int, corner: np.ndarray, whole: bool) -> Image.Image:
-    with utils.open_picture(path) as image:
-        width, height = utils.resized_size(*image.size, side)
-        left = int(corner[0] * (width - CROP + 1))
-        top = int(corner[1] * (height - CROP + 1))
-        full_width, full_height = shrink(image, side)
-        scale_x, scale_y = full_width / width, full_height / height
-        box = (left * scale_x, top * scale_y, (left + CROP) * scale_x, (top + CROP) * scale_y)
-        if not whole:
-            # Antialiasing reaches beyond the window by one output pixel; one more for rounding.
-            load_rows(image, int(box[3] + max(scale_y, 1)) + 2)
-        if (image.width, image.height) == (width, height):
-            return utils.as_rgb(image).crop((left, top, left + CROP, top + CROP))
-        return utils.as_rgb(image).resize((CROP, CROP), Image.Resampling.BILINEAR, box)
+def is_black(image: Image.Image, row: int) -> bool:
+    """Whether a row is all zeros; its first pixel mostly tells."""
+    first = image.getpixel((0, row))
+    return first in (0, (0, 0, 0)) and image.crop((0, row, image.width, row + 1)).getbbox() is None
 
 
-class RowsMissing(Exception):
-    """Whether the rows of a JPEG were decoded cannot be told: they are black, or it is broken."""
+def window(size: Sequence[int], side: int, corner: Sequence[float]) -> tuple[float, ...]:
+    """Left, top, right and bottom of the crop, in pixels of a picture of that width and height."""
+    width, height = utils.resized_size(*size, side)
+    left, top = int(corner[0] * (width - CROP + 1)), int(corner[1] * (height - CROP + 1))
+    across, down = size[0] / width, size[1] / height
+    return left * across, top * down, (left + CROP) * across, (top + CROP) * down
 
 
-def shrink(image: Image.Image, side: int) -> tuple[float, float]:
-    """Lets libjpeg halve a large JPEG while decoding, as long as twice the pixels needed remain.
+def cut(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
+    """The window, resized to 224x224."""
+    if box[2] - box[0] == CROP == box[3] - box[1]:  # it has its size already
+        return image.crop(tuple(map(int, box)))
+    return image.resize((CROP, CROP), Image.Resampling.BILINEAR, box)
 
-    Returns the width and height that the picture then has, before they are rounded up to pixels.
+
+MODES = {1: "L", 3: "RGB"}
+"""Pillow's name for the colours of a JPEG with so many components."""
+
+
+def jpeg_frame(content: bytes) -> tuple[int, int, str] | None:
+    """Width, height and mode of a JPEG of the usual kinds, from its frame header.
+
+    Its segments are walked through as ITU-T T.81, B.1.1 has them. None for other files, and for
+    sizes that utils.picture_in refuses.
     """
-    if image.format == "JPEG" and min(image.size) >= 4 * side:
-        factor = min(image.size) // (2 * side)
-        drafted = image.draft(image.mode, (image.width // factor, image.height // factor))
-        if drafted:
-            return drafted[1][2:]
-    return image.size
+    at = 2 if content.startswith(b"\xff\xd8") else len(content)
+    while at + 10 <= len(content) and content[at] == 0xFF:
+        if 0xC0 <= content[at + 1] <= 0xC2:  # baseline, extended or progressive, Huffman-coded
+            bits, height, width, components = struct.unpack_from(">BHHB", content, at + 4)
+            mode = MODES.get(components) if bits == 8 else None
+            return (width, height, mode) if mode and utils.size_is_fit(width, height) else None
+        at += 2 + int.from_bytes(content[at + 2 : at + 4])
+    return None
 
 
-def load_rows(image: Image.Image, rows: int) -> None:
-    """Decodes a JPEG down to row `rows` only, other pictures as a whole: a fifth less to decode.
-
-    Told that the picture ends there, Pillow's decoder stops there, and complains of the data that
-    it then finds left over. The last row says whether that was all: it has been decoded unless it
-    is still black. Raises RowsMissing if it is.
-    """
-    image.decodermaxblock = 1 << 24  # the file in one piece: each piece ends in slow steps
-    if image.format != "JPEG" or rows >= image.height:
-        return
-    image.tile = [image.tile[0]._replace(extents=(0, 0, image.width, rows))]
-    try:
-        image.load()
-    except OSError:
-        if image.im.crop((0, rows - 1, image.width, rows)).getbbox() is None:
-            raise RowsMissing from None
-        image.tile = []
-
-
-GROUP = 2
-"""Crops finished at a time: enough that threads rarely hand over, few enough for the cache."""
+GROUP = 16
+"""Pictures finished at a time: enough that colour shifts cost little, few enough for the cache."""
 
 
 def finish(crops: np.ndarray, alpha: np.ndarray, mu: list, sigma: list, out: np.ndarray) -> None:
     """Steps 4 and 6: uint8 [n, 224, 224, 3] to normalised, colour-shifted float16 `out`.
 
-    After its colour shift every pixel of a channel is a function of its 8 bits, so one table of 256
-    entries per channel does scaling, normalisation, shift and conversion to float16 at once.
+    After its colour shift every value of a channel is a function of its 8 bits, so one table of 256
+    entries a channel does scaling, normalisation, shift and conversion to float16 at once.
     """
     shifts = colour_shifts(crops, alpha, sigma)
     levels = (np.arange(256) / 255 - np.array(mu)[:, None]) / np.array(sigma)[:, None]
     tables = (levels + shifts[:, :, None]).astype(np.float16).reshape(len(crops), 3 * 256)
+    # Rows of 3 * 224 values, not pixels of 3, make NumPy's inner loops long. The memory is used
+    # again for each crop; new memory would take as long as the work.
     row = 3 * CROP
-    entry = np.empty((GROUP, CROP, row), np.uint16)
-    index = np.empty((GROUP, CROP, row), np.intp)
-    first = 256 * (3 * np.arange(GROUP)[:, None, None] + np.tile(np.arange(3), CROP))
-    first = first.astype(np.uint16)  # of each crop's, row's and channel's table within the group's
-    for start in range(0, len(crops), GROUP):
-        part = slice(start, min(start + GROUP, len(crops)))
-        count = part.stop - start
-        np.add(crops[part].reshape(count, CROP, row), first[:count], out=entry[:count])
-        np.copyto(index[:count], entry[:count])
-        x = out[part].reshape(count, CROP, row)
-        np.take(tables[part].ravel(), index[:count], out=x, mode="clip")
+    channel = np.tile(np.arange(0, 3 * 256, 256, np.uint16), CROP)  # where its table begins
+    entry, index = np.empty((CROP, row), np.uint16), np.empty((CROP, row), np.intp)
+    for crop, table, x in zip(crops, tables, out, strict=True):
+        np.add(crop.reshape(CROP, row), channel, out=entry)
+        np.copyto(index, entry)
+        # No index lies outside; of NumPy's ways to see to that, "wrap" is the fastest.
+        np.take(table, index, out=x.reshape(CROP, row), mode="wrap")
 
 
 def colour_shifts(crops: np.ndarray, alpha: np.ndarray, sigma: list) -> np.ndarray:
@@ -337,7 +364,8 @@ def colour_shifts(crops: np.ndarray, alpha: np.ndarray, sigma: list) -> np.ndarr
         grid[:, channel] = crops[:, ::4, ::4, channel]
     grid = grid.reshape(len(crops), 3, -1)
     grid -= grid.mean(axis=2, keepdims=True)
-    covariance = (grid @ grid.transpose(0, 2, 1)).astype(np.float64) / grid.shape[2]
+    # Not by matmul: for so small a matrix its library is slower, and keeps other threads waiting.
+    covariance = np.einsum("nck,ndk->ncd", grid, grid).astype(np.float64) / grid.shape[2]
     covariance /= 255.0**2 * np.outer(sigma, sigma)
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
     return np.einsum("nck,nk->nc", eigenvectors, alpha * eigenvalues)
@@ -356,9 +384,8 @@ class Buffer:
         self.folder, self.recipe = folder, recipe
         self.start, self.end = epoch_start * recipe.batches, epoch_end * recipe.batches
         self.size = min(size, self.end - self.start)
-        header = 128  # of a .npy file
-        self.x_bytes = header + recipe.batch_size * CROP * CROP * 3 * 2
-        self.y_bytes = header + recipe.batch_size * 4
+        self.x_bytes = utils.array_file_size(np.float16, (recipe.batch_size, CROP, CROP, 3))
+        self.y_bytes = utils.array_file_size(np.int32, (recipe.batch_size,))
         self._said_no_room = threading.Event()
 
     # A batch has a number that counts through all epochs, and a position (epoch, batch).
@@ -434,11 +461,14 @@ class Buffer:
 
     def make(self, number: int) -> bool:
         """Makes a batch, labels first. Without room it says so, once, and returns False."""
-        x, y = self.recipe.make(self.position(number))
         x_path, y_path = utils.batch_files(self.folder, self.position(number))
+        shape, labels = (self.recipe.batch_size, CROP, CROP, 3), []
         try:
-            for path, array in ((y_path, y), (x_path, x)):
-                utils.save_array(path, array)
+            with utils.array_written_aside(x_path, np.float16, shape) as file:
+                for x, y in self.recipe.parts(self.position(number)):
+                    file.write(x.data)
+                    labels.append(y)
+                utils.save_array(y_path, np.concatenate(labels))
         except OSError as error:
             if not utils.is_no_room(error):
                 raise

@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -555,21 +555,32 @@ warnings.filterwarnings("ignore", module="PIL")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-@contextlib.contextmanager
-def open_picture(path: str | Path) -> Iterator[Image.Image]:
-    """The picture in a file, not decoded yet. EXIF orientation is ignored, as in other loaders.
+def open_picture(path: str | Path) -> contextlib.AbstractContextManager[Image.Image]:
+    """`picture_in` the file. Raises OSError besides."""
+    return picture_in(read_file(path))
 
-    Raises one of DECODING_ERRORS for a file that is no picture or of a shape beyond use.
+
+@contextlib.contextmanager
+def picture_in(content: bytes) -> Iterator[Image.Image]:
+    """The picture in a file's content, not decoded yet. EXIF orientation is ignored, as in other
+    loaders.
+
+    Raises one of DECODING_ERRORS for what is no picture or of a shape beyond use.
     """
-    content = io.BytesIO(read_file(path))
     try:
-        image = Image.open(content, formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"is none of {', '.join(FORMATS)}") from None
     with image:
-        if max(image.size) > LONGEST * min(image.size):
+        if not size_is_fit(*image.size):
             raise ValueError(f"{image.width}×{image.height} pixels is too long and thin")
         yield image
+
+
+def size_is_fit(width: int, height: int) -> bool:
+    """Whether a picture has pixels, no more than Pillow allows, and is not too long and thin."""
+    shorter, longer = min(width, height), max(width, height)
+    return 0 < longer <= LONGEST * shorter and width * height <= Image.MAX_IMAGE_PIXELS
 
 
 def read_file(path: str | Path) -> bytes:
@@ -637,10 +648,25 @@ def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """What np.save writes. Raises OSError with its errno, which np.save swallows."""
+def array_file_size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of the .npy file of such an array."""
+    return len(npy_header(dtype, shape)) + math.prod(shape) * np.dtype(dtype).itemsize
+
+
+@contextlib.contextmanager
+def array_written_aside(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
+    """A .npy file of such an array, open for its content; `path` once that is written.
+
+    Raises OSError with its errno, which np.save swallows.
+    """
     with written_aside(path) as aside, open(aside, "wb") as file:
-        file.write(npy_header(array.dtype, array.shape))
+        file.write(npy_header(dtype, shape))
+        yield file
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """What np.save writes."""
+    with array_written_aside(path, array.dtype, array.shape) as file:
         file.write(np.ascontiguousarray(array).data)
 
 
@@ -653,7 +679,7 @@ def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarra
     content, header = read_file(path), npy_header(dtype, shape)
     if not content.startswith(header):
         raise ValueError(f"{path}: does not hold {np.dtype(dtype)} {list(shape)}")
-    if len(content) != len(header) + math.prod(shape) * np.dtype(dtype).itemsize:
+    if len(content) != array_file_size(dtype, shape):
         raise ValueError(f"{path}: is cut off, or longer than its array")
     return np.frombuffer(content, dtype, offset=len(header)).reshape(shape)
 
