@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import resnet50
 import toolkit
 import toy_dataset
 import train
@@ -103,36 +104,29 @@ def test_epochs_in_one_go_and_in_two_end_with_the_same_weights(training):
     assert not toolkit.ROOT.joinpath("saved_models").exists() or training.models.is_dir()
 
 
-def test_killed_at_random_moments_and_resumed_as_if_never_killed(training):
+def test_killed_at_ten_random_moments_and_resumed_as_if_never_killed(training):
     """SIGKILL, saving included: a state is saved after each batch."""
-    assert training.run("undisturbed", 0, 3, "--log_seconds=0").returncode == 0
-    training.preprocess(3)
-    more = ["--checkpoint_minutes=0", "--log_seconds=0", "--resume"]
-    moments, kills = random.Random(1), 0
-    for _ in range(30):
-        process = training.start("killed", 0, 3, *more)
-        try:
-            # The first ten kills come after at least one new batch was logged.
-            before = _lines(training.models / "killed" / "training_log.csv")
-            _wait_until(
-                lambda before=before, process=process: (
-                    process.poll() is not None
-                    or _lines(training.models / "killed" / "training_log.csv") > max(before, 1)
-                )
-            )
-            process.wait(timeout=moments.uniform(0, 3) if kills < 5 else None)
-            assert process.returncode == 0
-            break
-        except TimeoutError as error:
-            raise AssertionError((training.folder / "killed.log").read_text()) from error
-        except toolkit.subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    assert kills >= 3
-    assert_same_state(training.state("undisturbed", 2), training.state("killed", 2))
+    epochs, moments = 7, random.Random(1)
+    assert training.run("undisturbed", 0, epochs, "--log_seconds=0").returncode == 0
+    training.preprocess(epochs)
+    log = training.models / "killed" / "training_log.csv"
+    arguments = ["--checkpoint_minutes=0", "--log_seconds=0", "--resume"]
+    for kill in range(10):
+        before = max(_lines(log), 1)
+        process = training.start("killed", 0, epochs, *arguments)
+        if kill % 2:  # at any moment of the start; else soon after a batch
+            time.sleep(moments.uniform(0, 6))
+        else:
+            _wait_until(lambda before=before: _lines(log) > before)
+            time.sleep(moments.uniform(0, 2))
+        assert process.poll() is None, (training.folder / "killed.log").read_text()
+        process.kill()
+        process.wait()
+    process = training.start("killed", 0, epochs, *arguments)
+    assert process.wait() == 0, (training.folder / "killed.log").read_text()
+    assert_same_state(training.state("undisturbed", 6), training.state("killed", 6))
     batches = [(row["epoch"], row["batch"]) for row in training.log("killed")]
-    assert batches == [(str(e), str(b)) for e in range(3) for b in range(EPOCH)]
+    assert batches == [(str(e), str(b)) for e in range(epochs) for b in range(EPOCH)]
     losses = [[row["loss"] for row in training.log(run)] for run in ("undisturbed", "killed")]
     assert losses[0] == losses[1]
     run = training.models / "killed"
@@ -345,6 +339,12 @@ def small_batch(seed: int = 0):
     return rng.normal(size=(4, 64, 64, 3)).astype(np.float16), np.arange(4, dtype=np.int32)
 
 
+@pytest.fixture
+def small_network(monkeypatch):
+    """Two blocks, one of them with stride and projection, where more would only take longer."""
+    monkeypatch.setattr(resnet50, "STAGES", [(1, 64, 256, 1), (1, 128, 512, 2)])
+
+
 def weights(trainer) -> np.ndarray:
     return np.concatenate([v.numpy().ravel() for v in trainer.network.trainable_variables])
 
@@ -362,7 +362,7 @@ def normalise_with_averages(trainer) -> None:
     network.__class__ = Fixed
 
 
-def test_two_replicas_take_the_step_of_one_with_the_whole_batch():
+def test_two_replicas_take_the_step_of_one_with_the_whole_batch(small_network):
     results = []
     for strategy in (None, two_replicas()):
         trainer = make_trainer(strategy)
@@ -376,7 +376,7 @@ def test_two_replicas_take_the_step_of_one_with_the_whole_batch():
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
 
 
-def test_averages_of_two_replicas_are_those_of_the_mean_statistics():
+def test_averages_of_two_replicas_are_those_of_the_mean_statistics(small_network):
     trainer = make_trainer(two_replicas())
     images, labels = small_batch()
     expected = []
@@ -409,7 +409,7 @@ def test_a_step_in_mixed_precision_is_close_to_float32(precision, most):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_an_overflow_skips_the_step_and_halves_the_scale(replicas, tmp_path):
+def test_an_overflow_skips_the_step_and_halves_the_scale(replicas, small_network, tmp_path):
     strategy = two_replicas() if replicas > 1 else None
     trainer = make_trainer(strategy, "mixed_float16")
     trainer.step(*trainer.put(*small_batch()), 0.01)
@@ -426,7 +426,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(replicas, tmp_path):
     assert np.array_equal(weights(restored), before)
 
 
-def test_xla_takes_the_same_step():
+def test_xla_takes_the_same_step(small_network):
     results = []
     for jit in (False, True):
         trainer = make_trainer(jit_compile=jit)
@@ -435,7 +435,7 @@ def test_xla_takes_the_same_step():
     np.testing.assert_allclose(results[0], results[1], atol=1e-4)
 
 
-def test_loss_against_numpy_with_label_smoothing_and_l2():
+def test_loss_against_numpy_with_label_smoothing_and_l2(small_network):
     trainer = make_trainer(label_smoothing=0.1)
     normalise_with_averages(trainer)
     images, labels = small_batch()
@@ -451,7 +451,7 @@ def test_loss_against_numpy_with_label_smoothing_and_l2():
     assert top1 == pytest.approx((logits.argmax(axis=1) == labels).mean())
 
 
-def test_sgd_with_momentum_against_numpy():
+def test_sgd_with_momentum_against_numpy(small_network):
     """v = m v - rate g, w = w + v: as the rate of the command line is, not as one saved."""
     trainer = make_trainer()
     normalise_with_averages(trainer)
