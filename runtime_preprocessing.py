@@ -310,19 +310,28 @@ def cut(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
 MODES = {1: "L", 3: "RGB"}
 """Pillow's name for the colours of a JPEG with so many components."""
 
+FRAMES = (0xC0, 0xC1, 0xC2)
+"""Markers of frame headers: baseline, extended and progressive, all of them Huffman-coded."""
+
+TABLES = (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))
+"""Markers of what may come before: tables, restart interval, comment, application data."""
+
 
 def jpeg_frame(content: bytes) -> tuple[int, int, str] | None:
     """Width, height and mode of a JPEG of the usual kinds, from its frame header.
 
-    Its segments are walked through as ITU-T T.81, B.1.1 has them. None for other files, and for
-    sizes that utils.picture_in refuses.
+    Its segments are walked through as in ITU-T T.81, annex B. None at anything that libjpeg could
+    read otherwise, and for sizes that utils.picture_in refuses.
     """
     at = 2 if content.startswith(b"\xff\xd8") else len(content)
     while at + 10 <= len(content) and content[at] == 0xFF:
-        if 0xC0 <= content[at + 1] <= 0xC2:  # baseline, extended or progressive, Huffman-coded
+        marker = content[at + 1]
+        if marker in FRAMES:
             bits, height, width, components = struct.unpack_from(">BHHB", content, at + 4)
             mode = MODES.get(components) if bits == 8 else None
             return (width, height, mode) if mode and utils.size_is_fit(width, height) else None
+        if marker not in TABLES:
+            return None
         at += 2 + int.from_bytes(content[at + 2 : at + 4])
     return None
 

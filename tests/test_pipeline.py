@@ -309,6 +309,7 @@ def test_the_frame_header_of_a_jpeg_is_found():
         b"GIF89a" + jpeg(),
         jpeg("CMYK"),
         jpeg()[:150],
+        b"\xff\xd8\xff" + jpeg()[2:],  # a fill byte before a marker
         with_frame(jpeg(), 1, b"\xc9"),  # arithmetic coding
         with_frame(jpeg(), 4, b"\x0c"),  # 12 bits
         with_frame(jpeg(), 5, b"\0\0"),  # no height yet
