@@ -295,6 +295,24 @@ def test_heals_whatever_happens_to_the_batches(tmp_path, toy, ram):
     assert os.listdir(ram) == []
 
 
+def test_a_clock_set_back_changes_nothing(tmp_path, toy, ram):
+    """All that lies in the buffer seems to come from tomorrow, as the clock then says."""
+    config = toolkit.write_config(
+        tmp_path, toy, ram, train__buffer_size=5, runtime_preprocessing__sleep_time=0.02
+    )
+    tomorrow = time.time() + 86400
+    with preprocessor(config, *span(0, 2)) as process:
+        wait_until(settled(ram, range(5)), process, "buffer full")
+        made = {path: path.stat().st_ino for path in ram.glob("[XY]_*")}
+        for path in ram.iterdir():
+            os.utime(path, (tomorrow, tomorrow))
+    with preprocessor(config, *span(0, 2)) as process:  # started again
+        wait_until(settled(ram, range(5)), process, "still full")
+        assert {path: path.stat().st_ino for path in ram.glob("[XY]_*")} == made
+        train(ram, recipe_of(config), range(20), process)
+        assert finish(process) == 0
+
+
 @pytest.mark.parametrize(
     "change, named", [({"train__seed": 5}, "seed"), ({"utils__mu_0": 0.3}, "mu")]
 )

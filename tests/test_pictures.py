@@ -3,6 +3,7 @@
 python3 -m pytest tests/test_pictures.py
 """
 
+import base64
 import io
 import struct
 import subprocess
@@ -220,6 +221,21 @@ def test_ycck_of_adobe_has_the_right_colours(tmp_path):
 def test_cmyk_tiff(tmp_path):
     picture = Image.merge("CMYK", [Image.fromarray(c) for c in (*np.moveaxis(INKS, 2, 0), BLACK)])
     assert difference(pixels(tmp_path, encoded(picture, "TIFF")), PRINTED) < 2
+
+
+ARITHMETIC = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAYEBQYFBAYGBQYHBwYIChAKCgkJChQODwwQFxQYGBcUFhYaHSUfGhsjHBYW"
+    "ICwgIyYnKSopGR8tMC0oMCUoKSj/2wBDAQcHBwoIChMKChMoGhYaKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgo"
+    "KCgoKCgoKCgoKCgoKCgoKCgoKCgoKCj/yQARCAAQABgDASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwDR"
+    "VEypgg9+XHc/fuJiNGGwR22GKq0GgFj3sP/Z"
+)
+"""A JPEG of 24x16 pixels, made by `cjpeg -arithmetic -quality 80`."""
+
+
+def test_an_arithmetic_coded_jpeg(tmp_path):
+    down = Image.linear_gradient("L").resize((24, 16))
+    expected = np.dstack([down, down.rotate(180), down.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+    assert difference(pixels(tmp_path, base64.b64decode(ARITHMETIC)), expected) < 4
 
 
 # --- what comes along with a picture ----------------------------------------------------------
