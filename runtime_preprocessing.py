@@ -358,7 +358,7 @@ def finish(crops: np.ndarray, alpha: np.ndarray, mu: list, sigma: list, out: np.
         np.add(crop.reshape(CROP, row), channel, out=entry)
         np.copyto(index, entry)
         # No index lies outside; of NumPy's ways to see to that, "wrap" is the fastest.
-        np.take(table, index, out=x.reshape(CROP, row), mode="wrap")
+        table.take(index, out=x.reshape(CROP, row), mode="wrap")
 
 
 def colour_shifts(crops: np.ndarray, alpha: np.ndarray, sigma: list) -> np.ndarray:

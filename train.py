@@ -58,6 +58,8 @@ def main() -> None:
     position = restore(run, trainer, args, facts)
     batches = utils.batches_per_epoch(buffer["N"], args.batch_size, workers)
     print(plan(buffer, batches, position, args, precision, strategy))
+    if run.chief:
+        print(disk_plan(run.folder, trainer, args.epoch_end - position[0]))
     log = Log(run, position, batches, args)
     saver = Saver(run, trainer, config, buffer["class_names"], facts)
     reader = Reader(
@@ -279,6 +281,20 @@ def plan(buffer: dict, batches: int, position: Position, args, precision: str, s
         f"{buffer['classes']:,} classes, {buffer['N']:,} training pictures; from {where} to the "
         f"end of epoch {args.epoch_end - 1}: {steps:,} steps of {args.batch_size} pictures, "
         f"{batches:,} an epoch, {precision} on {devices}"
+    )
+
+
+def disk_plan(folder: Path, trainer: "Trainer", epochs: int) -> str:
+    """How much disk the models will take, in one line."""
+    network = trainer.network
+    # float32, in the SavedModel and in the training state, which holds momentum besides.
+    kept = 2 * network.variables + network.trainable_variables
+    each = sum(4 * variable.shape.num_elements() for variable in kept)
+    there = shutil.disk_usage(folder).free
+    short = "" if epochs * each <= there else "; make room in time, or take another path_for_saving"
+    return (
+        f"a model of {utils.file_size(each)} an epoch goes to {folder}: "
+        f"{utils.file_size(epochs * each)} of the {utils.file_size(there)} there{short}"
     )
 
 
