@@ -164,7 +164,7 @@ def parse_arguments():
         "--run_folder",
         required=True,
         metavar="NAME",
-        help="name of this run: its folder below path_for_saving",
+        help="name of this run, and of its folder",
     )
     parser.add_epochs()
     add(
@@ -172,21 +172,22 @@ def parse_arguments():
         type=utils.whole(1),
         required=True,
         metavar="B",
-        help="pictures a batch; each machine's, shared among its GPUs",
+        help="pictures a batch, shared among the GPUs",
     )
     add("--learning_rate", type=utils.number(0), required=True, metavar="R", help="at its highest")
     add(
         "--lr_schedule",
         choices=("constant", "step", "cosine"),
         default="constant",
-        help="how the rate falls (default: constant)",
+        metavar="NAME",
+        help="how the rate falls: constant, step or cosine (default: constant)",
     )
     add(
         "--lr_drop_epochs",
         type=epoch_list,
         default=(),
         metavar="E,E",
-        help="epochs at whose start --lr_schedule=step divides the rate by 10",
+        help="where --lr_schedule=step divides it by 10: 30,60,80",
     )
     add(
         "--warmup_epochs",
@@ -200,7 +201,7 @@ def parse_arguments():
         type=utils.number(0, 0.99),
         default=0.0,
         metavar="P",
-        help="share of the target spread over all classes (default: 0)",
+        help="share of the target for all classes (default: 0)",
     )
     add("--resume", action="store_true", help="go on where the run stopped")
     add(
@@ -208,7 +209,7 @@ def parse_arguments():
         type=utils.number(0),
         default=10,
         metavar="M",
-        help="minutes between two states saved within an epoch (default: 10)",
+        help="minutes between two saved states (default: 10)",
     )
     add(
         "--log_seconds",
@@ -220,20 +221,21 @@ def parse_arguments():
     add(
         "--precision",
         choices=("float32", "mixed_float16", "mixed_bfloat16"),
-        help="default: mixed_float16 on a GPU, float32 elsewhere",
+        metavar="NAME",
+        help="float32, mixed_float16 (default on a GPU) or mixed_bfloat16",
     )
     add("--jit_compile", action="store_true", help="compile the step with XLA")
     add(
         "--gpu",
         type=utils.gpu_list,
         metavar="I,I",
-        help="GPUs to train on (default: 0 if there is one, else the CPU)",
+        help="GPUs to train on (default: 0, or the CPU if there is none)",
     )
     add("--deterministic", action="store_true", help="same result each time, slower")
     add(
         "--synthetic",
         action="store_true",
-        help="measure the speed on random batches, without buffer and models",
+        help="measure the speed on random batches and exit",
     )
     add("--verbose", action="store_true", help="show TensorFlow's own messages")  # fmt: skip
     args = parser.parse()

@@ -14,6 +14,7 @@ import csv
 import difflib
 import errno
 import fcntl
+import functools
 import io
 import json
 import math
@@ -97,7 +98,10 @@ class Parser(argparse.ArgumentParser):
             description=sentence,
             epilog=f"example:\npython3 {example}",
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage=argparse.SUPPRESS,  # the example says it better
+            formatter_class=functools.partial(
+                argparse.RawDescriptionHelpFormatter, max_help_position=26
+            ),
         )
         self.add_argument(
             "--config",
