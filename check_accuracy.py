@@ -8,6 +8,7 @@ prints top-1 and top-5 of the average over ten crops and of the centre crop alon
 and `training.png` anew.
 """
 
+import collections
 import csv
 import math
 import os
@@ -34,8 +35,9 @@ def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
     run = utils.run_folder(config, args.run_folder)
-    gpus = utils.choose_gpus([1] if args.gpu is None else args.gpu, required=args.gpu is not None)
-    print(f"evaluating on {'GPU ' + str(args.gpu or 1) if gpus else 'the CPU'}")
+    gpu = args.gpu or [1]
+    found = utils.choose_gpus(gpu, required=args.gpu is not None)
+    print(f"evaluating on {f'GPU {gpu[0]}' if found else 'the CPU'}")
     crops = Crops(config.preprocess.path_to_save / "val", config.preprocess.N)
     wait_for_run(run)
     utils.lock(run / ".check_accuracy.lock", f"{run}: another check_accuracy.py is at work on it")
@@ -176,7 +178,12 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> dict:
     progress = utils.Progress(len(crops), f"pictures, epoch {folder.name}")
     groups = np.array_split(crops.indices, math.ceil(len(crops) / pictures))
     for indices, images in zip(groups, utils.map_in_order(crops.load, groups, 1), strict=True):
-        probabilities = classify(images=tf.constant(images))["probabilities"].numpy()
+        try:
+            probabilities = classify(images=tf.constant(images))["probabilities"].numpy()
+        except tf.errors.ResourceExhaustedError:
+            raise UserError(
+                f"not enough memory for {pictures} pictures at a time; take a smaller --pictures"
+            ) from None
         probabilities = probabilities.reshape(len(indices), 10, classes)
         labels = crops.labels[indices]
         ranks["10crop"].append(rank(probabilities.mean(axis=1), labels))
@@ -378,7 +385,7 @@ def draw_accuracy(rows: list[dict], drops: list[float], path: Path) -> None:
     chart = Chart(f"{path.parent.name}: validation accuracy", "epoch", x_range, (0, 1), True)
     for drop in drops:
         if x_range[0] <= drop <= x_range[1]:
-            chart.mark(drop, "rate / 10")
+            chart.mark(drop, "lower rate")
     curves = [
         ("top5_10crop", "top-5, 10 crops", BLUE, 0),
         ("top5_centre", "top-5, centre crop", BLUE, 5),
@@ -398,19 +405,27 @@ def read_training_log(path: Path) -> dict[str, list[float]]:
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+        rows = [row for row in map(numbers, csv.DictReader(file)) if row]
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+
+
+def numbers(row: dict) -> dict[str, float] | None:
+    """A row of a csv file as numbers; None if it is cut off, or was edited."""
+    try:
+        return {name: float(value) for name, value in row.items()}
+    except (TypeError, ValueError):
+        return None
 
 
 def learning_rate_drops(run: Path) -> list[float]:
-    """Epochs at whose start the learning rate fell to a fifth or less."""
+    """Epochs at whose start a constant learning rate fell to a fifth or less, and stayed there."""
     log = read_training_log(run / "training_log.csv")
     steps = zip(log.get("epoch", []), log.get("learning_rate", []), strict=True)
-    steps = list(steps)
+    steps, rows = list(steps), collections.Counter(log.get("learning_rate", []))
     return [
         epoch - 0.5
         for (_, before), (epoch, after) in zip(steps, steps[1:], strict=False)
-        if 0 < after <= before / 5
+        if 0 < after <= before / 5 and min(rows[before], rows[after]) > 1
     ]
 
 

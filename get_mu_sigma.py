@@ -23,8 +23,8 @@ def main() -> None:
         folder = config.preprocess.path_to_save / str(args.shorter_side)
         if not folder.is_dir():
             raise UserError(
-                f"{folder}: no such folder; preprocess.py --shorter_side={args.shorter_side} makes "
-                f"it"
+                f"{folder}: no such folder; preprocess.py makes those of the shorter sides 256, "
+                f"263, … 480"
             )
         pictures = replace(pictures, folder=folder)
     print(f"{len(pictures):,} training pictures in {pictures.folder}, {pictures.layout}")

@@ -34,6 +34,7 @@ def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
     pictures = utils.training_pictures(config)
+    check_source(config.preprocess.path_to_save, pictures)
     folders = {side: config.preprocess.path_to_save / str(side) for side in args.shorter_side}
     jobs = missing(pictures, folders)
     total = sum(len(sides) for _, sides in jobs)
@@ -75,6 +76,20 @@ def sides(text: str) -> list[int]:
     if side not in SIDES:
         raise argparse.ArgumentTypeError(f"expected all or one of {', '.join(map(str, SIDES))}")
     return [side]
+
+
+def check_source(root: Path, pictures: Pictures) -> None:
+    """Notes in `root` which pictures its copies are of. Raises UserError if they are of others."""
+    utils.make_folder(root)
+    note = root / utils.COPIES_OF
+    if utils.copies_of_others(root, pictures):
+        others = utils.one_line(note.read_text(errors="replace"))
+        raise UserError(
+            f"{root} holds copies of pictures in {others}, not in {pictures.folder}; take another "
+            f"path_to_save, or remove {note} if the pictures have only moved"
+        )
+    if not note.exists():
+        utils.write_text(note, str(pictures.folder))
 
 
 def missing(pictures: Pictures, folders: dict[int, Path]) -> list[tuple[int, tuple[int, ...]]]:

@@ -62,7 +62,7 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
     utils.remove_leftovers(folder)
     listing = folder / "pictures.txt"
     lines = [f"{_size(pictures.folder / path)} {path!r}\n" for path in pictures.paths]
-    if not listing.is_file() or listing.read_text(encoding="utf-8") != "".join(lines):
+    if not listing.is_file() or listing.read_bytes() != "".join(lines).encode():
         old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
         if old:
             print(f"{folder}: removing {len(old)} files made from other pictures")

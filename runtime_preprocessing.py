@@ -18,9 +18,9 @@ import json
 import os
 import shutil
 import struct
-import tempfile
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def main() -> None:
     config = utils.load_config(args.config)
     worker, workers = utils.worker()
     pictures = utils.training_pictures(config)
-    resized = resized_folders(config.preprocess.path_to_save)
+    resized = resized_folders(config.preprocess.path_to_save, pictures)
     recipe = Recipe(
         pictures,
         args.batch_size,
@@ -62,8 +62,8 @@ def main() -> None:
         benchmark(recipe, folder)
         return
     buffer = Buffer(folder, recipe, args.epoch_start, args.epoch_end, config.train.buffer_size)
-    buffer.claim()
     buffer.check_room()
+    buffer.claim()
     made = keep_full(
         buffer,
         config.runtime_preprocessing.num_of_threads,
@@ -94,8 +94,11 @@ def parse_arguments():
     return parser.parse()
 
 
-def resized_folders(root: Path) -> dict[int, Path]:
-    """The folders that preprocess.py has made, by shorter side."""
+def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
+    """The folders that preprocess.py has made of these pictures, by shorter side."""
+    if utils.copies_of_others(root, pictures):
+        utils.warn(f"{root}: its resized copies are of other pictures, and not used")
+        return {}
     return {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
 
 
@@ -105,6 +108,9 @@ def describe(recipe: "Recipe", epochs: int) -> str:
     source = f"resized copies of {sides} of the {len(SIDES)} shorter sides" if sides else ""
     if sides < len(SIDES):
         source += f"{', else ' if sides else ''}the originals"
+    if recipe.workers > 1:
+        part = len(pictures) // recipe.workers
+        source += f"; worker {recipe.worker} of {recipe.workers}, {part:,} pictures are its part"
     return (
         f"{len(pictures.class_names):,} classes, {len(pictures):,} training pictures, "
         f"{pictures.layout}; {recipe.batches:,} batches of {recipe.batch_size} an epoch, "
@@ -170,6 +176,7 @@ class Recipe:
             "format": utils.BUFFER_FORMAT,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "dataset": str(self.pictures.folder),
             "N": len(self.pictures),
             "classes": len(self.pictures.class_names),
             "mu": self.mu,
@@ -406,11 +413,23 @@ class Buffer:
         return position[0] * self.recipe.batches + position[1]
 
     def claim(self) -> None:
-        """Makes the folder this recipe's: removes batches of another making and leftovers."""
+        """Makes the folder this recipe's: removes batches of another making and leftovers.
+
+        Raises UserError if files that are no batches have names of batches: somebody else's.
+        """
         old, new = utils.read_json(self.folder / "buffer.json"), self.recipe.description
         names = [name for name in os.listdir(self.folder) if utils.parse_batch_name(name)]
-        if old != new and names:
-            differing = [key for key in new if (old or {}).get(key) != new[key]]
+        if old is None and names:
+            for name in names:
+                if not utils.is_batch_file(self.folder / name):
+                    raise UserError(
+                        f"{self.folder / name}: not a batch of this toolkit, and would be "
+                        f"overwritten; give the buffer a folder of its own"
+                    )
+            print(f"{self.folder}: removing {len(names)} files of unknown making")
+            self._remove(names)
+        elif old != new and names:
+            differing = [key for key in new if old.get(key) != new[key]]
             print(f"{self.folder}: removing {len(names)} files made with another "
                   f"{', '.join(differing)}")  # fmt: skip
             self._remove(names)
@@ -560,15 +579,23 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
 
 
 def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
-    """Prints pictures per second for 1, 2, 4 … threads, batches written and removed again."""
+    """Prints pictures per second for 1, 2, 4 … threads, batches written and removed again.
+
+    Raises UserError if there is no room for a batch a thread.
+    """
+    utils.remove_leftovers(folder)
     cores = utils.cores()
     counts = sorted({2**i for i in range(cores.bit_length())} | {cores})
     rates = {}
     for threads in counts:
-        with tempfile.TemporaryDirectory(prefix=".benchmark-", dir=folder) as aside:
-            buffer = Buffer(Path(aside), recipe, 0, 1, recipe.batches)
+        aside = utils.aside_name(folder / "benchmark")
+        aside.mkdir()
+        try:
+            buffer = Buffer(aside, recipe, 0, 1, recipe.batches)
             make = functools.partial(_make_and_remove, buffer)
             rates[threads] = measure(make, threads, recipe, seconds)
+        finally:
+            shutil.rmtree(aside)
         print(
             f"{threads:3d} threads {rates[threads]:8,.0f} pictures/s "
             f"{rates[threads] / threads:8,.0f} a thread   x{rates[threads] / rates[1]:.2f}"
@@ -596,7 +623,8 @@ def measure(make: Callable[[int], None], threads: int, recipe: Recipe, seconds: 
 
 
 def _make_and_remove(buffer: Buffer, number: int) -> None:
-    buffer.make(number)
+    if not buffer.make(number):
+        raise UserError(f"{buffer.folder.parent}: no room for a batch of each thread")
     for path in utils.batch_files(buffer.folder, buffer.position(number)):
         path.unlink(missing_ok=True)
 
@@ -621,6 +649,8 @@ def draw_preview(recipe: Recipe, file: Path, position: Position, most: int = 32)
         sheet.paste(Image.fromarray(picture), (left, top))
         name = shortened(recipe.pictures.class_names[label], small, CROP)
         pen.text((left, top + CROP + 4), name, "black", small)
+    if file.is_dir():
+        raise UserError(f"--preview={file}: a folder, not a file")
     try:
         with utils.written_aside(file.absolute()) as aside:
             sheet.save(aside, format="PNG")
@@ -631,7 +661,10 @@ def draw_preview(recipe: Recipe, file: Path, position: Position, most: int = 32)
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """`text`, cut so that it is at most so many pixels wide."""
-    text = utils.one_line(text).encode("utf-8", "backslashreplace").decode()
+    # Pillow's own font knows ASCII alone.
+    text = unicodedata.normalize("NFKD", utils.one_line(text).replace("ß", "ss"))
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    text = text.encode("ascii", "backslashreplace").decode()
     while font.getlength(text) > width:
         text = text.rstrip("…")[:-1] + "…"
     return text

@@ -48,10 +48,15 @@ def main() -> None:
     strategy = open_devices(args.gpu, workers, args.deterministic)
     precision = args.precision or ("mixed_float16" if on_gpu() else "float32")
     if args.synthetic:
-        show_bound(args, config, strategy, precision)
+        with explained_failures(workers):
+            show_bound(args, config, strategy, precision)
         return
     run = Run(utils.run_folder(config, args.run_folder), chief=worker == 0)
     run.check_start(args)
+    if args.resume and run.is_done(args.epoch_end):
+        tell_the_end(config, args.epoch_end)
+        print(f"{run.folder} is trained to the end of epoch {args.epoch_end - 1} already")
+        return
     buffer = open_buffer(config, args.batch_size, worker, workers)
     trainer = Trainer(strategy, config, buffer["classes"], precision, args)
     facts = {key: buffer[key] for key in FACTS}
@@ -62,12 +67,14 @@ def main() -> None:
         print(disk_plan(run.folder, trainer, args.epoch_end - position[0]))
     log = Log(run, position, batches, args)
     saver = Saver(run, trainer, config, buffer["class_names"], facts)
+    if not args.resume:
+        saver.remove_rolling()  # of the training that this one goes on from at another point
     reader = Reader(
         config.train.buffer_folder,
         batches,
         position,
         args.epoch_end,
-        lambda: check_buffer(config, args.batch_size, worker, workers),
+        lambda: check_buffer(config, args.batch_size, worker, workers, before=buffer),
         config.train.sleep_time,
         trainer.put,
     )
@@ -79,7 +86,7 @@ def main() -> None:
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
         f"in {run.folder}. Next: python3 check_accuracy.py --run_folder={args.run_folder} "
-        f"--epoch_start={args.epoch_start} --epoch_end={args.epoch_end}"
+        f"--epoch_start={args.epoch_start} --epoch_end={args.epoch_end} --config={args.config}"
     )
 
 
@@ -174,7 +181,13 @@ def parse_arguments():
         metavar="B",
         help="pictures a batch, shared among the GPUs",
     )
-    add("--learning_rate", type=utils.number(0), required=True, metavar="R", help="at its highest")
+    add(
+        "--learning_rate",
+        type=utils.number(0),
+        required=True,
+        metavar="R",
+        help="learning rate at its highest",
+    )
     add(
         "--lr_schedule",
         choices=("constant", "step", "cosine"),
@@ -462,16 +475,26 @@ def open_buffer(config: SimpleNamespace, batch_size: int, worker: int, workers: 
     waiting = False
     while (buffer := check_buffer(config, batch_size, worker, workers)) is None:
         if not waiting:
-            print(f"no batches in {folder} yet; waiting for runtime_preprocessing.py")
+            print(
+                f"no batches in {folder} yet; waiting for runtime_preprocessing.py, to be started "
+                f"with the same epochs, --batch_size and --config"
+            )
         waiting = True
         time.sleep(min(config.train.sleep_time, 5))
     return buffer
 
 
 def check_buffer(
-    config: SimpleNamespace, batch_size: int, worker: int, workers: int
+    config: SimpleNamespace,
+    batch_size: int,
+    worker: int,
+    workers: int,
+    before: dict | None = None,
 ) -> dict | None:
-    """The content of buffer.json, None if there is none. Raises UserError if it does not fit."""
+    """The content of buffer.json, None if there is none.
+
+    Raises UserError if it does not fit this training, or has become another one than `before`.
+    """
     folder = config.train.buffer_folder
     buffer = utils.read_json(folder / "buffer.json")
     if buffer is None:
@@ -493,11 +516,25 @@ def check_buffer(
                 f"{folder}: its batches were made with {key} = {buffer.get(key)}, this training "
                 f"has {key} = {value}; start both scripts with the same"
             )
+    for key in (*FACTS, "class_names"):
+        if before and buffer.get(key) != before[key]:
+            raise UserError(
+                f"{folder}: its batches are of other {key} than when this training began; stop "
+                f"runtime_preprocessing.py, or start this training again"
+            )
     return buffer
 
 
+def tell_the_end(config: SimpleNamespace, epoch_end: int) -> None:
+    """Ends a runtime_preprocessing.py that still waits for a training which is over."""
+    folder = utils.make_folder(config.train.buffer_folder)
+    utils.lock(folder / ".trainer.lock", f"{folder}: another train.py takes batches from here")
+    if (folder / "buffer.json").exists():
+        utils.write_progress(folder, (epoch_end, 0))
+
+
 class Reader:
-    """Loads batch after batch in a thread of its own, one ahead of training.
+    """Loads batch after batch in a thread of its own, up to two ahead of training.
 
     A context manager; `next` returns the batches in order.
     """
@@ -586,7 +623,7 @@ class Reader:
     def _load(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The batch at `position`, waiting for it if need be. None once the reader is closed."""
         paths = utils.batch_files(self.folder, self.position)
-        waiting = False
+        say_again = 0.0
         while not self._closed.is_set():
             try:
                 if buffer := self.check():
@@ -597,11 +634,11 @@ class Reader:
                 utils.warn(f"{error}; removed, to be made again")
                 for path in paths:
                     path.unlink(missing_ok=True)
-            if not waiting:
-                print(f"waiting for {paths[0]}")
-            waiting = True
+            if time.monotonic() >= say_again:
+                print(f"waiting for {paths[0]}; is runtime_preprocessing.py running, and so far?")
+                say_again = time.monotonic() + self.sleep_time
             self._tell()  # again: the file may have been lost
-            self._closed.wait(self.sleep_time)
+            self._closed.wait(min(self.sleep_time, 1))
         return None
 
 
@@ -625,7 +662,10 @@ def show_bound(args, config, strategy, precision: str, seconds: float = 20.0) ->
     images = generator.standard_normal((args.batch_size, CROP, CROP, 3), np.float32)
     labels = generator.integers(0, 1000, args.batch_size).astype(np.int32)
     batch = trainer.put(images.astype(np.float16), labels)
-    print(f"random batches of {args.batch_size}, {precision}; nothing is saved")
+    print(
+        f"random batches of {args.batch_size}, {precision}; nothing is saved. Preparing the step, "
+        f"then measuring for {seconds:.0f} s"
+    )
     for _ in range(2):
         trainer.step(*batch, 0.0).numpy()  # builds the step
     batches, start = 0, time.perf_counter()
@@ -660,15 +700,27 @@ class Run:
             ((int(match[1]), int(match[2])), self.folder / name) for match, name in found if match
         )
 
+    def is_done(self, epoch_end: int) -> bool:
+        """Whether the last epoch is saved."""
+        return any(
+            epoch + 1 >= epoch_end and utils.read_json(state_file(self.folder / str(epoch)))
+            for epoch in self.epochs()
+        )
+
     def check_start(self, args) -> None:
         """Takes the run's folder. Raises UserError where models would be lost or are missing."""
+        if args.epoch_start and not self.epochs():
+            raise UserError(
+                f"--epoch_start={args.epoch_start} goes on from a model in {self.folder}, which "
+                f"has none"
+            )
         if self.chief:
             utils.make_folder(self.folder)
             utils.lock(self.folder, f"{self.folder}: another train.py is working on this run")
             utils.remove_leftovers(self.folder)
         if args.resume:
             return
-        there = f"it has epochs {compact(self.epochs())}" if self.epochs() else "it has no models"
+        there = f"it has epochs {compact(self.epochs())}"
         if args.epoch_start and args.epoch_start - 1 not in self.epochs():
             raise UserError(
                 f"--epoch_start={args.epoch_start} needs {self.folder / str(args.epoch_start - 1)},"
@@ -700,7 +752,8 @@ def compact(numbers: list[int]) -> str:
 def restore(run: Run, trainer: Trainer, args, facts: dict) -> Position:
     """Loads the state that training goes on from, if any, and returns the first batch to train on.
 
-    With --resume that is the latest whole one, else the end of epoch_start - 1. Raises UserError.
+    With --resume that is the latest whole one, else the end of epoch_start - 1. Broken ones after
+    it are renamed, so that they are made again. Raises UserError.
     """
     if args.resume:
         states = run.rolling() + [((e + 1, 0), run.folder / str(e)) for e in run.epochs()]
@@ -711,15 +764,26 @@ def restore(run: Run, trainer: Trainer, args, facts: dict) -> Position:
         try:
             load_state(trainer, folder, facts, exact=position[1] > 0)
         except BrokenState as error:
-            broken.append(str(error))
+            broken.append((folder, error))
             continue
-        for message in broken:
-            utils.warn(f"{message}; going on from {folder}")
+        for bad, error in broken:
+            utils.warn(f"{error}; renamed to {bad.name}.broken, going on from {folder}")
+            if run.chief:
+                renamed = bad.with_name(f"{bad.name}.broken")
+                shutil.rmtree(renamed, ignore_errors=True)
+                bad.rename(renamed)
         print(f"going on from {folder}")
         return position
     if broken:
-        raise UserError(broken[0])
+        raise broken[0][1]
+    if args.resume:
+        print(f"{run.folder} has nothing to go on from; starting at the beginning")
     return args.epoch_start, 0
+
+
+def state_file(folder: Path) -> Path:
+    """What tells which training a model or rolling state belongs to."""
+    return folder / "training_state" / "state.json"
 
 
 class BrokenState(UserError):
@@ -732,7 +796,7 @@ def load_state(trainer: Trainer, folder: Path, facts: dict, exact: bool) -> None
     A state within an epoch (`exact`) fits only the same batches; one between epochs needs only the
     same classes.
     """
-    saved = utils.read_json(folder / "training_state" / "state.json")
+    saved = utils.read_json(state_file(folder))
     if saved is None:
         raise BrokenState(f"{folder}: holds no training state")
     for key, value in facts.items():
@@ -761,15 +825,15 @@ class Saver:
         if not self.run.chief:
             return
         folder = self.run.folder / f"state_{position[0]}_{position[1]}"
+        if folder.exists():  # not a step since it was saved
+            return
         try:
             with utils.folder_written_aside(folder) as aside:
                 self._write_state(aside, position)
-                if folder.exists():
-                    shutil.rmtree(folder)
         except (OSError, tf.errors.OpError) as error:
             utils.warn(f"{folder}: not saved, training goes on: {utils.one_line(str(error))[:200]}")
             return
-        self._remove_rolling(but=folder)
+        self.remove_rolling(but=folder)
 
     def save_epoch(self, epoch: int, tries: int = 5, pause: float = 60.0) -> None:
         """The model after an epoch, and the state. Raises UserError if it cannot be saved."""
@@ -790,7 +854,7 @@ class Saver:
                     f"{folder}: cannot be saved yet: {reason}; trying again in {pause:.0f} s"
                 )
                 time.sleep(pause)
-        self._remove_rolling(but=None)
+        self.remove_rolling()
         print(f"saved {folder}")
 
     def _write_model(self, folder: Path) -> None:
@@ -805,9 +869,11 @@ class Saver:
         state.mkdir()
         self.trainer.checkpoint.write(str(state / "checkpoint"))
         facts = {"epoch": position[0], "batch": position[1], **self.facts}
-        utils.write_text(state / "state.json", json.dumps(facts, indent=1))
+        utils.write_text(state_file(folder), json.dumps(facts, indent=1))
 
-    def _remove_rolling(self, but: Path | None) -> None:
+    def remove_rolling(self, but: Path | None = None) -> None:
+        if not self.run.chief:
+            return
         for _, folder in self.run.rolling():
             if folder != but:
                 shutil.rmtree(folder)
@@ -891,7 +957,7 @@ class Log:
         step = row["epoch"] * self.batches + row["batch"]
         left = (self.args.epoch_end * self.batches - step - 1) * self.args.batch_size
         print(
-            f"epoch {row['epoch']}, batch {row['batch'] + 1} of {self.batches}: "
+            f"epoch {row['epoch']}, {row['batch'] + 1} of {self.batches} batches: "
             f"loss {row['loss']:.3f} ({row['loss_without_l2']:.3f} without L2), "
             f"top-1 {row['top1']:.1%}, {row['images_per_second']:,.1f} images/s, "
             f"rate {row['learning_rate']:.3g}, waiting for data {row['waiting_for_data']:.1%}, "
@@ -899,11 +965,14 @@ class Log:
         )
         values = [v if isinstance(v, int) else f"{v:.6g}" for v in row.values()]
         csv.writer(self._file).writerow(values)
-        self._file.flush()
-        with self._events.as_default(step):
-            for name in COLUMNS[3:]:
-                utils.write_event(name, row[name])
-        self._events.flush()
+        try:
+            self._file.flush()
+            with self._events.as_default(step):
+                for name in COLUMNS[3:]:
+                    utils.write_event(name, row[name])
+            self._events.flush()
+        except (OSError, tf.errors.OpError) as error:
+            utils.warn(f"the log is not written: {utils.one_line(str(error))[:200]}")
 
     def time_taken(self) -> str:
         return utils.duration(time.monotonic() - self._start)
@@ -915,10 +984,18 @@ def open_log(path: Path, position: Position):
     if path.is_file():
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
-        rows = [row for row in rows if (int(row[0]), int(row[1])) < position]
+        rows = [row for row in rows if is_before(row, position)]
     with utils.written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
     return open(path, "a", newline="", encoding="utf-8")
+
+
+def is_before(row: list[str], position: Position) -> bool:
+    """Whether a row of the log is of a batch before `position`; not if it cannot be read."""
+    try:
+        return (int(row[0]), int(row[1])) < position
+    except ValueError:
+        return False
 
 
 if __name__ == "__main__":

@@ -68,8 +68,12 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         _die(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except KeyboardInterrupt:
-        print(f"{script_name()}: stopped", file=sys.stderr)
-        sys.exit(130)
+        _stopped()
+
+
+def _stopped() -> None:
+    print(f"{script_name()}: stopped", file=sys.stderr)
+    sys.exit(130)
 
 
 def _die(message: str) -> None:
@@ -112,6 +116,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
+        # A misspelt flag is worth more than what is then missing.
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for flag in [part.partition("=")[0] for part in sys.argv[1:] if part.startswith("--")]:
+            if flag not in known and (close := difflib.get_close_matches(flag, known, 1)):
+                message = f"unrecognized argument {flag}, did you mean {close[0]}"
         raise UserError(f"{message}; see --help")
 
     def add_epochs(self) -> None:
@@ -398,7 +407,10 @@ def _dataset_root(folder: Path) -> Path:
 
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; [preprocess] ImageNet_folder must name it")
+        raise UserError(
+            f"{folder}: no such folder; [preprocess] ImageNet_folder must name the one that holds "
+            f"train and val"
+        )
     return folder
 
 
@@ -489,8 +501,9 @@ def _flat_validation(root: Path, folder: Path, classes: list[str]) -> Pictures:
             f"{folder}: its pictures are not in class folders, {why}; add Kaggle's "
             f"LOC_val_solution.csv or move the pictures into {folder}/<class>/"
         )
-    with open(solution, newline="", encoding="utf-8") as file:
-        wnids = {row[0]: row[1].split()[0] for row in csv.reader(file) if len(row) == 2 and row[1]}
+    with open(solution, newline="", encoding="utf-8", errors="replace") as file:
+        rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
+    wnids = {name: answer.split()[0] for name, answer in rows}
     ranks = {name: rank for rank, name in enumerate(classes)}
     names = sorted(
         name
@@ -538,6 +551,16 @@ def _read_list(file: Path) -> list[tuple[str, int]]:
     if not listed:
         raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
     return listed
+
+
+COPIES_OF = "copies_of.txt"
+"""Beside the resized copies: the folder of the pictures they were made from."""
+
+
+def copies_of_others(root: Path, pictures: Pictures) -> bool:
+    """Whether preprocess.py filled `root` from another dataset, in which names may be the same."""
+    note = root / COPIES_OF
+    return note.is_file() and note.read_bytes() != _as_written(str(pictures.folder))
 
 
 # --- opening pictures -----------------------------------------------------------------------
@@ -622,7 +645,8 @@ def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
 _ASIDE = re.compile(r"\..+\.aside-(\d+)-\d+")
 
 
-def _aside(path: Path) -> Path:
+def aside_name(path: Path) -> Path:
+    """A name beside `path`, this thread's own, that `remove_leftovers` knows."""
     return path.with_name(f".{path.name}.aside-{os.getpid()}-{threading.get_ident()}")
 
 
@@ -632,7 +656,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     So a file under its own name is always complete, whenever the process is killed.
     """
-    aside = _aside(path)
+    aside = aside_name(path)
     try:
         yield aside
         os.replace(aside, path)
@@ -693,7 +717,7 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
     """The same for a folder, which must not be there yet. Its files are on the disk, not only in
     memory, before it appears: not even a power failure leaves half a folder.
     """
-    aside = _aside(folder)
+    aside = aside_name(folder)
     try:
         aside.mkdir()
         yield aside
@@ -719,7 +743,12 @@ def is_leftover(name: str) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        aside.write_bytes(_as_written(text))
+
+
+def _as_written(text: str) -> bytes:
+    """UTF-8, with escapes for what came from names that are not."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -779,12 +808,12 @@ class Failures:
             if path in self.paths:
                 return
             self.paths.add(path)
-            reason = str(error).replace(repr(path), "it") or type(error).__name__
+            reason = str(error) or type(error).__name__
             warn(f"{path}: left out, cannot be decoded: {reason}")
             if len(self.paths) > self.allowed or len(self.paths) == self.pictures:
                 raise UserError(
                     f"{len(self.paths)} of {self.pictures} pictures could not be decoded, more "
-                    f"than 1 in 100; the last was {path}"
+                    f"than 1 in 100; the last was {path}. Replace those warned of, or remove them"
                 )
 
     def __str__(self) -> str:
@@ -890,6 +919,14 @@ def parse_batch_name(name: str) -> tuple[str, Position] | None:
     return (match[1], (int(match[2]), int(match[3]))) if match else None
 
 
+def is_batch_file(path: Path) -> bool:
+    """Whether a file of a batch's name begins as one does, whatever its size."""
+    dtype, rest = ("<f2", f", {CROP}, {CROP}, 3)") if path.name[0] == "X" else ("<i4", ",)")
+    with open(path, "rb") as file:
+        start = file.read(128)
+    return start.startswith(b"\x93NUMPY") and dtype.encode() in start and rest.encode() in start
+
+
 def write_progress(folder: Path, position: Position) -> None:
     """Says which batch training needs next."""
     write_text(folder / "training_progress.txt", f"{position[0]}\n{position[1]}\n")
@@ -970,7 +1007,7 @@ def run_folder(config: SimpleNamespace, name: str) -> Path:
 def quiet_tensorflow() -> Iterator[None]:
     """Keeps what TensorFlow's libraries say while it is imported from the terminal.
 
-    With --verbose on the command line it is shown.
+    With --verbose on the command line it is shown. Ctrl-C meanwhile ends the script without ado.
     """
     if "--verbose" in sys.argv:
         yield
@@ -982,6 +1019,9 @@ def quiet_tensorflow() -> Iterator[None]:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield
+    except KeyboardInterrupt:
+        os.dup2(terminal, 2)
+        _stopped()
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
@@ -998,7 +1038,7 @@ def gpu_list(text: str) -> list[int]:
 def choose_gpus(wanted: list[int], required: bool) -> list:
     """Makes TensorFlow see these GPUs alone, their memory taken as needed. None there: the CPU.
 
-    Raises UserError if one is not there, but `required`.
+    Raises UserError if the GPUs are `required` and one is not there.
     """
     import tensorflow as tf
 

@@ -282,7 +282,13 @@ def no_room_for_models(tries: int = 3) -> tuple[int, int]:
                 free = shutil.disk_usage(disk).free
                 with open(filler, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, max(1, free - 50_000_000))
-                wait_for(lambda place=place: "not saved" in place.log.read_text())
+                # Of a state within an epoch, or of a model: then it is tried again in a minute.
+                wait_for(
+                    lambda place=place: (
+                        "not saved" in place.log.read_text()
+                        or "cannot be saved yet" in place.log.read_text()
+                    )
+                )
                 filler.unlink()
                 lost += process.wait(timeout=PATIENCE) != 0
                 lost += sum(incomplete(disk / "r" / str(epoch)) for epoch in range(4))

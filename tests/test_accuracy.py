@@ -219,6 +219,9 @@ def test_rate_drops_are_read_from_the_log(tmp_path):
     lines += [f"{e},{b},1,{0.1 if e < 3 else 0.01}" for e in range(5) for b in range(2)]
     (tmp_path / "training_log.csv").write_text("\n".join(lines))
     assert check_accuracy.learning_rate_drops(tmp_path) == [2.5]
+    lines = lines[:1] + [f"{e},0,1,{0.1 / 6**e}" for e in range(5)]  # falls all the time
+    (tmp_path / "training_log.csv").write_text("\n".join(lines))
+    assert check_accuracy.learning_rate_drops(tmp_path) == []
 
 
 def test_subprocess_is_quiet(prepared):

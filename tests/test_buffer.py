@@ -225,6 +225,8 @@ def test_progress_of_an_older_run_does_not_end_it(tmp_path, toy, ram):
     """An older run left a position behind this run's last epoch, or before its first."""
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
     for stale in (20, 999, 5):
+        for path in ram.iterdir():
+            path.unlink()
         progress(ram, stale)
         with preprocessor(config, *span(1, 2)) as process:
             wait_until(settled(ram, range(10, 13)), process, "first window")
@@ -307,6 +309,7 @@ def test_a_clock_set_back_changes_nothing(tmp_path, toy, ram):
         for path in ram.iterdir():
             os.utime(path, (tomorrow, tomorrow))
     with preprocessor(config, *span(0, 2)) as process:  # started again
+        wait_until(lambda: said(config).count("buffer: 5 batches") == 2, process, "again")
         wait_until(settled(ram, range(5)), process, "still full")
         assert {path: path.stat().st_ino for path in ram.glob("[XY]_*")} == made
         train(ram, recipe_of(config), range(20), process)
@@ -348,6 +351,21 @@ FOREIGN = [
     "notes.txt", "X_foo.npy", "X_1_1.npy.bak", "x_0_0.npy", "X_0_0.npz", "Z_0_0.npy", "X_0.npy",
     "X_-1_0.npy", "X_0_0_0.npy", ".hidden", "progress.txt", "training_progress.txt.bak",
 ]  # fmt: skip
+
+
+def test_foreign_files_with_names_of_batches_are_refused(tmp_path, toy, ram):
+    """A buffer_folder set by mistake loses nothing."""
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+    (ram / "X_0_0.npy").write_bytes(b"a thesis")
+    np.save(ram / "Y_0_0.npy", np.zeros(40, np.float64))
+    for name in ("X_0_0.npy", "Y_0_0.npy"):
+        content = (ram / name).read_bytes()
+        result = toolkit.run("runtime_preprocessing.py", config, *span(0, 1))
+        toolkit.assert_one_line_error(
+            result, "runtime_preprocessing.py", "_0_0.npy", "folder of its own"
+        )
+        assert (ram / name).read_bytes() == content
+        (ram / name).unlink()
 
 
 def test_foreign_files_are_never_touched(tmp_path, toy, ram):
@@ -518,10 +536,16 @@ def test_disk_too_small_for_one_batch(tmp_path, toy, small_disk):
 def test_batches_already_there_count_as_room(tmp_path, toy, small_disk):
     disk = small_disk(5 * 1300)
     config = toolkit.write_config(tmp_path, toy, disk, train__buffer_size=4)
-    for _ in range(2):
+    for life in (1, 2):
         with preprocessor(config, *span(0, 1)) as process:
+            wait_until(
+                lambda life=life: said(config).count("buffer: 4 batches") == life,
+                process,
+                "room for them",
+            )
             wait_until(settled(disk, range(4)), process, "buffer full")
             time.sleep(0.3)
+            assert process.poll() is None, said(config)
 
 
 def fill(disk: Path, but: int) -> Path:

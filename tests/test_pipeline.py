@@ -4,7 +4,6 @@ each time. Held against Pillow's own resizing, NumPy in float64, and the real co
 
 import io
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,8 +34,8 @@ MU, SIGMA = [0.48180, 0.44969, 0.39839], [0.27336, 0.26435, 0.27563]
 def recipe_of(config: Path, batch_size: int = 4, seed: int = 0, **keywords) -> Recipe:
     """The recipe that the command has with this config.txt."""
     settings = utils.load_config(config)
-    resized = runtime_preprocessing.resized_folders(settings.preprocess.path_to_save)
     pictures = utils.training_pictures(settings)
+    resized = runtime_preprocessing.resized_folders(settings.preprocess.path_to_save, pictures)
     return Recipe(pictures, batch_size, seed, *utils.mu_sigma(settings), resized, **keywords)
 
 
@@ -804,19 +803,15 @@ def test_description_changes_with_everything_a_batch_depends_on(tmp_path, own_to
         assert json.loads(json.dumps(each)) == each
 
 
-def test_scratch_memory_is_each_threads_own(config):
-    """Batches are made in memory that a thread uses again, but never another's."""
-    recipe, arrays = recipe_of(config), {}
-    barrier = threading.Barrier(2)
-
-    def make(position):
-        x, _ = recipe.make(position)
-        barrier.wait()
-        arrays[position] = x
-
-    threads = [threading.Thread(target=make, args=((0, batch),)) for batch in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not np.shares_memory(arrays[0, 0], arrays[0, 1])
+def test_batches_under_way_at_the_same_time_do_not_mix(config):
+    """A batch's parts are made in memory that its next part uses again, but never another batch."""
+    recipe = recipe_of(config, batch_size=20)
+    expected = [recipe.make((0, batch)) for batch in range(2)]
+    parts = [[], []]
+    for both in zip(*(recipe.parts((0, batch)) for batch in range(2)), strict=True):
+        for batch, (x, y) in enumerate(both):
+            parts[batch].append((x.copy(), y))
+    for (x, y), made in zip(expected, parts, strict=True):
+        np.testing.assert_array_equal(x, np.concatenate([x for x, _ in made]))
+        np.testing.assert_array_equal(y, np.concatenate([y for _, y in made]))
+        assert len(made) == 2

@@ -177,7 +177,9 @@ def originals(mixed: Path) -> list[str]:
 
 
 def test_every_side_has_the_names_of_the_originals(copies, mixed):
-    assert sorted(path.name for path in copies.folder.iterdir()) == [str(side) for side in SIDES]
+    names = sorted(path.name for path in copies.folder.iterdir())
+    assert names == [*map(str, SIDES), "copies_of.txt"]
+    assert (copies.folder / "copies_of.txt").read_text() == str(mixed / "train")
     for side in SIDES:
         assert sorted(tree(copies.folder / str(side))) == originals(mixed)
 
@@ -214,7 +216,7 @@ def test_contents_are_those_of_pillows_resize(side, copies, mixed):
 
 def test_it_says_how_much_disk_it_needs_and_how_it_goes(copies, mixed):
     needed = re.search(rf"about ([\d.]+) (kB|MB) needed in {copies.folder}\b", copies.stdout)
-    really = sum(map(len, tree(copies.folder).values()))
+    really = sum(len(content) for name, content in tree(copies.folder).items() if "/" in name)
     assert 0.7 < float(needed[1]) * {"kB": 1e3, "MB": 1e6}[needed[2]] / really < 1.4
     total = len(SIDES) * len(originals(mixed))
     assert re.search(rf"{total} of {total} copies, [\d,.]+/s, .* left", copies.stdout)
@@ -223,7 +225,8 @@ def test_it_says_how_much_disk_it_needs_and_how_it_goes(copies, mixed):
 
 def test_one_side_makes_that_side_alone(settings, mixed, tmp_path):
     result = run_well("preprocess.py", settings, "--shorter_side=263")
-    assert [path.name for path in (tmp_path / "preprocessed").iterdir()] == ["263"]
+    made = tmp_path / "preprocessed"
+    assert sorted(path.name for path in made.iterdir()) == ["263", "copies_of.txt"]
     assert sorted(tree(tmp_path / "preprocessed/263")) == originals(mixed)
     assert re.search(r"9 of 9 copies", result.stdout)
     assert_contents_are_right(tmp_path / "preprocessed/263", mixed)
@@ -282,16 +285,30 @@ def test_ctrl_c_leaves_no_half_written_file(many, tmp_path):
     assert process.wait() == 130
     assert log.read_text().splitlines()[-1] == "preprocess.py: stopped"
     assert "Traceback" not in log.read_text()
-    for path in folder.rglob("*.*"):
+    for path in folder.glob("*/**/*.*"):
         assert not utils.is_leftover(path.name)
         as_pillow_opens(path)
+
+
+def test_copies_of_another_dataset_are_refused_and_not_trained_on(settings, tmp_path, mixed):
+    """With the same names, in the same path_to_save."""
+    run_well("preprocess.py", settings, "--shorter_side=256")
+    shutil.copytree(mixed, tmp_path / "other")
+    other = toolkit.write_config(tmp_path, tmp_path / "other", tmp_path / "buffer")
+    result = toolkit.run("preprocess.py", other, "--shorter_side=263")
+    toolkit.assert_one_line_error(result, "preprocess.py", str(mixed / "train"), "copies_of.txt")
+    arguments = ["--epoch_start=0", "--epoch_end=1", "--batch_size=4"]
+    preview = f"--preview={tmp_path / 'sheet.png'}"
+    result = toolkit.run("runtime_preprocessing.py", other, *arguments, preview)
+    assert result.returncode == 0 and "are of other pictures" in result.stderr
+    assert "from the originals" in result.stdout
 
 
 def test_a_disk_too_small_is_refused_beforehand(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", disk_with(50_000))
     with pytest.raises(UserError, match=r"preprocessed: .*need.* [\d.]+ [kM]B.*50 kB"):
         in_process(preprocess, monkeypatch, settings, "--shorter_side=256")
-    assert tree(tmp_path / "preprocessed") == {}
+    assert list(tree(tmp_path / "preprocessed")) == ["copies_of.txt"]
 
 
 def test_one_broken_picture_is_warned_of_and_counted(tmp_path, toy):
@@ -305,7 +322,7 @@ def test_one_broken_picture_is_warned_of_and_counted(tmp_path, toy):
     assert warnings[0].startswith("preprocess.py: warning: discs/0000.JPEG: ")
     last = result.stdout.splitlines()[-1]
     assert "of 23 pictures" in last and "1 could not be decoded" in last
-    assert len(tree(tmp_path / "preprocessed")) == 23
+    assert len(tree(tmp_path / "preprocessed/256")) == 23
 
 
 @pytest.mark.parametrize("script", ["preprocess.py", "preprocess_val.py", "get_mu_sigma.py"])
