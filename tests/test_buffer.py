@@ -773,5 +773,10 @@ def test_training_with_other_arguments_is_told_both_values(config, ram):
         with pytest.raises(utils.UserError) as error:
             train.check_buffer(settings, *arguments)
         assert all(word in str(error.value) for word in words), error.value
+    settings.train.seed = 0
+    before = train.check_buffer(settings, 4, 0, 1)
+    assert train.check_buffer(settings, 4, 0, 1, before) == before
+    with pytest.raises(utils.UserError, match="other class_names than when this training began"):
+        train.check_buffer(settings, 4, 0, 1, before | {"class_names": ["cats"]})
     (ram / "buffer.json").unlink()
     assert train.check_buffer(settings, 4, 0, 1) is None

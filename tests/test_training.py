@@ -512,3 +512,24 @@ def test_state_of_another_class_count_or_broken_is_refused(training):
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     result = training.run("run", 1, 2)
     toolkit.assert_one_line_error(result, "train.py", "run/0", "cannot be read")
+
+
+def test_a_broken_model_is_renamed_and_made_again(training):
+    assert training.run("run", 0, 2).returncode == 0
+    checkpoint = next((training.models / "run/1/training_state").glob("checkpoint.data*"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    result = training.run("run", 0, 3, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "renamed to 1.broken" in result.stderr
+    assert {path.name for path in (training.models / "run").iterdir() if path.is_dir()} == {
+        "0", "1", "1.broken", "2", "events",
+    }  # fmt: skip
+    again = toolkit.run("train.py", training.config, *training.arguments("run", 0, 3, "--resume"))
+    assert again.returncode == 0 and "to the end of epoch 2 already" in again.stdout
+
+
+def test_epochs_that_are_not_there_cannot_be_resumed(training):
+    arguments = training.arguments("misspelt", 1, 2, "--resume")
+    result = toolkit.run("train.py", training.config, *arguments)
+    toolkit.assert_one_line_error(result, "train.py", "misspelt", "--epoch_start=1")
+    assert not (training.models / "misspelt").exists()
