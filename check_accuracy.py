@@ -450,8 +450,11 @@ def draw_training(log_file: Path, path: Path, most: int = 300) -> None:
     )
     for column, name, dash in (("loss", "loss", 0), ("loss_without_l2", "loss without L2", 5)):
         chart.curve(epochs, log[column], BLUE, name, [f"last {log[column][-1]:.3f}"], dash)
-    notes = [f"last {log['top1'][-1]:.1%}", f"100% is as high as {highest:.2f}"]
+    notes = [f"last {log['top1'][-1]:.1%}"]
     chart.curve(epochs, [v * highest for v in log["top1"]], GREEN, "top-1 of batches", notes)
+    for share in (0.2, 0.4, 0.6, 0.8, 1.0):  # its own scale, inside the right edge
+        _, y = chart.place(epochs[0], share * highest)
+        chart.text((chart.right - 4, y), f"{share:.0%}", 14, "rm", GREEN)
     chart.save(path)
 
 
