@@ -275,8 +275,8 @@ def no_room_for_models(tries: int = 3) -> tuple[int, int]:
                     place.folder, place.folder / "dataset", place.buffer, **values
                 )
                 filler = disk / "filler"
-                arguments = [*span(4, 4), "--learning_rate=0.01", "--checkpoint_minutes=0"]
-                place.start("runtime_preprocessing.py", *span(4, 4))
+                arguments = [*span(2, 4), "--learning_rate=0.01", "--checkpoint_minutes=0"]
+                place.start("runtime_preprocessing.py", *span(2, 4))
                 process = place.start("train.py", "--run_folder=r", *arguments)
                 wait_for(lambda disk=disk: (disk / "r" / "0").is_dir())
                 free = shutil.disk_usage(disk).free
@@ -291,7 +291,7 @@ def no_room_for_models(tries: int = 3) -> tuple[int, int]:
                 )
                 filler.unlink()
                 lost += process.wait(timeout=PATIENCE) != 0
-                lost += sum(incomplete(disk / "r" / str(epoch)) for epoch in range(4))
+                lost += sum(incomplete(disk / "r" / str(epoch)) for epoch in range(2))
                 lost += "Traceback" in place.log.read_text()
             finally:
                 for process in place.processes:
