@@ -21,7 +21,7 @@ tf.config.set_logical_device_configuration(
 )
 
 
-# A shell that starts the tests in the background makes them, and all that they start, deaf to Ctrl-C.
+# A shell that starts the tests in the background makes all that they start deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
