@@ -351,6 +351,16 @@ def test_a_disk_that_fills_up_is_one_line_that_names_the_file(script, settings, 
 
 
 @pytest.mark.parametrize("script", ["preprocess.py", "preprocess_val.py", "get_mu_sigma.py"])
+def test_files_are_made_with_the_users_umask(script, settings, tmp_path):
+    arguments = ["--shorter_side=256"] if script == "preprocess.py" else []
+    assert run_under("os.umask(0o027)", script, settings, *arguments).returncode == 0
+    made = list((tmp_path / "preprocessed").rglob("*"))
+    assert made
+    for path in made:
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+@pytest.mark.parametrize("script", ["preprocess.py", "preprocess_val.py", "get_mu_sigma.py"])
 def test_a_file_in_place_of_the_folder_is_named(script, settings, tmp_path):
     (tmp_path / "preprocessed").write_text("")
     arguments = ["--shorter_side=256"] if script == "preprocess.py" else []
