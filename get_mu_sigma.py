@@ -21,6 +21,10 @@ def main() -> None:
     pictures = utils.training_pictures(config)
     if args.shorter_side:
         folder = config.preprocess.path_to_save / str(args.shorter_side)
+        if utils.copies_of_others(config.preprocess.path_to_save, pictures):
+            raise UserError(
+                f"{folder}: its copies are of other pictures; take another path_to_save"
+            )
         if not folder.is_dir():
             raise UserError(
                 f"{folder}: no such folder; preprocess.py makes those of the shorter sides 256, "

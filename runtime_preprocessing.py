@@ -418,20 +418,20 @@ class Buffer:
         Raises UserError if files that are no batches have names of batches: somebody else's.
         """
         old, new = utils.read_json(self.folder / "buffer.json"), self.recipe.description
-        names = [name for name in os.listdir(self.folder) if utils.parse_batch_name(name)]
-        if old is None and names:
+        names = self._batch_names()
+        if old is None:
             for name in names:
                 if not utils.is_batch_file(self.folder / name):
                     raise UserError(
                         f"{self.folder / name}: not a batch of this toolkit, and would be "
                         f"overwritten; give the buffer a folder of its own"
                     )
-            print(f"{self.folder}: removing {len(names)} files of unknown making")
-            self._remove(names)
-        elif old != new and names:
+            making = "of unknown making"
+        else:
             differing = [key for key in new if old.get(key) != new[key]]
-            print(f"{self.folder}: removing {len(names)} files made with another "
-                  f"{', '.join(differing)}")  # fmt: skip
+            making = f"made with another {', '.join(differing)}"
+        if old != new and names:
+            print(f"{self.folder}: removing {len(names)} files {making}")
             self._remove(names)
         utils.remove_leftovers(self.folder)
         utils.write_text(self.folder / "buffer.json", json.dumps(new, indent=1))
@@ -441,8 +441,7 @@ class Buffer:
 
     def check_room(self) -> None:
         """Says how much room the window needs. Raises UserError if it is not there."""
-        names = [name for name in os.listdir(self.folder) if utils.parse_batch_name(name)]
-        own = sum(on_disk((self.folder / name).stat().st_size) for name in names)
+        own = sum(on_disk((self.folder / name).stat().st_size) for name in self._batch_names())
         there = shutil.disk_usage(self.folder).free + own - ROOM_FOR_SMALL_FILES
         batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
         needed = batch * self.size
@@ -513,6 +512,9 @@ class Buffer:
         self.remove_all_but(range(0))
         utils.remove_leftovers(self.folder)
         self._remove(["training_progress.txt", "buffer.json", ".trainer.lock"])
+
+    def _batch_names(self) -> list[str]:
+        return [name for name in os.listdir(self.folder) if utils.parse_batch_name(name)]
 
     def _remove(self, names) -> None:
         for name in names:
@@ -592,7 +594,7 @@ def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
         aside.mkdir()
         try:
             buffer = Buffer(aside, recipe, 0, 1, recipe.batches)
-            make = functools.partial(_make_and_remove, buffer)
+            make = functools.partial(make_and_remove, buffer)
             rates[threads] = measure(make, threads, recipe, seconds)
         finally:
             shutil.rmtree(aside)
@@ -622,7 +624,8 @@ def measure(make: Callable[[int], None], threads: int, recipe: Recipe, seconds: 
         return sum(pool.map(work, range(threads)))
 
 
-def _make_and_remove(buffer: Buffer, number: int) -> None:
+def make_and_remove(buffer: Buffer, number: int) -> None:
+    """What training does to a batch, for measuring. Raises UserError without room."""
     if not buffer.make(number):
         raise UserError(f"{buffer.folder.parent}: no room for a batch of each thread")
     for path in utils.batch_files(buffer.folder, buffer.position(number)):

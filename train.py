@@ -465,13 +465,19 @@ class Classifier(tf.Module):
 # --- the buffer's batches -------------------------------------------------------------------
 
 
+def take_buffer(config: SimpleNamespace) -> Path:
+    """The buffer's folder, this process's own from here on. Raises UserError if another has it."""
+    folder = utils.make_folder(config.train.buffer_folder)
+    utils.lock(folder / ".trainer.lock", f"{folder}: another train.py takes batches from here")
+    return folder
+
+
 def open_buffer(config: SimpleNamespace, batch_size: int, worker: int, workers: int) -> dict:
     """Takes the buffer for this process and returns its buffer.json, waiting for it if need be.
 
     Raises UserError if another training uses the buffer, or if it does not fit this one.
     """
-    folder = utils.make_folder(config.train.buffer_folder)
-    utils.lock(folder / ".trainer.lock", f"{folder}: another train.py takes batches from here")
+    folder = take_buffer(config)
     waiting = False
     while (buffer := check_buffer(config, batch_size, worker, workers)) is None:
         if not waiting:
@@ -527,8 +533,7 @@ def check_buffer(
 
 def tell_the_end(config: SimpleNamespace, epoch_end: int) -> None:
     """Ends a runtime_preprocessing.py that still waits for a training which is over."""
-    folder = utils.make_folder(config.train.buffer_folder)
-    utils.lock(folder / ".trainer.lock", f"{folder}: another train.py takes batches from here")
+    folder = take_buffer(config)
     if (folder / "buffer.json").exists():
         utils.write_progress(folder, (epoch_end, 0))
 

@@ -667,6 +667,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise
 
 
+@functools.cache
 def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """What a .npy file of such an array begins with."""
     file, form = io.BytesIO(), np.lib.format

@@ -179,10 +179,8 @@ def batch_speed(recipe: Recipe, folder: Path, threads: int, seconds: float) -> S
     buffer, made = Buffer(folder, recipe, 0, 1, recipe.batches), []
 
     def make(number: int) -> None:
-        buffer.make(number)
+        runtime_preprocessing.make_and_remove(buffer, number)
         made.append(number)
-        for path in utils.batch_files(folder, buffer.position(number)):
-            path.unlink(missing_ok=True)
 
     cpu_start = time.process_time()
     rate = runtime_preprocessing.measure(make, threads, recipe, seconds)

@@ -302,6 +302,8 @@ def test_copies_of_another_dataset_are_refused_and_not_trained_on(settings, tmp_
     result = toolkit.run("runtime_preprocessing.py", other, *arguments, preview)
     assert result.returncode == 0 and "are of other pictures" in result.stderr
     assert "from the originals" in result.stdout
+    result = toolkit.run("get_mu_sigma.py", other, "--shorter_side=256")
+    toolkit.assert_one_line_error(result, "get_mu_sigma.py", "of other pictures")
 
 
 def test_a_disk_too_small_is_refused_beforehand(settings, tmp_path, monkeypatch):

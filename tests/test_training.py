@@ -47,7 +47,7 @@ def training(tmp_path, eight, ram):
 class Training:
     def __init__(self, folder: Path, dataset: Path, buffer: Path):
         self.folder, self.models = folder, folder / "saved_models"
-        self.config = toolkit.write_config(folder, dataset, buffer)
+        self.config = toolkit.write_config(folder, dataset, buffer, train__buffer_size=20)
         self.processes = []
 
     def preprocess(self, end: int) -> None:
