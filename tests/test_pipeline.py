@@ -17,6 +17,7 @@ import runtime_preprocessing
 import toolkit
 import utils
 from runtime_preprocessing import (
+    GROUP,
     Recipe,
     colour_shifts,
     crop_any,
@@ -393,7 +394,7 @@ def drawn(toy, tmp_path_factory) -> dict[str, np.ndarray]:
         return Image.fromarray(bright_left)
 
     def finish_and_note(crops, alpha, mu, sigma, out):
-        seen["flip"].extend(crops[:, 0, 0, 0] == 0)
+        seen["flip"].extend(crop[0, 0, 0] == 0 for crop in crops)
         seen["alpha"].extend(alpha)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -805,12 +806,12 @@ def test_description_changes_with_everything_a_batch_depends_on(tmp_path, own_to
 
 def test_batches_under_way_at_the_same_time_do_not_mix(config):
     """A batch's parts are made in memory that its next part uses again, but never another batch."""
-    recipe = recipe_of(config, batch_size=20)
-    expected = [recipe.make((0, batch)) for batch in range(2)]
+    recipe, epochs = recipe_of(config, batch_size=GROUP + 4), range(2)
+    expected = [recipe.make((epoch, 0)) for epoch in epochs]
     parts = [[], []]
-    for both in zip(*(recipe.parts((0, batch)) for batch in range(2)), strict=True):
-        for batch, (x, y) in enumerate(both):
-            parts[batch].append((x.copy(), y))
+    for both in zip(*(recipe.parts((epoch, 0)) for epoch in epochs), strict=True):
+        for epoch, (x, y) in enumerate(both):
+            parts[epoch].append((x.copy(), y))
     for (x, y), made in zip(expected, parts, strict=True):
         np.testing.assert_array_equal(x, np.concatenate([x for x, _ in made]))
         np.testing.assert_array_equal(y, np.concatenate([y for _, y in made]))
