@@ -43,7 +43,10 @@ def main() -> None:
     utils.lock(run / ".check_accuracy.lock", f"{run}: another check_accuracy.py is at work on it")
     utils.remove_leftovers(run)
     table = run / "accuracy.csv"
-    print(f"{len(crops):,} pictures of {crops.classes:,} classes, results go to {table}")
+    print(
+        f"{utils.plural(len(crops), 'picture')} of {utils.plural(crops.classes, 'class')}, "
+        f"results go to {table}"
+    )
     left_out = 0
     for epoch in range(args.epoch_start, args.epoch_end):
         rows = read_table(table)
@@ -64,7 +67,9 @@ def main() -> None:
         draw_training(run / "training_log.csv", run / "training.png")
     print(f"the results are in {table}, drawn in {run / 'accuracy.png'}")
     if left_out:
-        raise UserError(f"{left_out} epochs could not be evaluated; see the warnings above")
+        raise UserError(
+            f"{utils.plural(left_out, 'epoch')} could not be evaluated; see the warnings above"
+        )
 
 
 def parse_arguments():

@@ -31,7 +31,9 @@ def main() -> None:
                 f"263, … 480"
             )
         pictures = replace(pictures, folder=folder)
-    print(f"{len(pictures):,} training pictures in {pictures.folder}, {pictures.layout}")
+    print(
+        f"{utils.plural(len(pictures), 'training picture')} in {pictures.folder}, {pictures.layout}"
+    )
     result = utils.make_folder(config.get_mu_sigma.path_to_save) / "mu_sigma.txt"
     failures = utils.Failures(len(pictures))
     text = toml(*mu_sigma(pictures, failures))

@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 import utils
-from utils import SIDES, Pictures, UserError
+from utils import SIDES, Pictures, UserError, plural
 
 END_OF_IMAGE = b"\xff\xd9"
 """The last bytes of every JPEG."""
@@ -34,21 +34,27 @@ def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
     pictures = utils.training_pictures(config)
-    check_source(config.preprocess.path_to_save, pictures)
-    folders = {side: config.preprocess.path_to_save / str(side) for side in args.shorter_side}
+    root = config.preprocess.path_to_save
+    check_source(root, pictures)
+    utils.lock(
+        root / utils.COPIES_OF,
+        f"{root}: another preprocess.py adds to the copies there, or runtime_preprocessing.py "
+        f"makes batches from them; wait for its end or take another path_to_save",
+    )
+    folders = {side: root / str(side) for side in args.shorter_side}
     jobs = missing(pictures, folders)
     total = sum(len(sides) for _, sides in jobs)
     print(
-        f"{len(pictures):,} training pictures, {pictures.layout}; {total:,} of "
+        f"{plural(len(pictures), 'training picture')}, {pictures.layout}; {total:,} of "
         f"{len(pictures) * len(folders):,} resized copies are still to be made"
     )
     failures = utils.Failures(len(pictures))
     if total:
-        check_room(pictures, jobs, total, config.preprocess.path_to_save)
+        check_room(pictures, jobs, total, root)
         write_all(pictures, folders, jobs, total, failures)
     print(
-        f"resized copies of {len(pictures) - len(failures):,} pictures in "
-        f"{len(folders)} shorter sides are in {config.preprocess.path_to_save}; {failures}. "
+        f"resized copies of {plural(len(pictures) - len(failures), 'picture')} in "
+        f"{plural(len(folders), 'shorter side')} are in {root}; {failures}. "
         f"Next: runtime_preprocessing.py finds them there"
     )
 

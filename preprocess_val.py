@@ -32,7 +32,8 @@ def main() -> None:
     folder = utils.make_folder(config.preprocess.path_to_save / "val")
     jobs = missing(pictures, folder)
     print(
-        f"{len(pictures):,} validation pictures of {len(pictures.class_names):,} classes, "
+        f"{utils.plural(len(pictures), 'validation picture')} of "
+        f"{utils.plural(len(pictures.class_names), 'class')}, "
         f"{pictures.layout}; the crops of {len(jobs):,} are still to be cut, "
         f"{utils.file_size(len(jobs) * CROP_FILE_BYTES)}"
     )
@@ -41,7 +42,8 @@ def main() -> None:
     failures = write_all(pictures, folder, jobs, labels)
     utils.save_array(folder / "y.npy", labels)
     print(
-        f"ten crops of {len(pictures) - len(failures):,} pictures are in {folder}; {failures}. "
+        f"ten crops of {utils.plural(len(pictures) - len(failures), 'picture')} are in {folder}; "
+        f"{failures}. "
         f"Next: check_accuracy.py takes them from there"
     )
 
@@ -65,7 +67,7 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
     if not listing.is_file() or listing.read_bytes() != "".join(lines).encode():
         old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
         if old:
-            print(f"{folder}: removing {len(old)} files made from other pictures")
+            print(f"{folder}: removing {utils.plural(len(old), 'file')} made from other pictures")
         for name in old:
             (folder / name).unlink()
         utils.write_text(listing, "".join(lines))

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import utils
-from utils import CROP, SIDES, Pictures, Position, UserError
+from utils import CROP, SIDES, Pictures, Position, UserError, plural
 
 REFILL_BELOW = 0.8
 """Share of buffer_size under which the buffer is filled up again."""
@@ -72,7 +72,7 @@ def main() -> None:
     buffer.leave()
     print(
         f"training has passed epoch {args.epoch_end - 1}; {folder} is empty again. "
-        f"{made:,} batches were made, {recipe.failures}"
+        f"Batches made: {made:,}; {recipe.failures}"
     )
 
 
@@ -95,11 +95,23 @@ def parse_arguments():
 
 
 def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
-    """The folders that preprocess.py has made of these pictures, by shorter side."""
+    """The folders that preprocess.py has made of these pictures, by shorter side.
+
+    While they are used it may not add to them: what a batch holds would depend on when it is made.
+    """
+    folders = {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
+    unused = None
     if utils.copies_of_others(root, pictures):
-        utils.warn(f"{root}: its resized copies are of other pictures, and not used")
+        unused = "its resized copies are of other pictures"
+    elif folders and (root / utils.COPIES_OF).is_file():
+        try:
+            utils.lock(root / utils.COPIES_OF, "preprocess.py is at work here", shared=True)
+        except UserError as error:
+            unused = str(error)
+    if unused:
+        utils.warn(f"{root}: {unused}; the originals are used")
         return {}
-    return {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
+    return folders
 
 
 def describe(recipe: "Recipe", epochs: int) -> str:
@@ -110,11 +122,14 @@ def describe(recipe: "Recipe", epochs: int) -> str:
         source += f"{', else ' if sides else ''}the originals"
     if recipe.workers > 1:
         part = len(pictures) // recipe.workers
-        source += f"; worker {recipe.worker} of {recipe.workers}, {part:,} pictures are its part"
+        source += (
+            f"; worker {recipe.worker} of {recipe.workers}, {plural(part, 'picture')} are its part"
+        )
     return (
-        f"{len(pictures.class_names):,} classes, {len(pictures):,} training pictures, "
-        f"{pictures.layout}; {recipe.batches:,} batches of {recipe.batch_size} an epoch, "
-        f"{epochs * recipe.batches:,} in {epochs} epochs, from {source}"
+        f"{plural(len(pictures.class_names), 'class')}, "
+        f"{plural(len(pictures), 'training picture')}, {pictures.layout}; "
+        f"{plural(recipe.batches, 'batch')} of {recipe.batch_size} an epoch, "
+        f"{epochs * recipe.batches:,} in {plural(epochs, 'epoch')}, from {source}"
     )
 
 
@@ -430,13 +445,16 @@ class Buffer:
             differing = [key for key in new if old.get(key) != new[key]]
             making = f"made with another {', '.join(differing)}"
         if old != new and names:
-            print(f"{self.folder}: removing {len(names)} files {making}")
+            print(f"{self.folder}: removing {plural(len(names), 'file')} {making}")
             self._remove(names)
         utils.remove_leftovers(self.folder)
         utils.write_text(self.folder / "buffer.json", json.dumps(new, indent=1))
         # A position outside of this run's epochs was left by an older run.
         if not self.start <= self.wanted_first() < self.end:
             self._remove(["training_progress.txt"])
+        first = self.wanted_first()
+        if ready := [n for n in self.ready() if first <= n < first + self.size]:
+            print(f"{self.folder}: {plural(len(ready), 'batch')} ready since an earlier start")
 
     def check_room(self) -> None:
         """Says how much room the window needs. Raises UserError if it is not there."""
@@ -445,7 +463,7 @@ class Buffer:
         batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
         needed = batch * self.size
         print(
-            f"buffer: {self.size:,} batches of {utils.file_size(batch)} in {self.folder}, "
+            f"buffer: {plural(self.size, 'batch')} of {utils.file_size(batch)} in {self.folder}, "
             f"{utils.file_size(needed)} of the {utils.file_size(there)} there"
         )
         if needed > there:
@@ -560,8 +578,8 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
                 rate = made * buffer.recipe.batch_size / (time.monotonic() - started)
                 print(
                     f"epoch {buffer.position(first)[0]}, batch {buffer.position(first)[1]}: "
-                    f"{len(window):,} batches ready ahead of training, {made:,} just made at "
-                    f"{rate:,.0f} pictures/s"
+                    f"{plural(len(window), 'batch')} ready ahead of training, {made:,} just made "
+                    f"at {rate:,.0f} pictures/s"
                 )
             if not filling:
                 time.sleep(sleep_time)

@@ -32,7 +32,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import utils
-from utils import CROP, Position, UserError
+from utils import CROP, Position, UserError, plural
 
 with utils.quiet_tensorflow():
     import tensorflow as tf
@@ -293,9 +293,9 @@ def plan(buffer: dict, batches: int, position: Position, args, precision: str, s
     devices = f"{replicas} replicas" if replicas > 1 else "the GPU" if on_gpu() else "the CPU"
     where = f"epoch {position[0]}, batch {position[1]}"
     return (
-        f"{buffer['classes']:,} classes, {buffer['N']:,} training pictures; from {where} to the "
-        f"end of epoch {args.epoch_end - 1}: {steps:,} steps of {args.batch_size} pictures, "
-        f"{batches:,} an epoch, {precision} on {devices}"
+        f"{plural(buffer['classes'], 'class')}, {plural(buffer['N'], 'training picture')}; from "
+        f"{where} to the end of epoch {args.epoch_end - 1}: {plural(steps, 'step')} of "
+        f"{plural(args.batch_size, 'picture')}, {batches:,} an epoch, {precision} on {devices}"
     )
 
 
@@ -962,7 +962,7 @@ class Log:
         step = row["epoch"] * self.batches + row["batch"]
         left = (self.args.epoch_end * self.batches - step - 1) * self.args.batch_size
         print(
-            f"epoch {row['epoch']}, {row['batch'] + 1} of {self.batches} batches: "
+            f"epoch {row['epoch']}, {row['batch'] + 1} of {plural(self.batches, 'batch')}: "
             f"loss {row['loss']:.3f} ({row['loss_without_l2']:.3f} without L2), "
             f"top-1 {row['top1']:.1%}, {row['images_per_second']:,.1f} images/s, "
             f"rate {row['learning_rate']:.3g}, waiting for data {row['waiting_for_data']:.1%}, "

@@ -320,6 +320,8 @@ def _quoting_hint(text: str, error: str) -> str:
     line = text.splitlines()[int(number[1]) - 1] if number else ""
     if match := re.match(r"\s*(\w+)\s*=\s*([~$./A-Za-z].*?)\s*(#.*)?$", line):
         return f'; text and paths need quotes: {match[1]} = "{match[2]}"'
+    if "\\" in line:
+        return "; a backslash in quotes begins an escape: write paths with /"
     if re.match(r"\s*\w+\s*:", line):
         return "; write key = value, not key: value"
     return ""
@@ -390,6 +392,12 @@ def _counted(pictures: Pictures, section: str, expected: int) -> Pictures:
             f"[{section}] N is {expected}, but {pictures.folder} holds {len(pictures)} pictures; "
             f"correct one of them, or set N = 0 to take what is found"
         )
+    names = pictures.class_names
+    if empty := sorted(set(range(len(names))) - set(pictures.labels.tolist())):
+        warn(
+            f"{pictures.folder}: no pictures of {plural(len(empty), 'class')} of "
+            f"{len(names):,}, the first is {names[empty[0]]}"
+        )
     return pictures
 
 
@@ -450,8 +458,6 @@ def _in_class_folders(root: Path, part: str = "train", classes: list[str] | None
     paths, labels = [], []
     for label, name in enumerate(classes):
         in_class = sorted(_picture_files(folder, name)) if name in found else []
-        if part == "train" and not in_class:
-            warn(f"{folder / name}: a class without pictures")
         paths += in_class
         labels.append(np.full(len(in_class), label, np.int32))
     layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
@@ -524,16 +530,24 @@ def _listed(root: Path, part: str) -> Pictures:
     folder = root / f"2012_{part}"
     if not folder.is_dir():
         folder = _existing(root / part)
-    entries = {name: _read_list(root / f"{name}.txt") for name in ("train", "val")}
-    paths = [path for path, _ in entries[part]]
-    labels = np.array([label for _, label in entries[part]], np.int32)
-    classes = 1 + max(label for listed in entries.values() for _, label in listed)
+    train, val = _read_list(root / "train.txt"), _read_list(root / "val.txt")
+    classes = 1 + max(label for _, label in train + val)
+    listed = train if part == "train" else val
+    paths, labels = [path for path, _ in listed], np.array([n for _, n in listed], np.int32)
+    return Pictures(folder, paths, labels, _names_of_labels(root, train, classes), "list files")
+
+
+def _names_of_labels(root: Path, train: list[tuple[str, int]], classes: int) -> list[str]:
+    """From the file with a line a class, else the folders in the list, else the labels."""
     file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
-    names = file.read_text(encoding="utf-8", errors="replace").splitlines() if file else []
-    names = [line.split(maxsplit=1)[-1] for line in names if line.strip()]
-    if len(names) != classes:
-        names = [str(label) for label in range(classes)]
-    return Pictures(folder, paths, labels, names, "list files")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file else []
+    names = [line.split(maxsplit=1)[-1] for line in lines if line.strip()]
+    if len(names) == classes:
+        return names
+    folders = {label: os.path.dirname(path) for path, label in train}
+    if len(folders) == len(set(folders.values())) == classes:
+        return [folders[label] for label in range(classes)]
+    return [str(label) for label in range(classes)]
 
 
 def _read_list(file: Path) -> list[tuple[str, int]]:
@@ -772,15 +786,16 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def lock(path: Path, refusal: str) -> int:
+def lock(path: Path, refusal: str, shared: bool = False) -> int:
     """Takes the lock on a file (made where missing) or folder until the process ends.
 
-    Returns the descriptor that holds it. Raises UserError with `refusal` if another has it.
+    Several may share a lock that nobody has alone. Returns the descriptor that holds it. Raises
+    UserError with `refusal` if another has it.
     """
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    flags = os.O_RDONLY if shared or path.is_dir() else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, flags, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(refusal) from None
@@ -889,6 +904,14 @@ def duration(seconds: float) -> str:
     if seconds < 86_400:
         return f"{seconds // 3600} h {seconds // 60 % 60:02d} min"
     return f"{seconds // 86_400} d {seconds // 3600 % 24} h"
+
+
+_PLURALS = {"class": "classes", "batch": "batches"}
+
+
+def plural(count: int, noun: str) -> str:
+    """A number and its noun: 1 epoch, 2 epochs, 1,000 classes."""
+    return f"1 {noun}" if count == 1 else f"{count:,} {_PLURALS.get(noun, noun + 's')}"
 
 
 def file_size(count: float) -> str:

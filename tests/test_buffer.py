@@ -216,6 +216,7 @@ def test_epoch_end_raised_and_started_again(tmp_path, toy, ram):
     with preprocessor(config, *span(1, 3)) as process:
         wait_until(settled(ram, range(18, 22)), process, "buffer full")
         assert {name: (ram / name).stat().st_ino for name in before} == before
+        assert "2 batches ready since an earlier start" in said(config)
         train(ram, recipe, range(18, 30), process)
         assert finish(process) == 0
     assert os.listdir(ram) == []

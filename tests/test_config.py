@@ -179,6 +179,10 @@ MISTAKES = {
         with_value(*IMAGENET, "$HOME/imagenet"),
         ["quotes", 'ImageNet_folder = "$HOME/imagenet"'],
     ),
+    "backslashes": (
+        with_value(*IMAGENET, '"C:\\imagenet"'),
+        ["line ", "write paths with /"],
+    ),
     "colon": (with_line("l2", "l2_penalty", "l2_penalty: 0.1"), ["line ", "key = value"]),
     "number for a path": (
         with_value(*IMAGENET, "2012"),

@@ -190,9 +190,35 @@ def test_a_mapping_that_lacks_a_class_leaves_its_folder_name(tmp_path, settings)
     assert utils.training_pictures(settings(tmp_path)).class_names == ["n01", "goldfish", "n10"]
 
 
-def test_class_names_of_lists_without_mapping_are_the_labels(tmp_path, settings):
+def test_class_names_of_lists_without_mapping_are_their_folders(tmp_path, settings):
     make_list_files(tmp_path, "train", "val")
+    for pictures in (utils.training_pictures, utils.validation_pictures):
+        assert pictures(settings(tmp_path)).class_names == ["n01", "n02", "n10"]
+
+
+@pytest.mark.parametrize("folders", [("", "", ""), ("a/", "a/", "b/")])
+def test_class_names_of_lists_are_the_labels_where_folders_do_not_tell(folders, tmp_path, settings):
+    make_list_files(tmp_path, "train", "val")
+    lines = [f"{folder}{label}.JPEG {label}\n" for label, folder in enumerate(folders)]
+    (tmp_path / "train.txt").write_text("".join(lines))
     assert utils.training_pictures(settings(tmp_path)).class_names == ["0", "1", "2"]
+
+
+def test_a_label_that_no_training_picture_has_is_warned_of(tmp_path, settings, capsys):
+    make_list_files(tmp_path, "train", "val")
+    with open(tmp_path / "val.txt", "a") as file:
+        file.write("more.JPEG 3\n")
+    utils.training_pictures(settings(tmp_path))
+    assert capsys.readouterr().err.endswith("no pictures of 1 class of 4, the first is 3\n")
+
+
+def test_labels_counted_from_1_are_warned_of(tmp_path, settings, capsys):
+    make_list_files(tmp_path, "train", "val")
+    for name in ("train.txt", "val.txt"):
+        lines = [line.split() for line in (tmp_path / name).read_text().splitlines()]
+        (tmp_path / name).write_text("".join(f"{path} {int(n) + 1}\n" for path, n in lines))
+    utils.training_pictures(settings(tmp_path))
+    assert capsys.readouterr().err.endswith("no pictures of 1 class of 4, the first is 0\n")
 
 
 # --- N ----------------------------------------------------------------------------------------
@@ -263,7 +289,7 @@ def test_an_empty_class_is_warned_of_and_keeps_its_rank(tmp_path, settings, caps
     config = settings(tmp_path)
     train = utils.training_pictures(config)
     warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 1 and str(tmp_path / "train/n015") in warnings[0]
+    assert len(warnings) == 1 and warnings[0].endswith("first is n015")
     val = utils.validation_pictures(config)
     expected = {"n01": 0, "n02": 2, "n10": 3}
     assert labels_by_name(train) == {name: expected[wnid] for name, wnid in TRAIN.items()}

@@ -92,6 +92,9 @@ def mtimes(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+RUNTIME = ["--epoch_start=0", "--epoch_end=1", "--batch_size=4"]
+
+
 def run_well(script: str, config: Path, *arguments: str) -> subprocess.CompletedProcess:
     result = toolkit.run(script, config, *arguments)
     assert result.returncode == 0, result.stderr
@@ -297,13 +300,46 @@ def test_copies_of_another_dataset_are_refused_and_not_trained_on(settings, tmp_
     other = toolkit.write_config(tmp_path, tmp_path / "other", tmp_path / "buffer")
     result = toolkit.run("preprocess.py", other, "--shorter_side=263")
     toolkit.assert_one_line_error(result, "preprocess.py", str(mixed / "train"), "copies_of.txt")
-    arguments = ["--epoch_start=0", "--epoch_end=1", "--batch_size=4"]
     preview = f"--preview={tmp_path / 'sheet.png'}"
-    result = toolkit.run("runtime_preprocessing.py", other, *arguments, preview)
+    result = toolkit.run("runtime_preprocessing.py", other, *RUNTIME, preview)
     assert result.returncode == 0 and "are of other pictures" in result.stderr
     assert "from the originals" in result.stdout
     result = toolkit.run("get_mu_sigma.py", other, "--shorter_side=256")
     toolkit.assert_one_line_error(result, "get_mu_sigma.py", "of other pictures")
+
+
+def test_copies_under_way_are_not_trained_on(many, tmp_path):
+    """What a batch holds would depend on how many of them there are when it is made."""
+    copies = tmp_path / "preprocessed/256"
+    making = toolkit.start("preprocess.py", many, "--shorter_side=all", log=tmp_path / "log.txt")
+    wait_until(lambda: any(copies.rglob("[!.]*.*")), making)
+    making.send_signal(signal.SIGSTOP)
+    try:
+        preview = f"--preview={tmp_path / 'sheet.png'}"
+        result = toolkit.run("runtime_preprocessing.py", many, *RUNTIME, preview)
+        second = toolkit.run("preprocess.py", many, "--shorter_side=263")
+    finally:
+        making.kill()
+        making.wait()
+    assert result.returncode == 0 and "preprocess.py is at work here" in result.stderr
+    assert "from the originals" in result.stdout
+    toolkit.assert_one_line_error(second, "preprocess.py", "another preprocess.py")
+
+
+def test_copies_are_not_added_to_while_batches_are_made_from_them(settings, tmp_path):
+    run_well("preprocess.py", settings, "--shorter_side=256")
+    buffer = tmp_path / "buffer"
+    log = tmp_path / "log.txt"
+    runtime = toolkit.start("runtime_preprocessing.py", settings, *RUNTIME, log=log)
+    wait_until(lambda: any(buffer.glob("X_*")), runtime)
+    try:
+        result = toolkit.run("preprocess.py", settings, "--shorter_side=263")
+    finally:
+        runtime.kill()
+        runtime.wait()
+    toolkit.assert_one_line_error(result, "preprocess.py", "runtime_preprocessing.py makes batches")
+    assert not (tmp_path / "preprocessed/263").exists()
+    run_well("preprocess.py", settings, "--shorter_side=263")
 
 
 def test_a_disk_too_small_is_refused_beforehand(settings, tmp_path, monkeypatch):
@@ -337,7 +373,7 @@ def test_too_many_broken_pictures_stop_it(script, tmp_path, toy):
     arguments = ["--shorter_side=256"] if script == "preprocess.py" else []
     result = toolkit.run(script, config, *arguments)
     toolkit.assert_one_line_error(result, script, "2 of 12 pictures", "1 in 100")
-    assert result.stderr.count(": warning: ") == 2
+    assert result.stderr.count("left out, cannot be decoded") == 2
     assert not any(utils.is_leftover(Path(name).name) for name in tree(tmp_path / "preprocessed"))
 
 
