@@ -374,10 +374,9 @@ def finish(
     # again for each crop; new memory would take as long as the work.
     row = 3 * CROP
     channel = np.tile(np.arange(0, 3 * 256, 256, np.uint16), CROP)  # where its table begins
-    entry, index = np.empty((CROP, row), np.uint16), np.empty((CROP, row), np.intp)
+    index = np.empty((CROP, row), np.intp)
     for crop, table, x in zip(crops, tables, out, strict=True):
-        np.add(crop.reshape(CROP, row), channel, out=entry)
-        np.copyto(index, entry)
+        np.add(crop.reshape(CROP, row), channel, out=index, dtype=np.uint16)
         # No index lies outside; of NumPy's ways to see to that, "wrap" is the fastest.
         table.take(index, out=x.reshape(CROP, row), mode="wrap")
 
