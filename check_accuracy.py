@@ -270,7 +270,7 @@ def write_events(run: Path, row: dict) -> None:
     events = tf.summary.create_file_writer(str(run / "events" / "accuracy"))
     with events.as_default(row["epoch"]):
         for name in COLUMNS[1:5]:
-            utils.write_event(name, row[name])
+            utils.write_event(f"accuracy/{name}", row[name])
     events.close()
 
 

@@ -974,7 +974,7 @@ class Log:
             self._file.flush()
             with self._events.as_default(step):
                 for name in COLUMNS[3:]:
-                    utils.write_event(name, row[name])
+                    utils.write_event(f"training/{name}", row[name])
             self._events.flush()
         except (OSError, tf.errors.OpError) as error:
             utils.warn(f"the log is not written: {utils.one_line(str(error))[:200]}")

@@ -1080,7 +1080,10 @@ def choose_gpus(wanted: list[int], required: bool) -> list:
 
 
 def write_event(name: str, value: float) -> None:
-    """A scalar for TensorBoard, to the default writer, without the tensorboard package."""
+    """A scalar for TensorBoard, to the default writer, without the tensorboard package.
+
+    TensorBoard shows those of a group together, whose name stands before a slash.
+    """
     import tensorflow as tf
 
     metadata = tf.compat.v1.SummaryMetadata(

@@ -87,6 +87,11 @@ def test_accuracies_against_numpy_and_restart_skips_what_is_done(prepared):
             assert float(row[name]) == pytest.approx(value, abs=1e-6)
         assert row["pictures"] == "19"
     assert rows(run)[0] != rows(run)[1]
+    seen = toolkit.scalars(run / "events" / "accuracy")
+    for row in rows(run):
+        for name in check_accuracy.COLUMNS[1:5]:
+            shown = seen[f"accuracy/{name}", int(row["epoch"])]
+            assert shown == pytest.approx(float(row[name]), abs=1e-6)
     # What stands in the table is not evaluated again: without its model it would fail.
     before = (run / "accuracy.csv").read_bytes()
     (run / "0" / "saved_model.pb").unlink()

@@ -203,15 +203,10 @@ def test_log_csv_and_events_agree(training):
     assert result.returncode == 0
     rows = training.log("log")
     assert [row["batch"] for row in rows] == ["0", "1"]
-    [events] = (training.models / "log" / "events" / "training").iterdir()
-    seen = {}
-    for event in tf.compat.v1.train.summary_iterator(str(events)):
-        for value in event.summary.value:
-            assert value.metadata.plugin_data.plugin_name == "scalars"
-            seen[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+    seen = toolkit.scalars(training.models / "log" / "events" / "training")
     for step, row in enumerate(rows):
         for name in ("loss", "top1", "learning_rate", "waiting_for_data", "r_max", "d_max"):
-            assert seen[name, step] == pytest.approx(float(row[name]), rel=1e-4)
+            assert seen[f"training/{name}", step] == pytest.approx(float(row[name]), rel=1e-4)
 
 
 def test_buffer_of_another_batch_size_stops_training_with_both_values(training):

@@ -86,3 +86,16 @@ def assert_one_line_error(result: subprocess.CompletedProcess, script: str, *wor
     assert lines[0].startswith(f"{script}: error: "), lines[0]
     for word in words:
         assert word in lines[0], (word, lines[0])
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """What TensorBoard shows of the event files in a folder, by name and step."""
+    import tensorflow as tf
+
+    seen = {}
+    for file in folder.iterdir():
+        for event in tf.compat.v1.train.summary_iterator(str(file)):
+            for value in event.summary.value:
+                assert value.metadata.plugin_data.plugin_name == "scalars"
+                seen[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+    return seen
