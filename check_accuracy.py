@@ -47,10 +47,12 @@ def main() -> None:
         f"{utils.plural(len(crops), 'picture')} of {utils.plural(crops.classes, 'class')}, "
         f"results go to {table}"
     )
+    if any(row["pictures"] != len(crops) for row in read_table(table)):
+        utils.warn(f"{table}: rows made from other validation pictures are made anew")
     left_out = 0
     for epoch in range(args.epoch_start, args.epoch_end):
         rows = read_table(table)
-        if epoch not in [row["epoch"] for row in rows]:
+        if epoch not in [row["epoch"] for row in rows if row["pictures"] == len(crops)]:
             wait_for(run / str(epoch))
             try:
                 row = {"epoch": epoch, **evaluate(run / str(epoch), crops, args.pictures)}
@@ -58,6 +60,7 @@ def main() -> None:
                 utils.warn(f"{error}; going on to the next epoch")
                 left_out += 1
                 continue
+            rows = [old for old in rows if old["epoch"] != epoch]  # of other pictures
             rows = sorted([*rows, row], key=lambda row: row["epoch"])
             write_table(table, rows)
             write_events(run, row)
@@ -107,7 +110,10 @@ def wait_for_run(run: Path, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not run.is_dir():
         if time.monotonic() > end:
-            raise UserError(f"{run}: no such run; {runs_there(run.parent)}")
+            raise UserError(
+                f"{run}: no such run; {runs_there(run.parent)}. Start train.py, or correct "
+                f"--run_folder"
+            )
         time.sleep(0.5)
 
 
@@ -151,6 +157,8 @@ class Crops:
         if not len(self.indices):
             raise UserError(f"{folder}: not one picture to evaluate; run preprocess_val.py")
         self.classes = int(self.labels.max()) + 1
+        names = folder / utils.CLASS_NAMES
+        self.names = os.fsdecode(names.read_bytes()).splitlines() if names.is_file() else []
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -179,6 +187,7 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> dict:
             f"{folder}: a model of {classes} classes, but the validation pictures have "
             f"{crops.classes}"
         )
+    utils.warn_of_other_classes(folder, crops.names, str(crops.folder))
     ranks = {"10crop": [], "centre": []}
     progress = utils.Progress(len(crops), f"pictures, epoch {folder.name}")
     groups = np.array_split(crops.indices, math.ceil(len(crops) / pictures))
@@ -229,7 +238,7 @@ def load_model(folder: Path):
         classify.model = model  # the variables live as long as the model
         return classify, int(shape[-1])
     except LOADING_ERRORS as error:
-        reason = utils.one_line(str(error))[:150]
+        reason = str(error).split("\n")[0][:150]
         raise UserError(f"{folder}: not a model that can be loaded: {reason}") from None
 
 

@@ -40,6 +40,7 @@ def main() -> None:
     check_room(folder, len(jobs))
     labels = pictures.labels.astype(np.int64)
     failures = write_all(pictures, folder, jobs, labels)
+    utils.write_class_names(folder / utils.CLASS_NAMES, pictures.class_names)
     utils.save_array(folder / "y.npy", labels)
     print(
         f"ten crops of {utils.plural(len(pictures) - len(failures), 'picture')} are in {folder}; "

@@ -442,7 +442,8 @@ class Buffer:
             making = "of unknown making"
         else:
             differing = [key for key in new if old.get(key) != new[key]]
-            making = f"made with another {', '.join(differing)}"
+            differing = [MEANING.get(key, key) for key in differing]
+            making = f"made with another {', another '.join(differing)}"
         if old != new and names:
             print(f"{self.folder}: removing {plural(len(names), 'file')} {making}")
             self._remove(names)
@@ -537,6 +538,9 @@ class Buffer:
             (self.folder / name).unlink(missing_ok=True)
 
 
+MEANING = {"resized": "set of resized copies", "pictures": "list of pictures"}
+"""What keys of buffer.json stand for that do not speak for themselves."""
+
 ROOM_FOR_SMALL_FILES = 4096
 """Bytes left free for training_progress.txt while it is replaced."""
 
@@ -615,7 +619,7 @@ def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
         finally:
             shutil.rmtree(aside)
         print(
-            f"{threads:3d} threads {rates[threads]:8,.0f} pictures/s "
+            f"{plural(threads, 'thread'):>10} {rates[threads]:8,.0f} pictures/s "
             f"{rates[threads] / threads:8,.0f} a thread   x{rates[threads] / rates[1]:.2f}"
         )
     best = max(rates, key=rates.get)

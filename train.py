@@ -10,6 +10,7 @@ also in `training_log.csv` and, for TensorBoard, in `events/`.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import dataclasses
@@ -59,8 +60,8 @@ def main() -> None:
         return
     buffer = open_buffer(config, args.batch_size, worker, workers)
     trainer = Trainer(strategy, config, buffer["classes"], precision, args)
-    facts = {key: buffer[key] for key in FACTS}
-    position = restore(run, trainer, args, facts)
+    facts = {key: buffer.get(key) for key in (*FACTS, "resized")}
+    position = restore(run, trainer, args, facts, buffer["class_names"])
     batches = utils.batches_per_epoch(buffer["N"], args.batch_size, workers)
     print(plan(buffer, batches, position, args, precision, strategy))
     if run.chief:
@@ -257,7 +258,9 @@ def parse_arguments():
     if args.lr_schedule != "step" and args.lr_drop_epochs:
         raise UserError("--lr_drop_epochs goes with --lr_schedule=step")
     if args.warmup_epochs >= args.epoch_end:
-        raise UserError("--warmup_epochs must end before --epoch_end")
+        raise UserError(
+            f"--warmup_epochs={args.warmup_epochs:g} must be less than --epoch_end={args.epoch_end}"
+        )
     return args
 
 
@@ -640,7 +643,9 @@ class Reader:
                 for path in paths:
                     path.unlink(missing_ok=True)
             if time.monotonic() >= say_again:
-                print(f"waiting for {paths[0]}; is runtime_preprocessing.py running, and so far?")
+                print(
+                    f"waiting for {paths[0]}; is runtime_preprocessing.py running, to this epoch?"
+                )
                 say_again = time.monotonic() + self.sleep_time
             self._tell()  # again: the file may have been lost
             self._closed.wait(min(self.sleep_time, 1))
@@ -705,6 +710,11 @@ class Run:
             ((int(match[1]), int(match[2])), self.folder / name) for match, name in found if match
         )
 
+    def remove_if_empty(self) -> None:
+        """After a start that was refused."""
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
     def is_done(self, epoch_end: int) -> bool:
         """Whether the last epoch is saved."""
         return any(
@@ -721,6 +731,7 @@ class Run:
             )
         if self.chief:
             utils.make_folder(self.folder)
+            atexit.register(self.remove_if_empty)
             utils.lock(self.folder, f"{self.folder}: another train.py is working on this run")
             utils.remove_leftovers(self.folder)
         if args.resume:
@@ -754,7 +765,7 @@ def compact(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def restore(run: Run, trainer: Trainer, args, facts: dict) -> Position:
+def restore(run: Run, trainer: Trainer, args, facts: dict, class_names: list[str]) -> Position:
     """Loads the state that training goes on from, if any, and returns the first batch to train on.
 
     With --resume that is the latest whole one, else the end of epoch_start - 1. Broken ones after
@@ -777,6 +788,7 @@ def restore(run: Run, trainer: Trainer, args, facts: dict) -> Position:
                 renamed = bad.with_name(f"{bad.name}.broken")
                 shutil.rmtree(renamed, ignore_errors=True)
                 bad.rename(renamed)
+        utils.warn_of_other_classes(folder, class_names, "the training pictures")
         print(f"going on from {folder}")
         return position
     if broken:
@@ -804,11 +816,20 @@ def load_state(trainer: Trainer, folder: Path, facts: dict, exact: bool) -> None
     saved = utils.read_json(state_file(folder))
     if saved is None:
         raise BrokenState(f"{folder}: holds no training state")
-    for key, value in facts.items():
-        if (exact or key == "classes") and saved.get(key) != value:
+    for key in FACTS if exact else ["classes"]:
+        value = facts[key]
+        if saved.get(key) != value:
             raise UserError(
-                f"{folder} was trained with {key} = {saved.get(key)}, now {key} is {value}"
+                f"{folder} was trained with {key} = {saved.get(key)}, now {key} is {value}; "
+                + (
+                    "take another --run_folder"
+                    if key == "classes"
+                    else "put that back, or go on from the end of an epoch: without --resume, with "
+                    "--epoch_start"
+                )
             )
+    if exact and saved.get("resized") != facts["resized"]:
+        utils.warn(f"{folder} was trained from another set of resized copies; going on from these")
     try:
         status = trainer.checkpoint.read(str(folder / "training_state" / "checkpoint"))
         status.assert_existing_objects_matched()
@@ -864,8 +885,8 @@ class Saver:
 
     def _write_model(self, folder: Path) -> None:
         with tempfile.TemporaryDirectory() as temporary:
-            names = Path(temporary) / "class_names.txt"
-            utils.write_text(names, "\n".join(map(utils.one_line, self.class_names)) + "\n")
+            names = Path(temporary) / utils.CLASS_NAMES
+            utils.write_class_names(names, self.class_names)
             classifier = Classifier(self.trainer.network, self.config, names)
             tf.saved_model.save(classifier, str(folder), signatures=classifier.classify)
 

@@ -320,6 +320,10 @@ def _quoting_hint(text: str, error: str) -> str:
     line = text.splitlines()[int(number[1]) - 1] if number else ""
     if match := re.match(r"\s*(\w+)\s*=\s*([~$./A-Za-z].*?)\s*(#.*)?$", line):
         return f'; text and paths need quotes: {match[1]} = "{match[2]}"'
+    if re.search("[“”„‘’]", line):
+        return '; write straight quotes: "'
+    if re.search(r"=\s*\d+,\d", line):
+        return "; write decimal numbers with a point"
     if "\\" in line:
         return "; a backslash in quotes begins an escape: write paths with /"
     if re.match(r"\s*\w+\s*:", line):
@@ -396,7 +400,7 @@ def _counted(pictures: Pictures, section: str, expected: int) -> Pictures:
     if empty := sorted(set(range(len(names))) - set(pictures.labels.tolist())):
         warn(
             f"{pictures.folder}: no pictures of {plural(len(empty), 'class')} of "
-            f"{len(names):,}, the first is {names[empty[0]]}"
+            f"{len(names):,} (labels count from 0), the first is {names[empty[0]]}"
         )
     return pictures
 
@@ -407,9 +411,10 @@ def _dataset_root(folder: Path) -> Path:
     for root in (folder, folder / "ILSVRC/Data/CLS-LOC", folder / "Data/CLS-LOC"):
         if (root / "train").is_dir() or _has_lists(root):
             return root
+    hint = f"; did you mean {folder.parent}?" if (folder.parent / "train").is_dir() else ""
     raise UserError(
         f"[preprocess] ImageNet_folder {folder}: found neither train/<class>/ nor "
-        f"ILSVRC/Data/CLS-LOC/train/<class>/ nor train.txt and val.txt in it"
+        f"ILSVRC/Data/CLS-LOC/train/<class>/ nor train.txt and val.txt in it{hint}"
     )
 
 
@@ -531,7 +536,13 @@ def _listed(root: Path, part: str) -> Pictures:
     if not folder.is_dir():
         folder = _existing(root / part)
     train, val = _read_list(root / "train.txt"), _read_list(root / "val.txt")
-    classes = 1 + max(label for _, label in train + val)
+    classes = 1 + max(label for _, label in train)
+    for path, label in val:
+        if label >= classes:
+            raise UserError(
+                f"{root / 'val.txt'}: {path} has label {label}, but the labels of "
+                f"{root / 'train.txt'} end with {classes - 1}"
+            )
     listed = train if part == "train" else val
     paths, labels = [path for path, _ in listed], np.array([n for _, n in listed], np.int32)
     return Pictures(folder, paths, labels, _names_of_labels(root, train, classes), "list files")
@@ -569,6 +580,27 @@ def _read_list(file: Path) -> list[tuple[str, int]]:
 
 COPIES_OF = "copies_of.txt"
 """Beside the resized copies: the folder of the pictures they were made from."""
+
+
+CLASS_NAMES = "class_names.txt"
+"""Beside the validation crops and among the assets of a model: a name a line, by label."""
+
+
+def write_class_names(file: Path, names: list[str]) -> None:
+    write_text(file, "\n".join(map(one_line, names)) + "\n")
+
+
+def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
+    """Warns where a saved model has another name for a class: its labels may mean other things."""
+    file = model / "assets" / CLASS_NAMES
+    known = file.read_bytes().splitlines() if file.is_file() else []
+    for label, (its, name) in enumerate(zip(known, map(one_line, names), strict=False)):
+        if its != _as_written(name):
+            warn(
+                f"{model}: its class {label} is {os.fsdecode(its)}, but {name} in {where}; unless "
+                f"these are two names of the same thing, the labels do not fit"
+            )
+            return
 
 
 def copies_of_others(root: Path, pictures: Pictures) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import toolkit
 import toy_dataset
+import utils
 
 EPOCHS = 5
 BATCH = "--batch_size=8"
@@ -27,6 +28,7 @@ NAME = {"train.py": "train", "check_accuracy.py": "accuracy", "runtime_preproces
 def main() -> None:
     started = time.monotonic()
     folder = toolkit.ROOT / ".demo"
+    utils.lock(toolkit.ROOT, "another demonstration runs here")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     print("making a dataset of 4 classes, 96 training and 24 validation pictures", flush=True)
@@ -94,4 +96,4 @@ def print_table(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    utils.run(main)

@@ -101,6 +101,35 @@ def test_accuracies_against_numpy_and_restart_skips_what_is_done(prepared):
     assert (run / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_of_other_validation_pictures_are_made_anew(prepared):
+    config, folder, run, labels = prepared
+    model = save_model(run / "0", 0)
+    arguments = [*SPAN, "--epoch_end=1"]
+    assert toolkit.run("check_accuracy.py", config, *arguments).returncode == 0
+    labels = labels.copy()
+    labels[10:] = -1
+    np.save(folder / "y.npy", labels)
+    result = toolkit.run("check_accuracy.py", config, *arguments)
+    assert result.returncode == 0 and "other validation pictures" in result.stderr
+    [row] = rows(run)
+    assert row["pictures"] == "9"
+    for name, value in expected_row(model, folder, labels).items():
+        assert float(row[name]) == pytest.approx(value, abs=1e-6)
+
+
+def test_a_model_with_other_classes_is_warned_of(prepared):
+    config, folder, run, _ = prepared
+    save_model(run / "0", 0)
+    (run / "0" / "assets").mkdir(exist_ok=True)
+    (run / "0" / "assets" / "class_names.txt").write_text("cat\nkäfer\nsea\n")
+    for names, warnings in (["cat", "käfer", "sea"], 0), (["ant", "käfer", "sea"], 1):
+        utils.write_class_names(folder / "class_names.txt", names)
+        (run / "accuracy.csv").unlink(missing_ok=True)
+        result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
+        assert result.returncode == 0
+        assert result.stderr.count("its class 0 is cat, but ant in") == warnings
+
+
 def test_waits_for_an_epoch_saying_so(prepared, tmp_path):
     config, _, run, _ = prepared
     save_model(run / "0", 0)

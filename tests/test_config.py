@@ -179,6 +179,11 @@ MISTAKES = {
         with_value(*IMAGENET, "$HOME/imagenet"),
         ["quotes", 'ImageNet_folder = "$HOME/imagenet"'],
     ),
+    "typographic quotes": (with_value(*IMAGENET, "“/data”"), ["line ", "straight quotes"]),
+    "decimal comma": (
+        with_line("batch_renorm", "rmax_max", "rmax_max = 3,0"),
+        ["line ", "with a point"],
+    ),
     "backslashes": (
         with_value(*IMAGENET, '"C:\\imagenet"'),
         ["line ", "write paths with /"],

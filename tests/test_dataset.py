@@ -204,12 +204,13 @@ def test_class_names_of_lists_are_the_labels_where_folders_do_not_tell(folders, 
     assert utils.training_pictures(settings(tmp_path)).class_names == ["0", "1", "2"]
 
 
-def test_a_label_that_no_training_picture_has_is_warned_of(tmp_path, settings, capsys):
+def test_a_label_beyond_those_of_training_is_refused(tmp_path, settings):
     make_list_files(tmp_path, "train", "val")
     with open(tmp_path / "val.txt", "a") as file:
         file.write("more.JPEG 3\n")
-    utils.training_pictures(settings(tmp_path))
-    assert capsys.readouterr().err.endswith("no pictures of 1 class of 4, the first is 3\n")
+    for pictures in (utils.training_pictures, utils.validation_pictures):
+        with pytest.raises(utils.UserError, match=r"val\.txt: more\.JPEG has label 3, .* with 2$"):
+            pictures(settings(tmp_path))
 
 
 def test_labels_counted_from_1_are_warned_of(tmp_path, settings, capsys):
@@ -218,7 +219,7 @@ def test_labels_counted_from_1_are_warned_of(tmp_path, settings, capsys):
         lines = [line.split() for line in (tmp_path / name).read_text().splitlines()]
         (tmp_path / name).write_text("".join(f"{path} {int(n) + 1}\n" for path, n in lines))
     utils.training_pictures(settings(tmp_path))
-    assert capsys.readouterr().err.endswith("no pictures of 1 class of 4, the first is 0\n")
+    assert capsys.readouterr().err.endswith("1 class of 4 (labels count from 0), the first is 0\n")
 
 
 # --- N ----------------------------------------------------------------------------------------
@@ -447,7 +448,7 @@ def test_a_picture_without_a_known_class_in_the_solution_is_named(row, tmp_path,
 def test_a_validation_class_that_training_lacks_is_named(tmp_path, settings):
     make_class_folders(tmp_path)
     put(tmp_path / "val/n05/a.JPEG")
-    with pytest.raises(UserError, match=r"val/n05.*training"):
+    with pytest.raises(utils.UserError, match=r"val/n05.*training"):
         utils.validation_pictures(settings(tmp_path))
 
 
@@ -510,7 +511,7 @@ def test_a_bad_line_of_a_list_is_named_with_its_number(name, tmp_path, settings)
 def test_an_empty_list_is_refused(tmp_path, settings):
     make_list_files(tmp_path, "train", "val")
     (tmp_path / "val.txt").write_text("\n")
-    with pytest.raises(UserError, match=r"val\.txt"):
+    with pytest.raises(utils.UserError, match=r"val\.txt"):
         utils.validation_pictures(settings(tmp_path))
 
 
@@ -535,11 +536,3 @@ def test_lists_may_separate_with_tabs_or_several_spaces(tmp_path, settings):
     config = settings(tmp_path)
     assert set(labels_by_name(utils.training_pictures(config))) == set(TRAIN)
     assert set(labels_by_name(utils.validation_pictures(config))) == set(VAL)
-
-
-def test_the_class_count_covers_both_lists(tmp_path, settings):
-    make_list_files(tmp_path, "train", "val")
-    with open(tmp_path / "val.txt", "a") as file:
-        file.write("ILSVRC2012_val_00000009.JPEG 6\n")
-    for find in (utils.training_pictures, utils.validation_pictures):
-        assert len(find(settings(tmp_path)).class_names) == 7
