@@ -644,7 +644,8 @@ class Reader:
                     path.unlink(missing_ok=True)
             if time.monotonic() >= say_again:
                 print(
-                    f"waiting for {paths[0]}; is runtime_preprocessing.py running, to this epoch?"
+                    f"waiting for {paths[0]}; is runtime_preprocessing.py running, and with an "
+                    f"--epoch_end beyond it?"
                 )
                 say_again = time.monotonic() + self.sleep_time
             self._tell()  # again: the file may have been lost

@@ -158,8 +158,12 @@ def test_signals_save_the_exact_batch_and_resume_goes_on_there(training, number)
     assert "with --resume" in log.read_text()
     rows = training.log("stopped")
     done = int(rows[-1]["epoch"]) * EPOCH + int(rows[-1]["batch"]) + 1
+    states = list(training.models.glob("stopped/state_*/training_state/state.json"))
+    for state in states:  # none at the end of an epoch
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"resized": [256]}))
     resumed = training.run("stopped", 0, done // EPOCH + 1, "--resume", "--log_seconds=0")
     assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr.count("another set of resized copies") == len(states)
     batches = [int(r["epoch"]) * EPOCH + int(r["batch"]) for r in training.log("stopped")]
     assert batches == list(range(len(batches)))
 
@@ -216,6 +220,7 @@ def test_buffer_of_another_batch_size_stops_training_with_both_values(training):
     arguments = [a.replace(BATCH, "--batch_size=2") for a in training.arguments("b", 0, 2)]
     result = toolkit.run("train.py", training.config, *arguments)
     toolkit.assert_one_line_error(result, "train.py", "batch_size = 4", "batch_size = 2")
+    assert not (training.models / "b").exists()
 
 
 def test_second_trainer_on_a_buffer_is_refused(training):
