@@ -294,15 +294,15 @@ OVERSAMPLING = 2
 class Chart:
     """Axes with ticks, and lines over them. Opaque white, so that it reads on dark screens too."""
 
-    def __init__(self, title: str, x_label: str, x_range, y_range, percent: bool = False):
+    def __init__(self, title: str, x_range, y_range, percent: bool = False, right: int = 760):
         self.scale, self.size = OVERSAMPLING, (1000, 600)
-        self.left, self.top, self.right, self.bottom = 90, 70, 760, 530
+        self.left, self.top, self.right, self.bottom = 90, 70, right, 530
         self.x_range, self.y_range = x_range, y_range
         self.image = Image.new("RGB", [n * self.scale for n in self.size], PAPER)
         self.pen = ImageDraw.Draw(self.image)
         self.legend_at = self.top
         self.text((self.left, 26), title, 22, "ls")
-        self._axes(x_label, percent)
+        self._axes(percent)
 
     def text(self, at, text: str, size: int, anchor: str, colour=INK) -> None:
         at = [n * self.scale for n in at]
@@ -326,7 +326,7 @@ class Chart:
             self.bottom - (y - y0) / (y1 - y0) * (self.bottom - self.top),
         )
 
-    def _axes(self, x_label: str, percent: bool) -> None:
+    def _axes(self, percent: bool) -> None:
         for value in ticks(*self.y_range):
             _, y = self.place(self.x_range[0], value)
             self.line([(self.left, y), (self.right, y)], FAINT)
@@ -338,7 +338,7 @@ class Chart:
             self.text((x, self.bottom + 12), f"{value:g}", 16, "mt")
         self.line([(self.left, self.top), (self.left, self.bottom)], INK)
         self.line([(self.left, self.bottom), (self.right, self.bottom)], INK)
-        self.text(((self.left + self.right) / 2, self.bottom + 42), x_label, 18, "mt")
+        self.text(((self.left + self.right) / 2, self.bottom + 42), "epoch", 18, "mt")
 
     def mark(self, x: float, label: str) -> None:
         """A dotted line across the chart."""
@@ -355,7 +355,7 @@ class Chart:
                 box = [(x - 4) * self.scale, (y - 4) * self.scale,
                        (x + 4) * self.scale, (y + 4) * self.scale]  # fmt: skip
                 self.pen.ellipse(box, PAPER if dash else colour, colour, 2 * self.scale)
-        left = self.right + 22
+        left = 782
         self.line([(left, self.legend_at + 9), (left + 30, self.legend_at + 9)], colour, 3, dash)
         self.text((left + 40, self.legend_at + 9), name, 17, "lm")
         for i, note in enumerate(notes):
@@ -396,7 +396,7 @@ def draw_accuracy(rows: list[dict], drops: list[float], path: Path) -> None:
     """Top-5 and top-1 against the epoch, of ten crops and of the centre crop."""
     epochs = [row["epoch"] for row in rows]
     x_range = (min(epochs), max(epochs)) if len(set(epochs)) > 1 else (epochs[0] - 1, epochs[0] + 1)
-    chart = Chart(f"{path.parent.name}: validation accuracy", "epoch", x_range, (0, 1), True)
+    chart = Chart(f"{path.parent.name}: validation accuracy", x_range, (0, 1), percent=True)
     for drop in drops:
         if x_range[0] <= drop <= x_range[1]:
             chart.mark(drop, "lower rate")
@@ -459,16 +459,15 @@ def draw_training(log_file: Path, path: Path, most: int = 300) -> None:
     if len(set(epochs)) < 2:
         return
     first = 0 if epochs[0] < 1 else math.floor(epochs[0])
-    chart = Chart(
-        f"{path.parent.name}: training", "epoch", (first, epochs[-1]), (0, highest * 1.05)
-    )
+    x_range, y_range = (first, math.ceil(epochs[-1])), (0, highest * 1.05)
+    chart = Chart(f"{path.parent.name}: training", x_range, y_range, right=725)
     for column, name, dash in (("loss", "loss", 0), ("loss_without_l2", "loss without L2", 5)):
         chart.curve(epochs, log[column], BLUE, name, [f"last {log[column][-1]:.3f}"], dash)
     notes = [f"last {log['top1'][-1]:.1%}"]
     chart.curve(epochs, [v * highest for v in log["top1"]], GREEN, "top-1 of batches", notes)
-    for share in (0.2, 0.4, 0.6, 0.8, 1.0):  # its own scale, inside the right edge
+    for share in (0, 0.2, 0.4, 0.6, 0.8, 1):  # its own scale, at the right edge
         _, y = chart.place(epochs[0], share * highest)
-        chart.text((chart.right - 4, y), f"{share:.0%}", 14, "rm", GREEN)
+        chart.text((chart.right + 44, y), f"{share:.0%}", 14, "rm", GREEN)
     chart.save(path)
 
 
