@@ -117,9 +117,9 @@ def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
 def describe(recipe: "Recipe", epochs: int) -> str:
     """What is going to happen."""
     pictures, sides = recipe.pictures, len(recipe.resized)
-    source = f"resized copies of {sides} of the {len(SIDES)} shorter sides" if sides else ""
-    if sides < len(SIDES):
-        source += f"{', else ' if sides else ''}the originals"
+    source = "the originals"
+    if sides:
+        source = f"resized copies in {sides} of the {len(SIDES)} shorter sides, else {source}"
     if recipe.workers > 1:
         part = len(pictures) // recipe.workers
         source += (
