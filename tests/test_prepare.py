@@ -462,7 +462,7 @@ def test_a_restart_of_the_crops_keeps_what_is_finished(settings, mixed, tmp_path
     run_well("preprocess_val.py", settings)
     assert_crops_are_right(folder, mixed)
     changed = {path.name for path, at in mtimes(folder).items() if times[path] != at}
-    assert changed == {"X10_4.npy", "X10_7.npy", "y.npy"}
+    assert changed == {"X10_4.npy", "X10_7.npy", "class_names.txt", "y.npy"}
     assert not (folder / ".X10_3.npy.aside-4194304-1").exists()
 
 
