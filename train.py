@@ -732,8 +732,8 @@ class Run:
             )
         if self.chief:
             utils.make_folder(self.folder)
-            atexit.register(self.remove_if_empty)
             utils.lock(self.folder, f"{self.folder}: another train.py is working on this run")
+            atexit.register(self.remove_if_empty)  # its own by now, not that of another
             utils.remove_leftovers(self.folder)
         if args.resume:
             return

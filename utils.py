@@ -578,10 +578,6 @@ def _read_list(file: Path) -> list[tuple[str, int]]:
     return listed
 
 
-COPIES_OF = "copies_of.txt"
-"""Beside the resized copies: the folder of the pictures they were made from."""
-
-
 CLASS_NAMES = "class_names.txt"
 """Beside the validation crops and among the assets of a model: a name a line, by label."""
 
@@ -601,6 +597,10 @@ def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
                 f"these are two names of the same thing, the labels do not fit"
             )
             return
+
+
+COPIES_OF = "copies_of.txt"
+"""Beside the resized copies: the folder of the pictures they were made from."""
 
 
 def copies_of_others(root: Path, pictures: Pictures) -> bool:

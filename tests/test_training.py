@@ -223,6 +223,18 @@ def test_buffer_of_another_batch_size_stops_training_with_both_values(training):
     assert not (training.models / "b").exists()
 
 
+def test_second_trainer_on_a_run_is_refused_and_leaves_it_alone(training):
+    first = training.start("run", 0, 1)  # waits for a buffer, its folder still empty
+    try:
+        _wait_until(lambda: "no batches in" in (training.folder / "run.log").read_text())
+        second = training.run("run", 0, 1)
+        toolkit.assert_one_line_error(second, "train.py", "another train.py is working on this run")
+        assert (training.models / "run").is_dir()
+    finally:
+        first.kill()
+        first.wait()
+
+
 def test_second_trainer_on_a_buffer_is_refused(training):
     training.preprocess(100)
     first = training.start("first", 0, 100, "--log_seconds=0")
