@@ -227,7 +227,7 @@ def test_second_trainer_on_a_run_is_refused_and_leaves_it_alone(training):
     first = training.start("run", 0, 1)  # waits for a buffer, its folder still empty
     try:
         _wait_until(lambda: "no batches in" in (training.folder / "run.log").read_text())
-        second = training.run("run", 0, 1)
+        second = toolkit.run("train.py", training.config, *training.arguments("run", 0, 1))
         toolkit.assert_one_line_error(second, "train.py", "another train.py is working on this run")
         assert (training.models / "run").is_dir()
     finally:
