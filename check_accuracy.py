@@ -11,7 +11,6 @@ and `training.png` anew.
 import collections
 import csv
 import math
-import os
 import time
 from pathlib import Path
 
@@ -19,10 +18,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import utils
-from utils import CROP, UserError
+from preprocess_val import Crops
+from utils import UserError
 
 with utils.quiet_tensorflow():
     import tensorflow as tf
+
+    from resnet50 import load_model, warn_of_other_classes
 
 COLUMNS = ["epoch", "top1_10crop", "top5_10crop", "top1_centre", "top5_centre", "pictures"]
 CENTRE = 8
@@ -34,7 +36,7 @@ POLL_SECONDS = 5.0
 def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
-    run = utils.run_folder(config, args.run_folder)
+    run = config.train.path_for_saving / args.run_folder
     gpu = args.gpu or [1]
     found = utils.choose_gpus(gpu, required=args.gpu is not None)
     print(f"evaluating on {f'GPU {gpu[0]}' if found else 'the CPU'}")
@@ -63,7 +65,7 @@ def main() -> None:
             rows = [old for old in rows if old["epoch"] != epoch]  # of other pictures
             rows = sorted([*rows, row], key=lambda row: row["epoch"])
             write_table(table, rows)
-            write_events(run, row)
+            write_events(run, rows)
         row = next(row for row in rows if row["epoch"] == epoch)
         print(describe(row))
         draw_accuracy(rows, learning_rate_drops(run), run / "accuracy.png")
@@ -80,7 +82,7 @@ def parse_arguments():
         "Evaluates the model of each epoch on ten crops a picture, while training runs.",
         "check_accuracy.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30",
     )
-    parser.add_argument("--run_folder", required=True, metavar="NAME", help="name of the run")
+    parser.add_run()
     parser.add_epochs()
     parser.add_argument(
         "--gpu", type=utils.whole(0), metavar="I", help="GPU to use (default: 1, else the CPU)"
@@ -128,54 +130,6 @@ def wait_for(folder: Path) -> None:
 # --- evaluation -----------------------------------------------------------------------------
 
 
-class Crops:
-    """The validation crops that preprocess_val.py has made."""
-
-    def __init__(self, folder: Path, expected: int):
-        """Raises UserError if they are not complete, or not as many as `expected` (0: any)."""
-        self.folder = folder
-        try:
-            self.labels = np.load(folder / "y.npy", allow_pickle=False)
-        except FileNotFoundError:
-            raise UserError(f"{folder / 'y.npy'}: not there; run preprocess_val.py first") from None
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{folder / 'y.npy'}: {error}; run preprocess_val.py again") from None
-        if self.labels.dtype != np.int64 or self.labels.ndim != 1:
-            raise UserError(f"{folder / 'y.npy'}: holds no labels; run preprocess_val.py again")
-        if expected not in (0, len(self.labels)):
-            raise UserError(
-                f"[preprocess] N is {expected}, but {folder} holds the crops of "
-                f"{len(self.labels)} pictures"
-            )
-        self.indices = np.flatnonzero(self.labels >= 0)
-        there = set(os.listdir(folder))
-        if absent := [i for i in self.indices if f"X10_{i}.npy" not in there]:
-            raise UserError(
-                f"{folder / f'X10_{absent[0]}.npy'}: not there, like {len(absent) - 1} others; "
-                f"run preprocess_val.py again"
-            )
-        if not len(self.indices):
-            raise UserError(f"{folder}: not one picture to evaluate; run preprocess_val.py")
-        self.classes = int(self.labels.max()) + 1
-        names = folder / utils.CLASS_NAMES
-        self.names = os.fsdecode(names.read_bytes()).splitlines() if names.is_file() else []
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def load(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [10 * len(indices), 224, 224, 3]. Raises UserError for a broken file."""
-        crops = np.empty((len(indices), 10, CROP, CROP, 3), np.uint8)
-        for slot, index in enumerate(indices):
-            path = self.folder / f"X10_{index}.npy"
-            try:
-                crops[slot] = utils.load_array(path, np.uint8, crops.shape[1:])
-            except (ValueError, FileNotFoundError):
-                path.unlink(missing_ok=True)
-                raise UserError(f"{path}: broken, removed; run preprocess_val.py again") from None
-        return crops.reshape(-1, CROP, CROP, 3)
-
-
 def evaluate(folder: Path, crops: Crops, pictures: int) -> dict:
     """Accuracies of a saved model, each 0…1. Raises UserError for a model that cannot be used.
 
@@ -187,7 +141,7 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> dict:
             f"{folder}: a model of {classes} classes, but the validation pictures have "
             f"{crops.classes}"
         )
-    utils.warn_of_other_classes(folder, crops.names, str(crops.folder))
+    warn_of_other_classes(folder, crops.names, str(crops.folder))
     ranks = {"10crop": [], "centre": []}
     progress = utils.Progress(len(crops), f"pictures, epoch {folder.name}")
     groups = np.array_split(crops.indices, math.ceil(len(crops) / pictures))
@@ -218,28 +172,6 @@ def rank(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     right = np.take_along_axis(probabilities, labels[:, None], axis=1)
     return (~(probabilities < right)).sum(axis=1) - 1
-
-
-LOADING_ERRORS = (
-    OSError, LookupError, ValueError, AttributeError, TypeError, RuntimeError, tf.errors.OpError,
-)  # fmt: skip
-"""What TensorFlow raises for folders that are no whole SavedModel."""
-
-
-def load_model(folder: Path):
-    """The function from uint8 crops to probabilities, and its number of classes.
-
-    Raises UserError for a folder that is no model of this toolkit.
-    """
-    try:
-        model = tf.saved_model.load(str(folder))
-        classify = model.signatures["serving_default"]
-        shape = classify.structured_outputs["probabilities"].shape
-        classify.model = model  # the variables live as long as the model
-        return classify, int(shape[-1])
-    except LOADING_ERRORS as error:
-        reason = str(error).split("\n")[0][:150]
-        raise UserError(f"{folder}: not a model that can be loaded: {reason}") from None
 
 
 def describe(row: dict) -> str:
@@ -274,12 +206,11 @@ def write_table(path: Path, rows: list[dict]) -> None:
             writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def write_events(run: Path, row: dict) -> None:
+def write_events(run: Path, rows: list[dict]) -> None:
     """The accuracies for TensorBoard, against the epoch."""
-    events = tf.summary.create_file_writer(str(run / "events" / "accuracy"))
-    with events.as_default(row["epoch"]):
-        for name in COLUMNS[1:5]:
-            utils.write_event(f"accuracy/{name}", row[name])
+    events = utils.EventFile(run / "events" / "accuracy")
+    for row in rows:
+        events.add(row["epoch"], {f"accuracy/{name}": row[name] for name in COLUMNS[1:5]})
     events.close()
 
 
