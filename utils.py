@@ -795,3 +795,16 @@ class EventFile:
 
 def is_no_room(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_room(folder: Path, needed: float, what: str) -> int:
+    """The bytes that are free in a folder. Raises UserError if fewer are than needed.
+
+    `what` begins the sentence: "the crops need".
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: {what} {file_size(needed)}, but only {file_size(free)} are free"
+        )
+    return free

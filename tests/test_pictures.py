@@ -18,6 +18,7 @@ from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
 import preprocess
 import toolkit
+from preprocess import BrokenPicture
 from utils import UserError
 
 # As in the scripts: utils sets these filters when it is imported, pytest resets them.
@@ -45,8 +46,7 @@ def opened(folder: Path, content: bytes) -> Image.Image:
     """The picture as the scripts see it, from a file whose name always says JPEG."""
     path = folder / "picture.JPEG"
     path.write_bytes(content)
-    with preprocess.open_picture(path) as image:
-        return preprocess.as_rgb(image)
+    return preprocess.decode(preprocess.read_picture(path))
 
 
 def pixels(folder: Path, content: bytes) -> np.ndarray:
@@ -114,8 +114,8 @@ def test_the_format_registry_knows_what_is_asked_for():
 
 
 def test_formats_beyond_pictures_are_refused(tmp_path):
-    for kind in ("PDF", "EPS", "ICO", "PPM"):
-        with pytest.raises(preprocess.DECODING_ERRORS):
+    for kind in ("PDF", "EPS", "ICO", "TGA"):
+        with pytest.raises(BrokenPicture):
             opened(tmp_path, encoded(PICTURE.resize((32, 32)), kind))
 
 
@@ -304,7 +304,7 @@ def test_odd_shapes_are_fine(size, tmp_path):
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (20000, 20)])
 def test_shapes_beyond_use_are_refused(size, tmp_path):
     for kind in ("JPEG", "PNG"):
-        with pytest.raises(preprocess.DECODING_ERRORS, match=f"{size[0]}.{size[1]}"):
+        with pytest.raises(BrokenPicture, match=f"{size[0]}.{size[1]}"):
             opened(tmp_path, encoded(Image.new("RGB", size, "red"), kind))
 
 
@@ -337,7 +337,7 @@ def never_decoded(monkeypatch):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
 @pytest.mark.parametrize("size", [(60000, 50000), (14000, 14000), (10000, 9500)])
 def test_enormous_pictures_are_refused_unseen(kind, size, tmp_path, never_decoded):
-    with pytest.raises(preprocess.DECODING_ERRORS):
+    with pytest.raises(BrokenPicture):
         opened(tmp_path, bomb(*size, kind))
 
 
@@ -367,7 +367,7 @@ SINGLE = [name for name in FORMATS if not name.startswith(("animated", "two"))]
 def test_a_truncated_picture_is_refused(name, tmp_path):
     content, _ = FORMATS[name]
     for sixteenth in range(16):
-        with pytest.raises(preprocess.DECODING_ERRORS):
+        with pytest.raises(BrokenPicture):
             opened(tmp_path, content[: len(content) * sixteenth // 16])
 
 
@@ -384,19 +384,19 @@ NO_PICTURES = {
 
 @pytest.mark.parametrize("name", NO_PICTURES)
 def test_what_is_no_picture_is_refused(name, tmp_path):
-    with pytest.raises(preprocess.DECODING_ERRORS):
+    with pytest.raises(BrokenPicture):
         opened(tmp_path, NO_PICTURES[name])
 
 
-def test_a_missing_file_counts_as_a_picture_that_cannot_be_decoded(tmp_path):
-    with pytest.raises(preprocess.DECODING_ERRORS), preprocess.open_picture(tmp_path / "gone.JPEG"):
-        pass
+def test_a_missing_file_counts_as_a_broken_picture(tmp_path):
+    with pytest.raises(BrokenPicture, match="no such file"):
+        preprocess.read_picture(tmp_path / "gone.JPEG")
     (tmp_path / "folder.JPEG").mkdir()
-    with (
-        pytest.raises(preprocess.DECODING_ERRORS),
-        preprocess.open_picture(tmp_path / "folder.JPEG"),
-    ):
-        pass
+    with pytest.raises(BrokenPicture, match="is a directory"):
+        preprocess.read_picture(tmp_path / "folder.JPEG")
+    (tmp_path / "loop.JPEG").symlink_to("loop.JPEG")
+    with pytest.raises(BrokenPicture, match="symbolic links"):
+        preprocess.read_picture(tmp_path / "loop.JPEG")
 
 
 def damaged(content: bytes, draw: np.random.Generator) -> bytes:
@@ -412,12 +412,10 @@ def open_damaged(folder: Path, content: bytes, draft: bool) -> str:
     path = folder / "damaged.JPEG"
     path.write_bytes(content)
     try:
-        with preprocess.open_picture(path) as image:
-            if draft:
-                image.draft(image.mode, (20, 20))
-            assert preprocess.as_rgb(image).mode == "RGB"
+        image, *_ = preprocess.decode_reduced(preprocess.read_picture(path), 10 if draft else None)
+        assert image.mode == "RGB"
         return "decoded"
-    except preprocess.DECODING_ERRORS:
+    except BrokenPicture:
         return "refused"
 
 
@@ -457,7 +455,7 @@ def warnings_of(capsys) -> list[str]:
 def test_each_failing_picture_is_named_once(capsys):
     failures = preprocess.Failures(1000)
     for path in ("cat/a.JPEG", "cat/b.JPEG", "cat/a.JPEG", "cat/a.JPEG"):
-        failures.add(path, OSError("image file is truncated"))
+        failures.add(path, BrokenPicture("cannot be decoded: image file is truncated"))
     lines = warnings_of(capsys)
     assert len(lines) == len(failures) == 2
     assert "cat/a.JPEG" in lines[0] and "truncated" in lines[0]
@@ -469,17 +467,17 @@ def test_each_failing_picture_is_named_once(capsys):
 def test_more_than_1_in_100_failing_is_the_end(pictures, allowed, capsys):
     failures = preprocess.Failures(pictures)
     for i in range(allowed):
-        failures.add(f"{i}.JPEG", OSError("broken"))
-        failures.add(f"{i}.JPEG", OSError("broken"))
+        failures.add(f"{i}.JPEG", BrokenPicture("broken"))
+        failures.add(f"{i}.JPEG", BrokenPicture("broken"))
     with pytest.raises(UserError, match=f"{allowed + 1} of {pictures}.*last.JPEG"):
-        failures.add("last.JPEG", OSError("broken"))
+        failures.add("last.JPEG", BrokenPicture("broken"))
 
 
 def test_a_single_failure_does_not_stop_a_small_set(capsys):
     failures = preprocess.Failures(8)
-    failures.add("a.JPEG", OSError("broken"))
+    failures.add("a.JPEG", BrokenPicture("broken"))
     with pytest.raises(UserError):
-        failures.add("b.JPEG", OSError("broken"))
+        failures.add("b.JPEG", BrokenPicture("broken"))
 
 
 def test_threads_name_each_failing_picture_once(capsys):
@@ -487,7 +485,7 @@ def test_threads_name_each_failing_picture_once(capsys):
 
     def add_all() -> None:
         for i in range(50):
-            failures.add(f"{i}.JPEG", OSError("broken"))
+            failures.add(f"{i}.JPEG", BrokenPicture("broken"))
 
     threads = [threading.Thread(target=add_all) for _ in range(8)]
     for thread in threads:
@@ -503,8 +501,8 @@ def test_the_reason_is_for_people(name, tmp_path, capsys):
     """One line, and not the address of a Python object."""
     path = tmp_path / "line\nbreak.JPEG"
     path.write_bytes(NO_PICTURES[name])
-    with pytest.raises(preprocess.DECODING_ERRORS) as error, preprocess.open_picture(path) as image:
-        preprocess.as_rgb(image)
+    with pytest.raises(BrokenPicture) as error:
+        preprocess.decode(preprocess.read_picture(path))
     preprocess.Failures(1000).add("cat/line\nbreak.JPEG", error.value)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

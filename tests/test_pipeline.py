@@ -343,7 +343,7 @@ def test_a_crop_beyond_the_end_of_a_broken_file_is_refused(tmp_path, progressive
     path = tmp_path / "a.jpg"
     for share in (0.0, 0.1, 0.5, 0.8):
         path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(preprocess.DECODING_ERRORS):
+        with pytest.raises(preprocess.BrokenPicture):
             crop_file(path, 480, np.array([0.5, 0.999999]))
 
 

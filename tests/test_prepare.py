@@ -181,7 +181,7 @@ def originals(mixed: Path) -> list[str]:
 
 def test_every_side_has_the_names_of_the_originals(copies, mixed):
     names = sorted(path.name for path in copies.folder.iterdir())
-    assert names == [*map(str, SIDES), "copies_of.txt"]
+    assert names == [*map(str, SIDES), "copies.json", "copies_of.txt"]
     assert (copies.folder / "copies_of.txt").read_text() == str(mixed / "train")
     for side in SIDES:
         assert sorted(tree(copies.folder / str(side))) == originals(mixed)
@@ -221,17 +221,16 @@ def test_it_says_how_much_disk_it_needs_and_how_it_goes(copies, mixed):
     needed = re.search(rf"about ([\d.]+) (kB|MB) needed in {copies.folder}\b", copies.stdout)
     really = sum(len(content) for name, content in tree(copies.folder).items() if "/" in name)
     assert 0.7 < float(needed[1]) * {"kB": 1e3, "MB": 1e6}[needed[2]] / really < 1.4
-    total = len(SIDES) * len(originals(mixed))
-    assert re.search(rf"{total} of {total} copies, [\d,.]+/s, .* left", copies.stdout)
+    assert re.search(r"9 of 9 pictures, [\d,.]+/s, .* left", copies.stdout)
     assert "all could be decoded" in copies.stdout.splitlines()[-1]
 
 
 def test_one_side_makes_that_side_alone(settings, mixed, tmp_path):
     result = run_well("preprocess.py", settings, "--shorter_side=263")
     made = tmp_path / "preprocessed"
-    assert sorted(path.name for path in made.iterdir()) == ["263", "copies_of.txt"]
+    assert sorted(path.name for path in made.iterdir()) == ["263", "copies.json", "copies_of.txt"]
     assert sorted(tree(tmp_path / "preprocessed/263")) == originals(mixed)
-    assert re.search(r"9 of 9 copies", result.stdout)
+    assert re.search(r"9 of 9 pictures", result.stdout)
     assert_contents_are_right(tmp_path / "preprocessed/263", mixed)
 
 
