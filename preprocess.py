@@ -686,8 +686,9 @@ def decode_reduced(content: bytes, side: int | None) -> tuple[Image.Image, tuple
             f"cannot be used: {image.width}×{image.height} pixels is too long and thin"
         )
     size = image.size
+    least = resized_size(*size, 2 * side) if side else size
     with pillow_decodes():
-        reduced = image.draft(image.mode, resized_size(*size, 2 * side)) if side else None
+        reduced = image.draft(image.mode, least)
         image.load()
     return as_rgb(image), size, reduced[1] if reduced else (0, 0, *image.size)
 

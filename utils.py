@@ -58,6 +58,8 @@ def run(main: Callable[[], None]) -> None:
         _die(str(error))
     except OSError as error:
         _die(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except MemoryError:
+        _die("not enough memory; close other programs, or use fewer threads or smaller batches")
     except KeyboardInterrupt:
         _stopped()
 

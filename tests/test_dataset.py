@@ -325,7 +325,7 @@ def test_names_may_hold_any_character(tmp_path, settings):
     Path(os.fsdecode(strange_bytes + b"/\xff\xfe.jpg")).write_bytes(JPEG)
     pictures = preprocess.training_pictures(settings(tmp_path))
     assert len(pictures) == len(STRANGE) + 1 == len(pictures.class_names)
-    assert re.fullmatch(r"[0-9a-f]{8}", pictures.fingerprint)
+    assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{8}", pictures.fingerprint)
     for path, label in zip(pictures.paths, pictures.labels, strict=True):
         assert path.split("/")[0] == pictures.class_names[label]
         assert utils.read_file(pictures.folder / path) == JPEG
@@ -465,7 +465,10 @@ def remove(root: Path, name: str) -> None:
 ABSENT = {
     "no dataset": (lambda root: remove(root.parent, "data"), r"ImageNet_folder"),
     "no train": (lambda root: remove(root, "train"), r"ImageNet_folder.*train"),
-    "no val": (lambda root: remove(root, "val"), r"data/val"),
+    "no val": (
+        lambda root: remove(root, "val"),
+        r"data: no validation set, found none of val/, valid/, validation/, test/",
+    ),
     "a file for a folder": (
         lambda root: (remove(root.parent, "data"), root.write_text("")),
         r"ImageNet_folder",

@@ -4,11 +4,13 @@ python3 -m pytest tests/test_pictures.py
 """
 
 import base64
+import errno
 import io
 import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -17,7 +19,9 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
 import preprocess
+import preprocess_val
 import toolkit
+import utils
 from preprocess import BrokenPicture
 from utils import UserError
 
@@ -522,3 +526,147 @@ def test_the_shorter_side_is_exact_and_the_longer_nearest():
             exact = max(width, height) * side / min(width, height)
             assert abs(max(size) - exact) <= 0.5
             assert (width - height) * (size[0] - size[1]) >= 0
+
+
+# --- broken pictures, errors of our own, and storage that fails -------------------------------
+
+
+@pytest.fixture
+def ten(tmp_path):
+    """Settings for a dataset of ten training and ten validation pictures."""
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "cat").mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "data" / part / "cat" / f"{i}.JPEG").write_bytes(FORMATS["JPEG"][0])
+    return toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+
+
+OWN_ERRORS = {
+    "preprocess.py": (preprocess, "resized_size", ["--shorter_side=256"]),
+    "preprocess.py, decoding": (preprocess, "as_rgb", ["--shorter_side=256"]),
+    "preprocess.py, writing": (preprocess, "save_jpeg", ["--shorter_side=256"]),
+    "preprocess_val.py": (preprocess_val, "ten_crops", []),
+    "get_mu_sigma.py": (Image.Image, "histogram", []),
+}
+
+
+def planted(kind: type[Exception]):
+    def fail(*_args, **_kwargs):
+        raise kind("an error of our own")
+
+    return fail
+
+
+def run_in_process(monkeypatch, name: str, config: Path, arguments: list[str]) -> None:
+    script = name.split(",")[0]
+    monkeypatch.setattr(sys, "argv", [script, f"--config={config}", *arguments])
+    __import__(script.removesuffix(".py")).main()
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])
+@pytest.mark.parametrize("name", OWN_ERRORS)
+def test_an_error_of_our_own_is_no_broken_picture(name, kind, ten, monkeypatch):
+    module, function, arguments = OWN_ERRORS[name]
+    monkeypatch.setattr(module, function, planted(kind))
+    with pytest.raises(kind, match="an error of our own"):
+        run_in_process(monkeypatch, name, ten, arguments)
+
+
+@pytest.mark.parametrize("function", ["window", "cut", "is_black", "jpeg_frame", "as_rgb"])
+def test_an_error_of_our_own_in_a_crop_is_no_broken_picture(function, ten, monkeypatch):
+    recipe = toolkit.recipe_of(ten)
+    if function == "is_black":  # asked only where the decoder complains of more data
+        picture = Image.fromarray(smooth(400, 300))
+        for file in (recipe.pictures.folder / "cat").iterdir():
+            picture.save(file, "JPEG")
+    monkeypatch.setattr(preprocess, function, planted(TypeError))
+    with pytest.raises(TypeError, match="an error of our own"):
+        for step in range(4):
+            recipe.make(step)
+
+
+NO_FAULT_OF_THE_PICTURE = {
+    "a disk that fails": OSError(errno.EIO, "Input/output error"),
+    "no file handle left": OSError(errno.EMFILE, "Too many open files"),
+    "no memory left in the system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "no memory left": MemoryError(),
+    "no permission": PermissionError(errno.EACCES, "Permission denied"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_ERRORS)
+@pytest.mark.parametrize("reason", NO_FAULT_OF_THE_PICTURE)
+def test_what_is_no_fault_of_the_picture_stops_the_script(name, reason, ten, monkeypatch, capsys):
+    error = NO_FAULT_OF_THE_PICTURE[reason]
+    recipe = toolkit.recipe_of(ten)
+
+    def failing(_path):
+        raise error
+
+    monkeypatch.setattr(utils, "read_file", failing)
+    with pytest.raises(type(error)):
+        run_in_process(monkeypatch, name, ten, OWN_ERRORS[name][2])
+    with pytest.raises(type(error)):
+        recipe.make(0)
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_want_of_memory_is_no_broken_picture(monkeypatch):
+    """Pillow's decoders report it as broken data."""
+
+    def no_memory(*_args, **_kwargs):
+        raise MemoryError
+
+    content = FORMATS["JPEG"][0][:-200]
+    with pytest.raises(BrokenPicture):
+        preprocess.decode(content)
+    monkeypatch.setattr(np, "empty", no_memory)
+    with pytest.raises(MemoryError):
+        preprocess.decode(content)
+
+
+def test_want_of_memory_is_one_line():
+    program = "import utils\ndef main():\n    raise MemoryError\nutils.run(main)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=toolkit.ROOT
+    )
+    assert result.returncode == 2
+    assert "error: not enough memory" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_file_that_the_storage_fails_to_read_is_named(tmp_path, monkeypatch):
+    """os.read, other than os.open, raises errors without a name."""
+    monkeypatch.setattr(utils, "read_file", planted_oserror)
+    with pytest.raises(OSError) as error:
+        preprocess.read_picture(tmp_path / "a.JPEG")
+    assert error.value.filename == str(tmp_path / "a.JPEG")
+
+
+def planted_oserror(_path):
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+# --- the paths of all pictures ----------------------------------------------------------------
+
+
+def test_paths_are_a_sequence_of_strings():
+    texts = ["a/b.jpg", "", "ünï/\udce9.jpg", "line\nbreak"]
+    paths = preprocess.Paths(iter(texts))
+    assert (len(paths), list(paths), paths[-1], paths[2]) == (4, texts, texts[-1], texts[2])
+    assert paths == texts and paths != texts[:-1]
+    assert "a/b.jpg" in paths and "b.jpg" not in paths
+    for beyond in (4, -5):
+        with pytest.raises(IndexError):
+            paths[beyond]
+    assert not len(preprocess.Paths([]))
+    assert preprocess.Paths(["ab", "c"]).checksum() != preprocess.Paths(["a", "bc"]).checksum()
+
+
+def test_paths_take_little_more_memory_than_their_letters():
+    texts = [f"n{i:08}/n{i:08}_{i}.JPEG" for i in range(20_000)]
+    tracemalloc.start()
+    paths = preprocess.Paths(texts)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    letters = sum(map(len, texts))
+    assert size < 1.05 * letters + 8 * len(paths) + 10_000
