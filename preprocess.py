@@ -20,6 +20,7 @@ import io
 import json
 import os
 import re
+import shlex
 import struct
 import threading
 import warnings
@@ -355,11 +356,11 @@ UNPACK_CLASSES = 'for f in *.tar; do mkdir -p "${f%.tar}" && tar -xf "$f" -C "${
 
 ARCHIVES = {
     r"n\d{8}\.tar": f"ImageNet's classes, each still in its archive; unpack them: "
-    f"cd {{folder}} && {UNPACK_CLASSES}",
+    f"cd FOLDER && {UNPACK_CLASSES}",
     r"ILSVRC2012_img_train.*\.tar": f"ImageNet's training pictures; unpack them: "
-    f"cd {{folder}} && mkdir -p train && tar -xf {{name}} -C train && cd train && {UNPACK_CLASSES}",
-    r"ILSVRC2012_img_val\.tar": "ImageNet's validation pictures; unpack them: cd {folder} && "
-    "mkdir -p val && tar -xf {name} -C val, and put Kaggle's LOC_val_solution.csv beside",
+    f"cd FOLDER && mkdir -p train && tar -xf NAME -C train && cd train && {UNPACK_CLASSES}",
+    r"ILSVRC2012_img_val\.tar": "ImageNet's validation pictures; unpack them: cd FOLDER && "
+    "mkdir -p val && tar -xf NAME -C val, and put Kaggle's LOC_val_solution.csv beside",
     r".*\d{4}\.tar": "probably WebDataset shards, which are not read; unpack them and move each "
     "picture into train/<class>/, named by the .cls file beside it",
     r".*\.(tar|tar\.\w+|tgz|tbz2|txz|zip|rar|7z)": "an archive; unpack it, so that train/<class>/ "
@@ -380,11 +381,9 @@ def _content(folder: Path) -> str:
     for pattern, way_out in ARCHIVES.items():
         found = [name for name in names if re.fullmatch(pattern, name, re.IGNORECASE)]
         if found:
-            others = f" and {plural(len(found) - 1, 'other')}" if len(found) > 1 else ""
-            verb = "are" if others else "is"
-            return (
-                f"{folder / found[0]}{others} {verb} {way_out.format(folder=folder, name=found[0])}"
-            )
+            others = f" and {plural(len(found) - 1, 'other')} are" if len(found) > 1 else " is"
+            way_out = way_out.replace("FOLDER", shlex.quote(str(folder)))
+            return f"{folder / found[0]}{others} {way_out.replace('NAME', shlex.quote(found[0]))}"
     if any(name.lower().endswith(PICTURE_SUFFIXES) for name in names):
         return "its pictures are not in class folders: move each into a folder of its class"
     folders = _subfolders(folder)
