@@ -235,7 +235,8 @@ def map_pictures(
         return work(index, loaded)
 
     progress = utils.Progress(len(indices), "pictures")
-    for result in utils.map_in_order(each, map(int, indices), utils.cores()):
+    # More threads than cores: some of them wait for the disk.
+    for result in utils.map_in_order(each, map(int, indices), 2 * utils.cores() + 4):
         progress.add()
         yield result
 
@@ -831,7 +832,7 @@ END_OF_IMAGE = b"\xff\xd9"
 def copies_of_others(root: Path, pictures: Pictures) -> bool:
     """Whether preprocess.py filled `root` from another dataset, in which names may be the same."""
     note = root / COPIES_OF
-    return note.is_file() and note.read_bytes() != utils.as_written(str(pictures.folder))
+    return note.exists() and note.read_bytes() != utils.as_written(str(pictures.folder))
 
 
 def claim(root: Path, pictures: Pictures, wanted: list[int]) -> None:
@@ -858,7 +859,7 @@ def claim(root: Path, pictures: Pictures, wanted: list[int]) -> None:
                 f"{folder}: was not made by preprocess.py, which would have left {note}; take "
                 f"another path_to_save, or remove it"
             )
-        if "replaced" in (reason := why_unused(root, side, pictures)):
+        if folder.exists() and "replaced" in (reason := why_unused(root, side, pictures)):
             raise UserError(f"{folder}: {reason}; remove that folder and start again")
     if not note.exists():
         utils.write_text(note, str(pictures.folder))
