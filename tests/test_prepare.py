@@ -469,7 +469,7 @@ STRANGERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [b"", b"somebody's", b"[1, 2]", b'{"key": 1}'])
+@pytest.mark.parametrize("content", [b"", b'{"key": 1}'])
 @pytest.mark.parametrize(
     ("script", "name"), [(script, name) for script, names in STRANGERS.items() for name in names]
 )
