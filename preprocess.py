@@ -106,8 +106,8 @@ def sides(text: str) -> list[int]:
 class Paths(Sequence[str]):
     """The paths of all pictures, as one block of bytes.
 
-    As Python strings, those of ImageNet would take 150 MB in every process: reading a string
-    changes its reference count, so processes that were forked do not share it for long.
+    As Python strings, the paths of ImageNet take 150 MB, in each process: to read a string is to
+    change its reference count, so forked processes soon have a copy of their own.
     """
 
     def __init__(self, paths: Iterable[str]):
@@ -157,8 +157,8 @@ class Pictures:
         """Two checksums: of all names and labels, and of what is in the files.
 
         The first changes when a picture is added, removed, renamed or moved to another class. The
-        second changes when pictures are replaced under their old names. It looks at the size and
-        the beginning of SAMPLED pictures, spread evenly: to look at all would take minutes.
+        second changes when pictures are replaced under their old names. It covers the sizes and
+        first bytes of SAMPLED pictures, spread evenly; all would take minutes from a cold disk.
         """
         names = zlib.crc32(self.labels.tobytes(), self.paths.checksum())
         count = min(len(self), SAMPLED)
@@ -292,8 +292,11 @@ def validation_pictures(config: SimpleNamespace) -> Pictures:
 
 
 def _validation_part(root: Path) -> str | None:
-    suffix = ".txt" if _has_lists(root) else ""
-    return next((name for name in VALIDATION if (root / f"{name}{suffix}").exists()), None)
+    """The name of the validation set's list or folder; None if there is none."""
+    for name in VALIDATION:
+        if (root / f"{name}.txt").is_file() if _has_lists(root) else (root / name).is_dir():
+            return name
+    return None
 
 
 def _counted(pictures: Pictures, section: str, expected: int) -> Pictures:
@@ -345,13 +348,22 @@ def _root_in(folder: Path) -> Path | None:
 
 
 def _has_lists(root: Path) -> bool:
-    """Whether train.txt says which pictures there are. Beside class folders it may be a note."""
+    """Whether train.txt lists the pictures.
+
+    Beside class folders a text file may be anything, except that val.txt always is a list.
+    """
+
+    def has_classes(part: str) -> bool:
+        return (root / part).is_dir() and bool(_subfolders(root / part))
+
     if not (root / "train.txt").is_file():
         return False
-    if any((root / f"{name}.txt").is_file() for name in VALIDATION):
+    listed = [name for name in VALIDATION if (root / f"{name}.txt").is_file()]
+    if "val" in listed or any(not has_classes(name) for name in listed):
         return True
-    folder = next((root / n for n in ("2012_train", "train") if (root / n).is_dir()), None)
-    return folder is not None and not _subfolders(folder)
+    return (root / "2012_train").is_dir() or (
+        (root / "train").is_dir() and not has_classes("train")
+    )
 
 
 UNPACK_CLASSES = 'for f in *.tar; do mkdir -p "${f%.tar}" && tar -xf "$f" -C "${f%.tar}"; done'
@@ -388,9 +400,10 @@ def _content(folder: Path) -> str:
             return f"{folder / found[0]}{others} {way_out.replace('NAME', shlex.quote(found[0]))}"
     if any(name.lower().endswith(PICTURE_SUFFIXES) for name in names):
         return "its pictures are not in class folders: move each into a folder of its class"
-    folders = _subfolders(folder)
-    if any(_picture_files(folder, name, LeftOut()) for name in folders[:3]):
-        return f"its folders look like classes: move them into {folder / 'train'}"
+    with contextlib.suppress(OSError):  # it is only a hint
+        below = [name for each in _subfolders(folder)[:3] for name in os.listdir(folder / each)]
+        if any(name.lower().endswith(PICTURE_SUFFIXES) for name in below):
+            return f"its folders look like classes: move them into {folder / 'train'}"
     more = f" and {plural(len(names) - 8, 'other')}" if len(names) > 8 else ""
     return f"it holds {', '.join(names[:8])}{more}" if names else "it is empty"
 
@@ -633,6 +646,7 @@ PILLOW_ERRORS = (
 """What Pillow raises for broken files of its formats; caught around calls of Pillow alone."""
 
 SPARE_MEMORY = 1 << 26
+"""Bytes that must be free before a failure to decode is blamed on the picture."""
 
 # Broken EXIF data does not matter here; a picture of over 89 million pixels is refused.
 warnings.filterwarnings("ignore", module="PIL")
@@ -655,13 +669,14 @@ def read_picture(path: str | Path) -> bytes:
 
 @contextlib.contextmanager
 def pillow_decodes() -> Iterator[None]:
-    """Around calls of Pillow that read a file's content: what they raise is a BrokenPicture."""
+    """Turns what Pillow raises for a broken file into BrokenPicture. Only calls of Pillow go inside:
+    elsewhere such an error is a mistake of ours and must surface."""
     try:
         yield
     except UnidentifiedImageError:
         raise BrokenPicture(f"cannot be decoded: is none of {', '.join(FORMATS)}") from None
     except PILLOW_ERRORS as error:
-        # Decoders call want of memory broken data, too: MemoryError here if that may be the reason.
+        # Decoders say "broken data" also when memory runs out. Then this raises MemoryError.
         np.empty(SPARE_MEMORY, np.uint8)
         reason = str(error) or type(error).__name__
         raise BrokenPicture(f"cannot be decoded: {reason}") from error
@@ -676,10 +691,10 @@ def decode(content: bytes) -> Image.Image:
 
 
 def decode_reduced(content: bytes, side: int | None) -> tuple[Image.Image, tuple, tuple]:
-    """The same, with as few pixels as a shorter side of `side` needs.
+    """The same, but a large JPEG is reduced while it is decoded, to not less than twice `side`.
 
-    libjpeg halves a picture while decoding; twice the pixels needed are enough to resize from.
-    Returns the picture, its original size, and the box of its pixels that holds the original.
+    Twice the pixels needed are enough to resize from. Returns the picture, its original size, and
+    the box within the decoded pixels that the original fills.
     """
     with pillow_decodes():
         image = Image.open(io.BytesIO(content), formats=FORMATS)

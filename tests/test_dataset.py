@@ -784,3 +784,13 @@ def test_the_fingerprint_looks_at_the_whole_set(tmp_path, settings, monkeypatch)
     pictures = preprocess.training_pictures(settings(tmp_path))
     assert pictures.fingerprint
     assert sorted(looked_at) == sorted(pictures.path(i) for i in (0, 2, 4, 6, 8))
+
+
+def test_lists_beside_class_folders_for_both_parts_are_not_needed(tmp_path, settings):
+    """As other datasets come, with lists in a format of their own."""
+    make_class_folders(tmp_path)
+    (tmp_path / "val").rename(tmp_path / "test")
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).write_text("cat/a\ncat/b\n")
+    assert len(preprocess.training_pictures(settings(tmp_path))) == len(TRAIN)
+    assert len(preprocess.validation_pictures(settings(tmp_path))) == len(VAL)
