@@ -293,10 +293,11 @@ def validation_pictures(config: SimpleNamespace) -> Pictures:
 
 def _validation_part(root: Path) -> str | None:
     """The name of the validation set's list or folder; None if there is none."""
-    for name in VALIDATION:
-        if (root / f"{name}.txt").is_file() if _has_lists(root) else (root / name).is_dir():
-            return name
-    return None
+    if _has_lists(root):
+        found = (name for name in VALIDATION if (root / f"{name}.txt").is_file())
+    else:
+        found = (name for name in VALIDATION if (root / name).is_dir())
+    return next(found, None)
 
 
 def _counted(pictures: Pictures, section: str, expected: int) -> Pictures:
@@ -361,9 +362,9 @@ def _has_lists(root: Path) -> bool:
     listed = [name for name in VALIDATION if (root / f"{name}.txt").is_file()]
     if "val" in listed or any(not has_classes(name) for name in listed):
         return True
-    return (root / "2012_train").is_dir() or (
-        (root / "train").is_dir() and not has_classes("train")
-    )
+    if (root / "2012_train").is_dir():
+        return True
+    return (root / "train").is_dir() and not has_classes("train")
 
 
 UNPACK_CLASSES = 'for f in *.tar; do mkdir -p "${f%.tar}" && tar -xf "$f" -C "${f%.tar}"; done'
@@ -669,8 +670,10 @@ def read_picture(path: str | Path) -> bytes:
 
 @contextlib.contextmanager
 def pillow_decodes() -> Iterator[None]:
-    """Turns what Pillow raises for a broken file into BrokenPicture. Only calls of Pillow go inside:
-    elsewhere such an error is a mistake of ours and must surface."""
+    """Turns what Pillow raises for a broken file into BrokenPicture.
+
+    Only calls of Pillow go inside. Elsewhere such an error is a mistake of ours and must surface.
+    """
     try:
         yield
     except UnidentifiedImageError:
