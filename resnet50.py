@@ -222,3 +222,8 @@ def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
                 f"names of the same thing, the labels do not fit"
             )
             return
+
+
+def model_recipe(folder: Path) -> dict:
+    """How a saved model was trained; empty where it does not say."""
+    return utils.read_json(folder / "assets" / "recipe.json") or {}
