@@ -303,23 +303,24 @@ class Drawn:
     def __init__(self, path: Path, y_of_lines: list[float], x_of_ticks: list[float]):
         self.pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
         assert self.pixels.shape == (600, 1000, 3)
-        faint = self.near(check_accuracy.FAINT).sum(axis=1)
+        faint = self.near(check_accuracy.FAINT, 20).sum(axis=1)  # a line may lie across two rows
         rows = np.flatnonzero(faint > 400)
         ink = self.near(check_accuracy.INK)
         bottom = np.flatnonzero(ink[:, 200:700].sum(axis=1) > 400)[-1]
-        columns = np.flatnonzero(ink[bottom + 4])
+        columns = 88 + np.flatnonzero(ink[bottom + 4, 88:])  # not the labels beside the axis
         self.y = np.polyfit(middles(rows), y_of_lines[::-1], 1)
         self.x = np.polyfit(middles(columns), x_of_ticks, 1)
 
-    def near(self, colour: tuple) -> np.ndarray:
-        return np.abs(self.pixels - colour).max(axis=2) < 12
+    def near(self, colour: tuple, levels: int = 12) -> np.ndarray:
+        return np.abs(self.pixels - colour).max(axis=2) < levels
 
     def values(self, colour: tuple, at: list[float]) -> list[float]:
         """Where the curve of this colour passes, at each x."""
-        found, drawn = [], self.near(colour)
+        found, drawn = [], self.near(colour, 5)  # a blue line's edges are nearly light blue
         for x in at:
             column = round((x - self.x[1]) / self.x[0])
-            ys = np.flatnonzero(drawn[:, max(column - 1, 92) : min(column + 2, 728)].any(axis=1))
+            column = min(max(column, 93), 727)  # not on the axis
+            ys = np.flatnonzero(drawn[:, column - 1 : column + 2].any(axis=1))
             assert len(ys), (colour, x)
             found.append(float(np.polyval(self.y, ys.mean())))
         return found
