@@ -14,12 +14,13 @@ import math
 import time
 from pathlib import Path
 
+import utils
+from utils import UserError
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import utils
 from preprocess_val import Crops
-from utils import UserError
 
 with utils.quiet_tensorflow():
     import tensorflow as tf

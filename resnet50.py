@@ -12,12 +12,13 @@ frameworks, not TensorFlow's lopsided SAME, so weights can be moved between them
 import tempfile
 from pathlib import Path
 
+import utils
+from utils import CROP, UserError
+
 import numpy as np
 import tensorflow as tf
 
-import utils
 from batch_renorm import BatchRenorm, Limits
-from utils import CROP, UserError
 
 #         blocks, bottleneck channels, output channels, stride of the first block
 STAGES = [

@@ -28,7 +28,7 @@ NAME = {"train.py": "train", "check_accuracy.py": "accuracy", "runtime_preproces
 def main() -> None:
     started = time.monotonic()
     folder = toolkit.ROOT / ".demo"
-    utils.lock(toolkit.ROOT, "another demonstration runs here")
+    utils.lock(toolkit.ROOT / ".demo.lock", "another demonstration runs here")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     print("making a dataset of 4 classes, 96 training and 24 validation pictures", flush=True)

@@ -13,11 +13,11 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
-
 import toolkit
 import utils
 from utils import UserError
+
+import pytest
 
 SHIPPED = (toolkit.ROOT / "config.txt").read_text(encoding="utf-8")
 
