@@ -16,9 +16,11 @@ import utils
 from utils import CROP, UserError
 
 import numpy as np
-import tensorflow as tf
 
-from batch_renorm import BatchRenorm, Limits
+with utils.quiet_tensorflow():
+    import tensorflow as tf
+
+    from batch_renorm import BatchRenorm, Limits
 
 #         blocks, bottleneck channels, output channels, stride of the first block
 STAGES = [

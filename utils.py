@@ -199,7 +199,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # A misspelt flag says more than what is then missing.
         known = [flag for action in self._actions for flag in action.option_strings]
-        for flag in [part.partition("=")[0] for part in sys.argv[1:] if part.startswith("-")]:
+        for flag in re.findall(r"^(--[^=\s]+|-[a-zA-Z])", "\n".join(sys.argv[1:]), re.MULTILINE):
             if flag not in known and (meant := _meant(flag, known)):
                 raise UserError(f"unrecognized argument {flag}, did you mean {meant}; see --help")
         raise UserError(f"{message}; see --help")
@@ -936,9 +936,11 @@ class Progress:
         rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.1f}"
         text = f"{self.done:,} of {self.total:,} {self.unit}, {rate}/s, {left} left"
         if self._terminal:
-            filled = round(30 * self.done / max(self.total, 1))
+            room = shutil.get_terminal_size().columns - len(text) - 4
+            width = min(30, room) if room >= 10 else 0  # a line that wraps is never overwritten
+            filled = round(width * self.done / max(self.total, 1))
             end = "\n" if self.done == self.total else ""
-            print(f"\r{'█' * filled}{'░' * (30 - filled)} {text}  ", end=end, flush=True)
+            print(f"\r{'█' * filled}{'░' * (width - filled)} {text}  ", end=end, flush=True)
         else:
             print(text, flush=True)
 
@@ -980,23 +982,23 @@ def quiet_tensorflow() -> Iterator[None]:
     """Keeps what TensorFlow's libraries say while it is imported from the terminal.
 
     --verbose shows it. The flag is looked up here, before the command line is parsed, because
-    TensorFlow reads its environment when it is imported. Ctrl-C meanwhile just ends the script.
+    TensorFlow reads its environment when it is imported. Ctrl-C meanwhile just ends the script,
+    and a TensorFlow that is not there gets one line.
     """
     # On processors without AVX-512 TensorFlow leaves oneDNN off, which makes a step a fifth slower.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    if "--verbose" in sys.argv:
-        yield
-        return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
     terminal = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    if "--verbose" not in sys.argv:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ModuleNotFoundError) as error:
         os.dup2(terminal, 2)
-        _stopped()
+        if isinstance(error, KeyboardInterrupt):
+            _stopped()
+        _die_without(error)
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
