@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import shutil
 import sys
 import time
@@ -497,13 +496,13 @@ def _read_once(path: str | Path) -> bytes:
 _ASIDE = re.compile(r"\..+\.aside-[0-9a-f]{16}(\.lock)?", re.DOTALL)
 
 
-def aside_name(path: Path) -> Path:
+def aside_name(path: Path, suffix: str = "") -> Path:
     """A temporary name beside `path`, different each time, on whatever machine.
 
     It is short enough for every file system, however long the name of `path` is.
     """
     start = os.fsencode(path.name)[:100].decode("utf-8", "ignore")
-    return path.with_name(f".{start or '_'}.aside-{secrets.token_hex(8)}")
+    return path.with_name(f".{start or '_'}.aside-{os.urandom(8).hex()}{suffix}")
 
 
 def is_leftover(name: str) -> bool:
@@ -517,11 +516,10 @@ def _make_held(path: Path, suffix: str = "") -> tuple[Path, int]:
     The lock ends with the process. (Where a forked child inherits the descriptor, with both.)
     """
     while True:
-        aside = aside_name(path)
-        aside = aside.with_name(aside.name + suffix)
+        aside = aside_name(path, suffix)
         descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            held = _try_lock(descriptor) and _is_at(descriptor, aside)
+            held = _try_lock(descriptor) and aside.exists()
         except OSError as error:
             held = error.errno in NO_LOCKS  # without locks nobody removes leftovers either
         if held:
