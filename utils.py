@@ -461,6 +461,7 @@ def patiently(function: Callable[[str | Path], _Result], path: str | Path) -> _R
             return function(path)
         except OSError as error:
             if error.errno not in _PASSING:
+                error.filename = error.filename or str(path)
                 raise
             if pause is None:
                 raise UserError(
@@ -517,7 +518,8 @@ def _make_held(path: Path, suffix: str = "") -> tuple[Path, int]:
     """
     while True:
         aside = aside_name(path, suffix)
-        descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with _errors_name(path):
+            descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             held = _try_lock(descriptor) and aside.exists()
         except OSError as error:
@@ -528,44 +530,62 @@ def _make_held(path: Path, suffix: str = "") -> tuple[Path, int]:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A temporary file in the same folder, renamed to `path` when all went well, else removed.
-
-    So a file under its own name is always complete, whenever the process is killed; if `durable`,
-    also after a power failure. It is there already: open it by its name and write to it.
-    """
-    aside, descriptor = _make_held(path)
+def _errors_name(path: Path) -> Iterator[None]:
+    """Errors of what is written aside name the file that it is to become."""
     try:
-        yield aside
-        if durable:
-            os.fsync(descriptor)
-        os.replace(aside, path)
-        if durable:
-            _sync(path.parent)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a write that failed, because the disk is full
+        yield
+    except OSError as error:
+        if error.filename is None or is_leftover(os.path.basename(error.filename)):
+            error.filename, error.filename2 = str(path), None
         raise
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
-def folder_aside(path: Path) -> Iterator[Path]:
-    """A new folder of a temporary name beside `path`, removed in the end.
+def _held_name(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, for a file or a folder that is removed in the end.
 
-    A file beside it holds the lock: it is there before the folder and goes after it.
+    A file beside it holds the lock: it is there before and goes after. (On SMB a file that is
+    itself locked cannot be opened by its name and written to.)
     """
     holder, descriptor = _make_held(path, ".lock")
     aside = holder.with_suffix("")
     try:
-        aside.mkdir()
         yield aside
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         holder.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A temporary path in the same folder, renamed to `path` when all went well, else removed.
+
+    So a file under its own name is always complete, whenever the process is killed; if `durable`,
+    also after a power failure.
+    """
+    with _held_name(path) as aside, _errors_name(path):
+        yield aside
+        if durable:
+            _sync(aside)
+        os.replace(aside, path)
+        if durable:
+            _sync(path.parent)
+
+
+@contextlib.contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """A new folder of a temporary name beside `path`, removed in the end."""
+    with _held_name(path) as aside:
+        aside.mkdir()
+        yield aside
 
 
 @contextlib.contextmanager
@@ -601,20 +621,22 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes left half-made here, and nothing that is being made.
 
-    The lock tells which, on whatever machine or container its holder runs. What another user left
+    The lock tells which, whatever machine or container its holder runs on. What another user left
     stays.
     """
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if is_leftover(entry.name)]
-    for entry in found:
-        path = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False):
-            if not path.with_name(f"{path.name}.lock").exists():
-                shutil.rmtree(path, ignore_errors=True)
-        elif entry.is_file(follow_symlinks=False):
-            with _unless_held(path) as free, contextlib.suppress(PermissionError):
-                if free and path.suffix == ".lock":
-                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        found = [entry for entry in entries if is_leftover(entry.name) and not entry.is_symlink()]
+    for path in (Path(entry.path) for entry in found):
+        holds_another = path.suffix == ".lock"
+        if not holds_another and path.with_name(f"{path.name}.lock").exists():
+            continue
+        with contextlib.suppress(PermissionError):
+            if path.is_dir():
+                _remove(path)
+                continue
+            with _unless_held(path) as free:
+                if free and holds_another:
+                    _remove(path.with_suffix(""))
                 if free:
                     path.unlink(missing_ok=True)
 
@@ -642,11 +664,21 @@ def array_file_size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
 def array_written_aside(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
     """A .npy file of such an array, open for its content; `path` once that is written.
 
-    Raises OSError with its errno, which np.save swallows.
+    Raises OSError with its errno, which np.save swallows. As there are many of these, the file
+    itself holds the lock.
     """
-    with written_aside(path) as aside, open(aside, "wb") as file:
-        file.write(npy_header(dtype, shape))
-        yield file
+    aside, descriptor = _make_held(path)
+    try:
+        with _errors_name(path):
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(npy_header(dtype, shape))
+                yield file
+            os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -694,8 +726,8 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """The table, written aside. Numbers that are not whole get six digits."""
-    with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+    """The table, written aside, durable. Numbers that are not whole get six digits."""
+    with written_aside(path, True) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
@@ -716,13 +748,13 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def read_lines(path: Path) -> list[str]:
     """What `write_lines` wrote; nothing if there is no such file."""
-    return os.fsdecode(path.read_bytes()).splitlines() if path.is_file() else []
+    return os.fsdecode(read_file(path)).splitlines() if path.is_file() else []
 
 
 def read_json(path: Path) -> dict | None:
     """A JSON object from a file; None if the file is missing or holds anything else."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path))
     except (FileNotFoundError, ValueError):
         return None
     return value if isinstance(value, dict) else None

@@ -17,6 +17,7 @@ import toolkit
 import utils
 from utils import UserError
 
+import numpy as np
 import pytest
 
 TOKEN = "0123456789abcdef"
@@ -49,6 +50,8 @@ def another_process(code: str, *arguments: object):
 
 
 WRITING = {
+    "array": "with utils.array_written_aside(Path(sys.argv[1]), 'u1', (4,)) as file:\n"
+    "    file.write(b'half'); file.flush(); print('ready', flush=True); input()",
     "file": "with utils.written_aside(Path(sys.argv[1])) as aside:\n"
     "    aside.write_text('half'); print('ready', flush=True); input()",
     "folder": "with utils.folder_written_aside(Path(sys.argv[1])) as aside:\n"
@@ -71,7 +74,7 @@ def test_what_a_process_of_another_container_writes_is_no_leftover(kind, tmp_pat
         process.communicate("\n")
         assert process.returncode == 0
     assert names(tmp_path) == [path.name]
-    assert (path if kind == "file" else path / "part").read_text() == "half"
+    assert (path / "part" if kind == "folder" else path).read_bytes()[-4:] == b"half"
 
 
 @pytest.mark.parametrize("kind", WRITING)
@@ -92,10 +95,19 @@ def test_a_process_that_removes_leftovers_may_be_killed_halfway(tmp_path):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("write", [utils.written_aside, utils.folder_written_aside])
-def test_a_file_that_is_there_but_not_yet_locked_may_be_removed_and_nothing_is_lost(
-    write, tmp_path, monkeypatch
-):
+def write(path: Path, kind: str) -> None:
+    if kind == "array":
+        utils.save_array(path, np.frombuffer(b"whole", np.uint8))
+    elif kind == "file":
+        utils.write_text(path, "whole")
+    else:
+        with utils.folder_written_aside(path) as aside:
+            (aside / "part").write_text("whole")
+            utils.remove_leftovers(path.parent)
+
+
+@pytest.mark.parametrize("kind", WRITING)
+def test_a_file_not_yet_locked_may_be_removed_and_nothing_is_lost(kind, tmp_path, monkeypatch):
     """Removing leftovers at the worst moment, twice."""
     try_lock, moments = utils._try_lock, iter("12")
 
@@ -108,9 +120,7 @@ def test_a_file_that_is_there_but_not_yet_locked_may_be_removed_and_nothing_is_l
         return try_lock(descriptor, *kind)
 
     monkeypatch.setattr(utils, "_try_lock", late)
-    with write(tmp_path / "thing") as aside:
-        (aside / "part" if aside.is_dir() else aside).write_text("whole")
-        utils.remove_leftovers(tmp_path)
+    write(tmp_path / "thing", kind)
     assert next(moments, None) is None
     assert names(tmp_path) == ["thing"]
 
@@ -122,24 +132,23 @@ def test_removing_leftovers_all_the_time_disturbs_no_writer(ram):
         while not stop.is_set():
             utils.remove_leftovers(ram)
 
-    def write(thread: int) -> None:
-        for number in range(100):
-            utils.write_text(ram / f"{thread}_{number}", "whole")
-            with utils.folder_written_aside(ram / f"folder_{thread}_{number}") as aside:
-                (aside / "part").write_text("whole")
+    def write_all(thread: int) -> None:
+        for number in range(50):
+            for kind in WRITING:
+                write(ram / f"{kind}_{thread}_{number}", kind)
 
     removers = [threading.Thread(target=remove) for _ in range(2)]
     for remover in removers:
         remover.start()
     try:
-        for _ in utils.map_in_order(write, range(3), 3):
+        for _ in utils.map_in_order(write_all, range(3), 3):
             pass
     finally:
         stop.set()
         for remover in removers:
             remover.join()
     files = [path for path in ram.rglob("*") if path.is_file()]
-    assert len(files) == 600 and {path.read_text() for path in files} == {"whole"}
+    assert len(files) == 450 and {path.read_bytes()[-5:] for path in files} == {b"whole"}
     assert not any(utils.is_leftover(name) for name in os.listdir(ram))
 
 
@@ -197,6 +206,9 @@ def test_a_write_that_fails_leaves_nothing_and_the_old_file(tmp_path):
         aside.write_text("new")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert error.value.filename == str(tmp_path / "thing")
+    with pytest.raises(FileNotFoundError) as error:
+        utils.save_array(tmp_path / "nowhere" / "array", np.zeros(3))
+    assert error.value.filename == str(tmp_path / "nowhere" / "array")
     with pytest.raises(ZeroDivisionError), utils.folder_written_aside(tmp_path / "folder") as aside:
         (aside / "part").write_text("half")
         raise ZeroDivisionError
