@@ -16,12 +16,13 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import utils
+from utils import UserError, whole
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import utils
 from preprocess_val import Crops
-from utils import UserError, whole
 
 with utils.quiet_tensorflow():
     import tensorflow as tf

@@ -9,9 +9,11 @@ the network sees equally many crops of each.
 
 from dataclasses import replace
 
+import utils
+from utils import UserError
+
 import numpy as np
 
-import utils
 from preprocess import (
     DECODING_ERRORS,
     Failures,
@@ -21,7 +23,6 @@ from preprocess import (
     open_picture,
     training_pictures,
 )
-from utils import UserError
 
 
 def main() -> None:

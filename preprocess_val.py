@@ -13,10 +13,12 @@ import re
 import shutil
 from pathlib import Path
 
+import utils
+from utils import CROP, UserError
+
 import numpy as np
 from PIL import Image
 
-import utils
 from preprocess import (
     DECODING_ERRORS,
     Failures,
@@ -26,7 +28,6 @@ from preprocess import (
     resized_size,
     validation_pictures,
 )
-from utils import CROP, UserError
 
 SHORTER_SIDE = 256
 CROP_FILE_BYTES = utils.array_file_size(np.uint8, (10, CROP, CROP, 3))

@@ -12,12 +12,15 @@ frameworks, not TensorFlow's lopsided SAME, so weights can be moved between them
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import tensorflow as tf
-
 import utils
-from batch_renorm import BatchRenorm, Limits
 from utils import CROP, UserError
+
+import numpy as np
+
+with utils.quiet_tensorflow():
+    import tensorflow as tf
+
+    from batch_renorm import BatchRenorm, Limits
 
 #         blocks, bottleneck channels, output channels, stride of the first block
 STAGES = [

@@ -29,10 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import utils
+from utils import CROP, UserError, plural
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import utils
 from preprocess import (
     COPIES_OF,
     DECODING_ERRORS,
@@ -43,7 +45,6 @@ from preprocess import (
     crop_file,
     training_pictures,
 )
-from utils import CROP, UserError, plural
 
 REFILL_BELOW = 0.8
 """Share of buffer_size under which the buffer is filled up again."""
@@ -62,7 +63,9 @@ def main() -> None:
         return
     folder = utils.make_folder(config.train.buffer_folder)
     # The lock is held until the process ends, however it ends.
-    utils.lock(folder, f"{folder}: another runtime_preprocessing.py works here; give each its own")
+    utils.lock(
+        folder / LOCK, f"{folder}: another runtime_preprocessing.py works here; give each its own"
+    )
     if args.benchmark:
         benchmark(recipe, folder)
         return
@@ -219,6 +222,7 @@ class BatchSpec:
 
 BUFFER_JSON = "buffer.json"
 PROGRESS = "training_progress.txt"
+LOCK = ".preprocessor.lock"
 
 MEANING = {"resized": "set of resized copies", "pictures": "list of pictures"}
 """What fields of BatchSpec stand for that do not speak for themselves."""
@@ -555,7 +559,9 @@ class Buffer:
         """Leaves the folder clean."""
         self.remove_all_but(range(0))
         utils.remove_leftovers(self.folder)
-        self._remove([PROGRESS, BUFFER_JSON, ".trainer.lock"])
+        self._remove([PROGRESS, BUFFER_JSON])
+        for name in (".trainer.lock", LOCK):
+            utils.remove_lock(self.folder / name)
 
     def _batch_names(self) -> list[str]:
         return [name for name in os.listdir(self.folder) if BATCH_FILE.fullmatch(name)]

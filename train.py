@@ -30,9 +30,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import utils
+from utils import CROP, REQUIRED, UserError, number, plural, whole
+
 import numpy as np
 
-import utils
 from runtime_preprocessing import (
     BatchReader,
     BatchSpec,
@@ -41,7 +43,6 @@ from runtime_preprocessing import (
     wait_for_buffer,
     worker_of_workers,
 )
-from utils import CROP, REQUIRED, UserError, number, plural, whole
 
 with utils.quiet_tensorflow():
     import tensorflow as tf

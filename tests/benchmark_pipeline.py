@@ -24,22 +24,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import toolkit
+
 import numpy as np
 from PIL import Image
 
-import toolkit
-
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+import utils
+from utils import CROP
 
 import get_mu_sigma
 import preprocess
 import preprocess_val
 import runtime_preprocessing
-import utils
 from preprocess import SIDES, Pictures
 from runtime_preprocessing import BatchSpec, Buffer, Recipe
-from utils import CROP
 
 BATCH = 64
 MU, SIGMA = [0.48180, 0.44969, 0.39839], [0.27336, 0.26435, 0.27563]

@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import toolkit
+import utils
+
 import numpy as np
 
 import preprocess
-import toolkit
 import toy_dataset
-import utils
 from preprocess import crop_file
 from runtime_preprocessing import write_progress
 

@@ -9,14 +9,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import toolkit
+import utils
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
 import check_accuracy
-import toolkit
-import utils
 from preprocess_val import Crops
 
 CLASSES = 7

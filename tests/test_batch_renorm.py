@@ -5,13 +5,14 @@ python3 -m pytest tests/test_batch_renorm.py
 
 from types import SimpleNamespace
 
+import toolkit  # noqa: F401  (puts the scripts on the path)
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import batch_renorm
-import toolkit  # noqa: F401  (puts the scripts on the path)
 from batch_renorm import EPSILON, BatchRenorm, Limits, limits_at, momentum_at, ramp
 
 CHANNELS = 6

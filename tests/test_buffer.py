@@ -18,11 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import toolkit
+import utils
+from toolkit import recipe_of
+from utils import CROP
+
 import numpy as np
 import pytest
 
-import toolkit
-import utils
 from runtime_preprocessing import (
     BatchReader,
     BatchSpec,
@@ -31,8 +34,6 @@ from runtime_preprocessing import (
     check_spec,
     end_preprocessing,
 )
-from toolkit import recipe_of
-from utils import CROP
 
 Position = tuple[int, int]
 """Epoch and batch."""
@@ -99,7 +100,7 @@ def settled(folder: Path, window: range, batches: int = BATCHES) -> Callable[[],
             for kind in "XY"
             for number in window
         }
-        others = {"buffer.json", "training_progress.txt"}
+        others = {"buffer.json", "training_progress.txt", ".preprocessor.lock"}
         return expected <= names <= expected | others
 
     return condition
@@ -468,7 +469,7 @@ def test_what_a_killed_trainer_left_is_gone_after_the_end(tmp_path, toy, ram):
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
     with preprocessor(config, *span(0, 1)) as process:
         wait_until(settled(ram, range(3)), process, "buffer full")
-        (ram / ".training_progress.txt.aside-4194305-1").write_text("half")
+        (ram / ".training_progress.txt.aside-0123456789abcdef").write_text("half")
         progress(ram, 10)
         assert finish(process) == 0
     assert os.listdir(ram) == []

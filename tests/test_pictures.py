@@ -12,13 +12,14 @@ import threading
 import zlib
 from pathlib import Path
 
+import toolkit
+from utils import UserError
+
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
 import preprocess
-import toolkit
-from utils import UserError
 
 # As in the scripts: utils sets these filters when it is imported, pytest resets them.
 pytestmark = [

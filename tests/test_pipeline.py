@@ -9,6 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import toolkit
+import utils
+from toolkit import recipe_of
+from utils import CROP
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,8 +21,6 @@ from PIL import Image
 import get_mu_sigma
 import preprocess
 import runtime_preprocessing
-import toolkit
-import utils
 from preprocess import SIDES, crop_any, crop_file, crop_jpeg, jpeg_frame
 from runtime_preprocessing import (
     GROUP,
@@ -26,8 +29,6 @@ from runtime_preprocessing import (
     draw_choices,
     finish,
 )
-from toolkit import recipe_of
-from utils import CROP
 
 MU, SIGMA = [0.48180, 0.44969, 0.39839], [0.27336, 0.26435, 0.27563]
 

@@ -12,14 +12,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import toolkit
+import utils
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import resnet50
-import toolkit
 import train
-import utils
 from runtime_preprocessing import BatchSpec
 
 SPEC = BatchSpec(

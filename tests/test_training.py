@@ -13,15 +13,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import toolkit
+import utils
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import resnet50
-import toolkit
 import toy_dataset
 import train
-import utils
 
 RATE = "--learning_rate=0.01"
 BATCH = "--batch_size=4"

@@ -50,9 +50,10 @@ def write_config(folder: Path, dataset: Path, buffer: Path, **values: object) ->
 
 def recipe_of(config: Path, batch_size: int = 4, **changes: object):
     """The runtime_preprocessing.Recipe that the command has with this config.txt."""
+    import utils
+
     import preprocess
     import runtime_preprocessing
-    import utils
 
     settings = utils.load_config(config)
     pictures = preprocess.training_pictures(settings)
