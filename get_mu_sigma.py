@@ -7,21 +7,26 @@ writes them to `mu_sigma.txt` in the folder that [get_mu_sigma] path_to_save nam
 the network sees equally many crops of each.
 """
 
+import argparse
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import utils
 from utils import UserError
 
 import numpy as np
+from PIL import Image
 
 from preprocess import (
-    DECODING_ERRORS,
     Failures,
     Pictures,
-    as_rgb,
     copies_of_others,
-    open_picture,
+    decode,
+    map_pictures,
+    read_picture,
     training_pictures,
+    why_unused,
 )
 
 
@@ -30,28 +35,19 @@ def main() -> None:
     config = utils.load_config(args.config)
     pictures = training_pictures(config)
     if args.shorter_side:
-        folder = config.preprocess.path_to_save / str(args.shorter_side)
-        if copies_of_others(config.preprocess.path_to_save, pictures):
-            raise UserError(
-                f"{folder}: its copies are of other pictures; take another path_to_save"
-            )
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: no such folder; preprocess.py makes those of the shorter sides 256, "
-                f"263, … 480"
-            )
-        pictures = replace(pictures, folder=folder)
+        pictures = resized(pictures, config.preprocess.path_to_save, args.shorter_side)
     print(
         f"{utils.plural(len(pictures), 'training picture')} in {pictures.folder}, {pictures.layout}"
     )
     result = utils.make_folder(config.get_mu_sigma.path_to_save) / "mu_sigma.txt"
+    check_own(result)
     failures = Failures(len(pictures))
     text = toml(*mu_sigma(pictures, failures))
     utils.write_text(result, text)
     print(f"{text}\nThis is in {result} too; {failures}. Next: paste it into {args.config}")
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = utils.Parser(
         "Computes mean and standard deviation of the training pictures' channels.",
         "get_mu_sigma.py",
@@ -65,6 +61,32 @@ def parse_arguments():
     return parser.parse()
 
 
+def resized(pictures: Pictures, root: Path, side: int) -> Pictures:
+    """The copies of the pictures at that shorter side. Raises UserError if they are not there."""
+    folder = root / str(side)
+    if copies_of_others(root, pictures):
+        raise UserError(f"{folder}: its copies are of other pictures; take another path_to_save")
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; preprocess.py makes those of the shorter sides 256, "
+            f"263, … 480"
+        )
+    if reason := why_unused(root, side, pictures):
+        raise UserError(f"{folder}: {reason}; run preprocess.py --shorter_side={side} first")
+    return replace(pictures, folder=folder)
+
+
+def check_own(result: Path) -> None:
+    """Raises UserError if the result would overwrite a file that no earlier start wrote."""
+    if os.path.lexists(result) and not (
+        result.is_file() and utils.read_file(result).startswith(b"[utils]\nmu_0 = ")
+    ):
+        raise UserError(
+            f"{result}: not written by get_mu_sigma.py, and would be overwritten; take another "
+            f"[get_mu_sigma] path_to_save, or move the file"
+        )
+
+
 def mu_sigma(pictures: Pictures, failures: Failures) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, float64 [3] each, RGB, pixels scaled to 0…1.
 
@@ -72,23 +94,18 @@ def mu_sigma(pictures: Pictures, failures: Failures) -> tuple[np.ndarray, np.nda
     pictures in their order: the same to the last bit on any number of cores.
     """
 
-    def moments(path: str) -> np.ndarray | None:
+    def load(index: int) -> Image.Image:
+        return decode(read_picture(pictures.path(index)))
+
+    def moments(_index: int, image: Image.Image) -> np.ndarray:
         """E[x] and E[x²] of a picture, float64 [2, 3]."""
-        try:
-            with open_picture(pictures.folder / path) as image:
-                histogram = as_rgb(image).histogram()
-        except DECODING_ERRORS as error:
-            failures.add(path, error)
-            return None
-        counts = np.array(histogram, np.int64).reshape(3, 256)
+        counts = np.array(image.histogram(), np.int64).reshape(3, 256)
         levels = np.arange(256, dtype=np.int64)
         sums = np.stack([counts @ levels, counts @ levels**2])
         return sums / counts[0].sum()
 
     total, used = np.zeros((2, 3)), 0
-    progress = utils.Progress(len(pictures), "pictures")
-    for result in utils.map_in_order(moments, pictures.paths, utils.cores()):
-        progress.add()
+    for result in map_pictures(pictures, range(len(pictures)), load, moments, failures):
         if result is not None:
             total, used = total + result, used + 1
     if not used:

@@ -10,7 +10,6 @@ cannot be decoded. Started again, it goes on where it stopped.
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import utils
@@ -20,11 +19,11 @@ import numpy as np
 from PIL import Image
 
 from preprocess import (
-    DECODING_ERRORS,
     Failures,
     Pictures,
-    as_rgb,
-    open_picture,
+    decode,
+    map_pictures,
+    read_picture,
     resized_size,
     validation_pictures,
 )
@@ -47,7 +46,7 @@ def main() -> None:
         f"{pictures.layout}; the crops of {len(jobs):,} are still to be cut, "
         f"{utils.file_size(len(jobs) * CROP_FILE_BYTES)}"
     )
-    check_room(folder, len(jobs))
+    utils.check_room(folder, len(jobs) * CROP_FILE_BYTES, "the crops need")
     labels = pictures.labels.astype(np.int64)
     failures = write_all(pictures, folder, jobs, labels)
     utils.write_lines(folder / utils.CLASS_NAMES, pictures.class_names)
@@ -59,24 +58,22 @@ def main() -> None:
     )
 
 
-def _size(path: Path) -> int:
-    """In bytes, -1 for a file that cannot be read: tells pictures of the same name apart."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+LISTING = "pictures.txt"
+"""Beside the crops: size and name of the pictures they were cut from, a line per picture."""
 
 
 def missing(pictures: Pictures, folder: Path) -> list[int]:
     """Indices of the pictures whose crops are still to be cut.
 
     Crops of another list of pictures, and what a killed process left half-written, are removed.
+    Raises UserError if the folder holds files of these names that the toolkit did not write.
     """
+    listing = folder / LISTING
+    old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
+    check_own(folder, [*old, utils.CLASS_NAMES, LISTING])
     utils.remove_leftovers(folder)
-    listing = folder / "pictures.txt"
-    lines = [f"{_size(pictures.folder / path)} {path!r}\n" for path in pictures.paths]
+    lines = [f"{_size(pictures.path(i))} {path!r}\n" for i, path in enumerate(pictures.paths)]
     if not listing.is_file() or listing.read_bytes() != "".join(lines).encode():
-        old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
         if old:
             print(f"{folder}: removing {utils.plural(len(old), 'file')} made from other pictures")
         for name in old:
@@ -87,20 +84,33 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
     return [index for index in range(len(pictures)) if f"X10_{index}.npy" not in done]
 
 
-def check_room(folder: Path, pictures: int) -> None:
-    """Raises UserError if the disk has no room for the crops of so many pictures."""
-    needed, there = pictures * CROP_FILE_BYTES, shutil.disk_usage(folder).free
-    if needed > there:
-        raise UserError(
-            f"{folder}: the crops need {utils.file_size(needed)}, but only "
-            f"{utils.file_size(there)} are free"
-        )
+def check_own(folder: Path, names: list[str]) -> None:
+    """Raises UserError if a file lies here that would be overwritten, but by no earlier start."""
+    listing = folder / LISTING
+    if listing.is_file():
+        with open(listing, "rb") as file:
+            if re.fullmatch(rb"-?\d+ ['\"].*['\"]\n", file.readline()):
+                return
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise UserError(
+                f"{folder / name}: not written by preprocess_val.py, and would be overwritten; "
+                f"take another path_to_save, or move the file"
+            )
+
+
+def _size(path: str) -> int:
+    """In bytes, -1 for a file that cannot be read: tells pictures of the same name apart."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def ten_crops(image: Image.Image) -> np.ndarray:
-    """uint8 [10, 224, 224, 3]: corners and centre of the picture, each followed by its mirror."""
+    """uint8 [10, 224, 224, 3]: corners and centre of an RGB picture, each before its mirror."""
     size = resized_size(*image.size, SHORTER_SIDE)
-    resized = as_rgb(image).resize(size, Image.Resampling.BILINEAR)
+    resized = image.resize(size, Image.Resampling.BILINEAR)
     # Mirrored by Pillow, as a whole: NumPy takes three times as long to turn pixels of 3 bytes.
     picture = np.asarray(resized)
     mirror = np.asarray(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
@@ -117,20 +127,17 @@ def write_all(pictures: Pictures, folder: Path, jobs: list[int], labels: np.ndar
     """Cuts the crops of the pictures in `jobs`; labels of those that fail become -1."""
     failures = Failures(len(pictures))
 
-    def write(index: int) -> None:
-        path = pictures.paths[index]
-        try:
-            with open_picture(pictures.folder / path) as image:
-                crops = ten_crops(image)
-        except DECODING_ERRORS as error:
-            failures.add(path, error)
-            labels[index] = -1
-            return
-        utils.save_array(folder / f"X10_{index}.npy", crops)
+    def load(index: int) -> Image.Image:
+        return decode(read_picture(pictures.path(index)))
 
-    progress = utils.Progress(len(jobs), "pictures")
-    for _ in utils.map_in_order(write, jobs, utils.cores()):
-        progress.add()
+    def write(index: int, image: Image.Image) -> bool:
+        utils.save_array(folder / f"X10_{index}.npy", ten_crops(image))
+        return True
+
+    written = map_pictures(pictures, jobs, load, write, failures)
+    for index, is_written in zip(jobs, written, strict=True):
+        if not is_written:
+            labels[index] = -1
     return failures
 
 

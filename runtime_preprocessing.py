@@ -36,13 +36,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from preprocess import (
-    COPIES_OF,
-    DECODING_ERRORS,
     SIDES,
+    BrokenPicture,
     Failures,
     Pictures,
-    copies_of_others,
     crop_file,
+    resized_folders,
     training_pictures,
 )
 
@@ -100,26 +99,6 @@ def parse_arguments():
         "--benchmark", action="store_true", help="measure pictures per second and exit"
     )
     return parser.parse()
-
-
-def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
-    """The folders that preprocess.py has made of these pictures, by shorter side.
-
-    While they are used it may not add to them: what a batch holds would depend on when it is made.
-    """
-    folders = {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
-    unused = None
-    if copies_of_others(root, pictures):
-        unused = "its resized copies are of other pictures"
-    elif folders and (root / COPIES_OF).is_file():
-        try:
-            utils.lock(root / COPIES_OF, "preprocess.py is at work here", shared=True)
-        except UserError as error:
-            unused = str(error)
-    if unused:
-        utils.warn(f"{root}: {unused}; the originals are used")
-        return {}
-    return folders
 
 
 def describe(recipe: "Recipe", epochs: int) -> str:
@@ -392,10 +371,10 @@ class Recipe:
             if side in self.copies:
                 try:
                     return crop_file(f"{self.copies[side]}/{path}", side, corner)
-                except DECODING_ERRORS:
+                except BrokenPicture:
                     pass  # not resized yet, or broken: the original decides
             return crop_file(f"{self.pictures.folder}/{path}", side, corner)
-        except DECODING_ERRORS as error:
+        except BrokenPicture as error:
             self.failures.add(path, error)
             return None
 

@@ -117,6 +117,8 @@ def run(main: Callable[[], None]) -> None:
         _die(str(error))
     except OSError as error:
         _die(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except MemoryError:
+        _die("not enough memory; close other programs, or use fewer threads or smaller batches")
     except KeyboardInterrupt:
         _stopped()
 
@@ -1097,3 +1099,16 @@ class EventFile:
 
     def close(self) -> None:
         self._records.close()
+
+
+def check_room(folder: Path, needed: float, what: str) -> int:
+    """The bytes that are free in a folder. Raises UserError if fewer are than needed.
+
+    `what` begins the sentence: "the crops need".
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: {what} {file_size(needed)}, but only {file_size(free)} are free"
+        )
+    return free

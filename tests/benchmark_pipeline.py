@@ -39,7 +39,7 @@ import get_mu_sigma
 import preprocess
 import preprocess_val
 import runtime_preprocessing
-from preprocess import SIDES, Pictures
+from preprocess import SIDES, Paths, Pictures
 from runtime_preprocessing import BatchSpec, Buffer, Recipe
 
 BATCH = 64
@@ -86,7 +86,7 @@ def pictures_below(folder: Path, most: int | None = None) -> Pictures:
     found = sorted(p for p in folder.rglob("*") if p.suffix in (".JPEG", ".jpg", ".jpeg"))[:most]
     if not found:
         sys.exit(f"{folder}: no JPEGs")
-    paths = [str(path.relative_to(folder)) for path in found]
+    paths = Paths(str(path.relative_to(folder)) for path in found)
     return Pictures(folder, paths, np.zeros(len(paths), np.int32), ["all"], "one class")
 
 

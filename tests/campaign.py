@@ -252,7 +252,7 @@ def flip_bytes(tries: int = 2000) -> tuple[int, int]:
             try:
                 crop = crop_file(target, int(rng.choice(utils.SIDES)), rng.random(2))
                 lost += crop.size != (224, 224) or crop.mode != "RGB"
-            except preprocess.DECODING_ERRORS:
+            except preprocess.BrokenPicture:
                 broken += 1
         print(f"  {broken} could not be decoded, {tries - broken} gave a crop")
     return tries, lost

@@ -6,6 +6,8 @@ python3 -m pytest tests/test_dataset.py
 import io
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import toolkit
@@ -326,7 +328,7 @@ def test_names_may_hold_any_character(tmp_path, settings):
     Path(os.fsdecode(strange_bytes + b"/\xff\xfe.jpg")).write_bytes(JPEG)
     pictures = preprocess.training_pictures(settings(tmp_path))
     assert len(pictures) == len(STRANGE) + 1 == len(pictures.class_names)
-    assert re.fullmatch(r"[0-9a-f]{8}", pictures.fingerprint)
+    assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{8}", pictures.fingerprint)
     for path, label in zip(pictures.paths, pictures.labels, strict=True):
         assert path.split("/")[0] == pictures.class_names[label]
         assert utils.read_file(pictures.folder / path) == JPEG
@@ -466,7 +468,10 @@ def remove(root: Path, name: str) -> None:
 ABSENT = {
     "no dataset": (lambda root: remove(root.parent, "data"), r"ImageNet_folder"),
     "no train": (lambda root: remove(root, "train"), r"ImageNet_folder.*train"),
-    "no val": (lambda root: remove(root, "val"), r"data/val"),
+    "no val": (
+        lambda root: remove(root, "val"),
+        r"data: no validation set, found none of val/, valid/, validation/, test/",
+    ),
     "a file for a folder": (
         lambda root: (remove(root.parent, "data"), root.write_text("")),
         r"ImageNet_folder",
@@ -543,3 +548,238 @@ def test_lists_may_separate_with_tabs_or_several_spaces(tmp_path, settings):
     config = settings(tmp_path)
     assert set(labels_by_name(preprocess.training_pictures(config))) == set(TRAIN)
     assert set(labels_by_name(preprocess.validation_pictures(config))) == set(VAL)
+
+
+# --- the validation set -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "test"])
+@pytest.mark.parametrize("layout", ["class folders", "list files and 2012_train", "list files"])
+def test_the_validation_set_may_have_other_names(layout, name, tmp_path, settings):
+    if layout == "class folders":
+        make_class_folders(tmp_path)
+    else:
+        make_list_files(tmp_path, *(("2012_train", "2012_val") if "2012" in layout else LIST_PARTS))
+        (tmp_path / "val.txt").rename(tmp_path / f"{name}.txt")
+    old = "2012_val" if "2012" in layout else "val"
+    (tmp_path / old).rename(tmp_path / old.replace("val", name))
+    pictures = preprocess.validation_pictures(settings(tmp_path))
+    assert labels_by_name(pictures) == {name: rank(wnid) for name, wnid in VAL.items()}
+
+
+LIST_PARTS = ("train", "val")
+
+
+def test_val_comes_before_the_test_set(tmp_path, settings):
+    make_class_folders(tmp_path)
+    put(tmp_path / "test" / "n01" / "other.JPEG")
+    assert len(preprocess.validation_pictures(settings(tmp_path))) == len(VAL)
+
+
+@pytest.mark.parametrize("layout", ["class folders", "list files and train"])
+def test_training_without_a_validation_set_says_so(layout, tmp_path):
+    LAYOUTS[layout][0](tmp_path / "data")
+    (tmp_path / "data/val").rename(tmp_path / "elsewhere")
+    if (tmp_path / "data/val.txt").exists():
+        (tmp_path / "data/val.txt").unlink()
+        (tmp_path / "data/train.txt").write_text(
+            "".join(f"{name} {rank(wnid)}\n" for name, wnid in TRAIN.items())
+        )
+        for path in (tmp_path / "data/train").glob("*/*"):
+            path.rename(tmp_path / "data/train" / path.name)
+        for wnid in WNIDS:
+            (tmp_path / "data/train" / wnid).rmdir()
+    config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+    for script, *arguments in (
+        ("get_mu_sigma.py",),
+        (
+            "runtime_preprocessing.py",
+            "--epoch_start=0",
+            "--epoch_end=1",
+            "--batch_size=2",
+            f"--preview={tmp_path / 'a.png'}",
+        ),
+    ):
+        result = toolkit.run(script, config, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert "no validation set: nothing can be evaluated" in result.stdout
+    result = toolkit.run("preprocess_val.py", config)
+    expected = "val/, valid/, validation/, test/" if layout == "class folders" else "val.txt, "
+    toolkit.assert_one_line_error(result, "preprocess_val.py", "no validation set", expected)
+
+
+def test_a_note_called_train_txt_beside_class_folders_is_no_list(tmp_path, settings):
+    put(tmp_path / "train/cat/a.jpg")
+    (tmp_path / "train.txt").write_text("Downloaded on Monday.\n")
+    assert len(preprocess.training_pictures(settings(tmp_path))) == 1
+
+
+# --- what lies there instead of a dataset -----------------------------------------------------
+
+
+def refusal(settings, folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        preprocess.training_pictures(settings(folder))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+INSTEAD = {
+    "ILSVRC2012_img_train.tar": "tar -xf ILSVRC2012_img_train.tar -C train && cd train && for f in",
+    "n01440764.tar": "ImageNet's classes, each still in its archive",
+    "imagenet1k-train-0003.tar": "WebDataset",
+    "flowers.tgz": "an archive",
+    "archive.zip": "an archive",
+    "train-00000-of-00294.parquet": "parquet",
+    "train-00000-of-01024": "TFRecord",
+    "flowers.tfrecord": "TFRecord",
+    "train.beton": "for another program",
+    "notes.txt": "it holds notes.txt",
+}
+
+
+@pytest.mark.parametrize("place", [".", "train"])
+@pytest.mark.parametrize("name", INSTEAD)
+def test_what_lies_there_instead_is_named_with_the_way_out(name, place, tmp_path, settings):
+    put(tmp_path / "data" / place / name, b"")
+    put(tmp_path / "data" / place / ".hidden", b"")
+    message = refusal(settings, tmp_path / "data")
+    assert INSTEAD[name] in message and name in message
+    assert "found neither train/<class>/" in message or "no pictures found" in message
+
+
+def test_the_command_unpacks_the_classes_of_imagenet(tmp_path, settings):
+    """It is what the message says, in a shell, and afterwards all pictures are there."""
+    make_class_folders(tmp_path / "disk")
+    train = tmp_path / "data set" / "train"
+    train.mkdir(parents=True)
+    for wnid in ("n00000001", "n00000002"):
+        folder = tmp_path / "disk/train/n01"
+        subprocess.run(["tar", "-cf", train / f"{wnid}.tar", "-C", folder, "."], check=True)
+    command = re.search(r"unpack them: (cd .* done)$", refusal(settings, tmp_path / "data set"))[1]
+    subprocess.run(["bash", "-c", command], check=True)
+    pictures = preprocess.training_pictures(settings(tmp_path / "data set"))
+    assert len(pictures) == 6 and pictures.class_names == ["n00000001", "n00000002"]
+
+
+@pytest.mark.parametrize("below", ["train", "train/n01", "val"])
+def test_one_folder_too_deep_is_named(below, tmp_path, settings):
+    make_class_folders(tmp_path / "data")
+    assert refusal(settings, tmp_path / "data" / below).endswith(f"mean {tmp_path / 'data'}?")
+
+
+def test_one_folder_too_high_is_named(tmp_path, settings):
+    make_class_folders(tmp_path / "downloads/flowers")
+    (tmp_path / "downloads/other").mkdir()
+    message = refusal(settings, tmp_path / "downloads")
+    assert message.endswith(f"did you mean {tmp_path / 'downloads/flowers'}?")
+
+
+def test_class_folders_without_train_are_named(tmp_path, settings):
+    put(tmp_path / "data/cat/a.jpg")
+    assert f"move them into {tmp_path / 'data/train'}" in refusal(settings, tmp_path / "data")
+
+
+@pytest.mark.parametrize("place", [".", "train"])
+def test_pictures_without_class_folders_are_named(place, tmp_path, settings):
+    put(tmp_path / "data" / place / "a.jpg")
+    assert "not in class folders" in refusal(settings, tmp_path / "data")
+
+
+def test_the_way_out_of_a_flat_validation_set_is_named(tmp_path, settings):
+    make_kaggle_tree(tmp_path, ".")
+    (tmp_path / "LOC_val_solution.csv").unlink()
+    put(tmp_path / TRUTH, b"1\n")
+    with pytest.raises(UserError, match=r"LOC_val_solution\.csv into .*valprep\.sh"):
+        preprocess.validation_pictures(settings(tmp_path))
+
+
+def test_validation_pictures_still_in_their_archive_are_named(tmp_path, settings):
+    make_class_folders(tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    put(tmp_path / "val" / "ILSVRC2012_img_val.tar", b"")
+    with pytest.raises(UserError, match=r"no pictures found; .*ILSVRC2012_img_val\.tar is ImageNe"):
+        preprocess.validation_pictures(settings(tmp_path))
+
+
+# --- pictures of less usual names -------------------------------------------------------------
+
+
+def encoded(kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 5), (90, 60, 30)).save(file, kind, **options)
+    return file.getvalue()
+
+
+LESS_USUAL = {
+    "a.jfif": JPEG, "b.jpe": JPEG, "c.ppm": encoded("PPM"), "d.pnm": encoded("PPM"),
+    "e.jp2": encoded("JPEG2000"), "f.PGM": b"P5 2 2 255\n\x10\x20\x30\x40", "g.dib": encoded("DIB"),
+    "h.pbm": b"P1 2 2 1 0 0 1\n", "i.j2k": encoded("JPEG2000", no_jp2=True), "j.mpo": JPEG,
+}  # fmt: skip
+
+
+def test_pictures_of_less_usual_suffixes_are_used(tmp_path, settings, capsys):
+    for name, content in LESS_USUAL.items():
+        put(tmp_path / "train" / "cat" / name, content)
+    pictures = preprocess.training_pictures(settings(tmp_path))
+    assert set(labels_by_name(pictures)) == set(LESS_USUAL)
+    for index in range(len(pictures)):
+        assert preprocess.decode(utils.read_file(pictures.path(index))).mode == "RGB"
+    assert capsys.readouterr().err == ""
+
+
+UNUSED = {
+    "by suffix": ("train/cat/b.heic", b"x"),
+    "by content": ("train/cat/img_0001", JPEG),
+    "by content, under another suffix": ("train/cat/b.dat", JPEG),
+    "outside of the class folders": ("train/b.jpg", JPEG),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_a_picture_that_is_not_used_is_named(kind, tmp_path, settings, capsys):
+    name, content = UNUSED[kind]
+    put(tmp_path / "train/cat/a.jpg")
+    put(tmp_path / "train/cat/a.txt", b"a caption")
+    put(tmp_path / "train/cat/a.xml", b"<object/>")
+    put(tmp_path / name, content)
+    assert len(preprocess.training_pictures(settings(tmp_path))) == 1
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and "1 picture not used" in warnings[0]
+    assert str(tmp_path / name) in warnings[0]
+
+
+# --- the fingerprint --------------------------------------------------------------------------
+
+
+def test_pictures_replaced_under_their_old_names_change_the_fingerprint(tmp_path, settings):
+    make_class_folders(tmp_path)
+    path = tmp_path / "train/n01/n01_1.JPEG"
+    found = [preprocess.training_pictures(settings(tmp_path)).fingerprint]
+    for content in (JPEG + b"\0", JPEG[:-1] + b"\xd8"):  # another size; other bytes
+        path.write_bytes(content)
+        found.append(preprocess.training_pictures(settings(tmp_path)).fingerprint)
+    path.unlink()
+    path.symlink_to("gone")
+    found.append(preprocess.training_pictures(settings(tmp_path)).fingerprint)
+    assert len(set(found)) == 4
+    assert len({fingerprint.split("-")[0] for fingerprint in found}) == 1
+    path.unlink()
+    path.write_bytes(JPEG)
+    assert preprocess.training_pictures(settings(tmp_path)).fingerprint == found[0]
+
+
+def test_the_fingerprint_looks_at_the_whole_set(tmp_path, settings, monkeypatch):
+    """Of many pictures only some are looked at, but from the first to the last."""
+    monkeypatch.setattr(preprocess, "SAMPLED", 5)
+    looked_at = []
+
+    def note(path):
+        looked_at.append(path)
+        return b""
+
+    monkeypatch.setattr(preprocess, "beginning", note)
+    make_class_folders(tmp_path)
+    pictures = preprocess.training_pictures(settings(tmp_path))
+    assert pictures.fingerprint
+    assert sorted(looked_at) == sorted(pictures.path(i) for i in (0, 2, 4, 6, 8))

@@ -4,15 +4,18 @@ python3 -m pytest tests/test_pictures.py
 """
 
 import base64
+import errno
 import io
 import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zlib
 from pathlib import Path
 
 import toolkit
+import utils
 from utils import UserError
 
 import numpy as np
@@ -20,6 +23,8 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
 import preprocess
+import preprocess_val
+from preprocess import BrokenPicture
 
 # As in the scripts: utils sets these filters when it is imported, pytest resets them.
 pytestmark = [
@@ -46,8 +51,7 @@ def opened(folder: Path, content: bytes) -> Image.Image:
     """The picture as the scripts see it, from a file whose name always says JPEG."""
     path = folder / "picture.JPEG"
     path.write_bytes(content)
-    with preprocess.open_picture(path) as image:
-        return preprocess.as_rgb(image)
+    return preprocess.decode(preprocess.read_picture(path))
 
 
 def pixels(folder: Path, content: bytes) -> np.ndarray:
@@ -115,8 +119,8 @@ def test_the_format_registry_knows_what_is_asked_for():
 
 
 def test_formats_beyond_pictures_are_refused(tmp_path):
-    for kind in ("PDF", "EPS", "ICO", "PPM"):
-        with pytest.raises(preprocess.DECODING_ERRORS):
+    for kind in ("PDF", "EPS", "ICO", "TGA"):
+        with pytest.raises(BrokenPicture):
             opened(tmp_path, encoded(PICTURE.resize((32, 32)), kind))
 
 
@@ -305,7 +309,7 @@ def test_odd_shapes_are_fine(size, tmp_path):
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (20000, 20)])
 def test_shapes_beyond_use_are_refused(size, tmp_path):
     for kind in ("JPEG", "PNG"):
-        with pytest.raises(preprocess.DECODING_ERRORS, match=f"{size[0]}.{size[1]}"):
+        with pytest.raises(BrokenPicture, match=f"{size[0]}.{size[1]}"):
             opened(tmp_path, encoded(Image.new("RGB", size, "red"), kind))
 
 
@@ -338,7 +342,7 @@ def never_decoded(monkeypatch):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
 @pytest.mark.parametrize("size", [(60000, 50000), (14000, 14000), (10000, 9500)])
 def test_enormous_pictures_are_refused_unseen(kind, size, tmp_path, never_decoded):
-    with pytest.raises(preprocess.DECODING_ERRORS):
+    with pytest.raises(BrokenPicture):
         opened(tmp_path, bomb(*size, kind))
 
 
@@ -368,7 +372,7 @@ SINGLE = [name for name in FORMATS if not name.startswith(("animated", "two"))]
 def test_a_truncated_picture_is_refused(name, tmp_path):
     content, _ = FORMATS[name]
     for sixteenth in range(16):
-        with pytest.raises(preprocess.DECODING_ERRORS):
+        with pytest.raises(BrokenPicture):
             opened(tmp_path, content[: len(content) * sixteenth // 16])
 
 
@@ -385,19 +389,19 @@ NO_PICTURES = {
 
 @pytest.mark.parametrize("name", NO_PICTURES)
 def test_what_is_no_picture_is_refused(name, tmp_path):
-    with pytest.raises(preprocess.DECODING_ERRORS):
+    with pytest.raises(BrokenPicture):
         opened(tmp_path, NO_PICTURES[name])
 
 
-def test_a_missing_file_counts_as_a_picture_that_cannot_be_decoded(tmp_path):
-    with pytest.raises(preprocess.DECODING_ERRORS), preprocess.open_picture(tmp_path / "gone.JPEG"):
-        pass
+def test_a_missing_file_counts_as_a_broken_picture(tmp_path):
+    with pytest.raises(BrokenPicture, match="no such file"):
+        preprocess.read_picture(tmp_path / "gone.JPEG")
     (tmp_path / "folder.JPEG").mkdir()
-    with (
-        pytest.raises(preprocess.DECODING_ERRORS),
-        preprocess.open_picture(tmp_path / "folder.JPEG"),
-    ):
-        pass
+    with pytest.raises(BrokenPicture, match="is a directory"):
+        preprocess.read_picture(tmp_path / "folder.JPEG")
+    (tmp_path / "loop.JPEG").symlink_to("loop.JPEG")
+    with pytest.raises(BrokenPicture, match="symbolic links"):
+        preprocess.read_picture(tmp_path / "loop.JPEG")
 
 
 def damaged(content: bytes, draw: np.random.Generator) -> bytes:
@@ -413,12 +417,10 @@ def open_damaged(folder: Path, content: bytes, draft: bool) -> str:
     path = folder / "damaged.JPEG"
     path.write_bytes(content)
     try:
-        with preprocess.open_picture(path) as image:
-            if draft:
-                image.draft(image.mode, (20, 20))
-            assert preprocess.as_rgb(image).mode == "RGB"
+        image, *_ = preprocess.decode_reduced(preprocess.read_picture(path), 10 if draft else None)
+        assert image.mode == "RGB"
         return "decoded"
-    except preprocess.DECODING_ERRORS:
+    except BrokenPicture:
         return "refused"
 
 
@@ -458,7 +460,7 @@ def warnings_of(capsys) -> list[str]:
 def test_each_failing_picture_is_named_once(capsys):
     failures = preprocess.Failures(1000)
     for path in ("cat/a.JPEG", "cat/b.JPEG", "cat/a.JPEG", "cat/a.JPEG"):
-        failures.add(path, OSError("image file is truncated"))
+        failures.add(path, BrokenPicture("cannot be decoded: image file is truncated"))
     lines = warnings_of(capsys)
     assert len(lines) == len(failures) == 2
     assert "cat/a.JPEG" in lines[0] and "truncated" in lines[0]
@@ -470,17 +472,17 @@ def test_each_failing_picture_is_named_once(capsys):
 def test_more_than_1_in_100_failing_is_the_end(pictures, allowed, capsys):
     failures = preprocess.Failures(pictures)
     for i in range(allowed):
-        failures.add(f"{i}.JPEG", OSError("broken"))
-        failures.add(f"{i}.JPEG", OSError("broken"))
+        failures.add(f"{i}.JPEG", BrokenPicture("broken"))
+        failures.add(f"{i}.JPEG", BrokenPicture("broken"))
     with pytest.raises(UserError, match=f"{allowed + 1} of {pictures}.*last.JPEG"):
-        failures.add("last.JPEG", OSError("broken"))
+        failures.add("last.JPEG", BrokenPicture("broken"))
 
 
 def test_a_single_failure_does_not_stop_a_small_set(capsys):
     failures = preprocess.Failures(8)
-    failures.add("a.JPEG", OSError("broken"))
+    failures.add("a.JPEG", BrokenPicture("broken"))
     with pytest.raises(UserError):
-        failures.add("b.JPEG", OSError("broken"))
+        failures.add("b.JPEG", BrokenPicture("broken"))
 
 
 def test_threads_name_each_failing_picture_once(capsys):
@@ -488,7 +490,7 @@ def test_threads_name_each_failing_picture_once(capsys):
 
     def add_all() -> None:
         for i in range(50):
-            failures.add(f"{i}.JPEG", OSError("broken"))
+            failures.add(f"{i}.JPEG", BrokenPicture("broken"))
 
     threads = [threading.Thread(target=add_all) for _ in range(8)]
     for thread in threads:
@@ -504,8 +506,8 @@ def test_the_reason_is_for_people(name, tmp_path, capsys):
     """One line, and not the address of a Python object."""
     path = tmp_path / "line\nbreak.JPEG"
     path.write_bytes(NO_PICTURES[name])
-    with pytest.raises(preprocess.DECODING_ERRORS) as error, preprocess.open_picture(path) as image:
-        preprocess.as_rgb(image)
+    with pytest.raises(BrokenPicture) as error:
+        preprocess.decode(preprocess.read_picture(path))
     preprocess.Failures(1000).add("cat/line\nbreak.JPEG", error.value)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -525,3 +527,147 @@ def test_the_shorter_side_is_exact_and_the_longer_nearest():
             exact = max(width, height) * side / min(width, height)
             assert abs(max(size) - exact) <= 0.5
             assert (width - height) * (size[0] - size[1]) >= 0
+
+
+# --- broken pictures, errors of our own, and storage that fails -------------------------------
+
+
+@pytest.fixture
+def ten(tmp_path):
+    """Settings for a dataset of ten training and ten validation pictures."""
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "cat").mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "data" / part / "cat" / f"{i}.JPEG").write_bytes(FORMATS["JPEG"][0])
+    return toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+
+
+OWN_ERRORS = {
+    "preprocess.py": (preprocess, "resized_size", ["--shorter_side=256"]),
+    "preprocess.py, decoding": (preprocess, "as_rgb", ["--shorter_side=256"]),
+    "preprocess.py, writing": (preprocess, "save_jpeg", ["--shorter_side=256"]),
+    "preprocess_val.py": (preprocess_val, "ten_crops", []),
+    "get_mu_sigma.py": (Image.Image, "histogram", []),
+}
+
+
+def planted(kind: type[Exception]):
+    def fail(*_args, **_kwargs):
+        raise kind("an error of our own")
+
+    return fail
+
+
+def run_in_process(monkeypatch, name: str, config: Path, arguments: list[str]) -> None:
+    script = name.split(",")[0]
+    monkeypatch.setattr(sys, "argv", [script, f"--config={config}", *arguments])
+    __import__(script.removesuffix(".py")).main()
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])
+@pytest.mark.parametrize("name", OWN_ERRORS)
+def test_an_error_of_our_own_is_no_broken_picture(name, kind, ten, monkeypatch):
+    module, function, arguments = OWN_ERRORS[name]
+    monkeypatch.setattr(module, function, planted(kind))
+    with pytest.raises(kind, match="an error of our own"):
+        run_in_process(monkeypatch, name, ten, arguments)
+
+
+@pytest.mark.parametrize("function", ["window", "cut", "is_black", "jpeg_frame", "as_rgb"])
+def test_an_error_of_our_own_in_a_crop_is_no_broken_picture(function, ten, monkeypatch):
+    recipe = toolkit.recipe_of(ten)
+    if function == "is_black":  # asked only where the decoder complains of more data
+        picture = Image.fromarray(smooth(400, 300))
+        for file in (recipe.pictures.folder / "cat").iterdir():
+            picture.save(file, "JPEG")
+    monkeypatch.setattr(preprocess, function, planted(TypeError))
+    with pytest.raises(TypeError, match="an error of our own"):
+        for step in range(4):
+            recipe.make(step)
+
+
+NO_FAULT_OF_THE_PICTURE = {
+    "a disk that fails": OSError(errno.EIO, "Input/output error"),
+    "no file handle left": OSError(errno.EMFILE, "Too many open files"),
+    "no memory left in the system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "no memory left": MemoryError(),
+    "no permission": PermissionError(errno.EACCES, "Permission denied"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_ERRORS)
+@pytest.mark.parametrize("reason", NO_FAULT_OF_THE_PICTURE)
+def test_what_is_no_fault_of_the_picture_stops_the_script(name, reason, ten, monkeypatch, capsys):
+    error = NO_FAULT_OF_THE_PICTURE[reason]
+    recipe = toolkit.recipe_of(ten)
+
+    def failing(_path):
+        raise error
+
+    monkeypatch.setattr(utils, "read_file", failing)
+    with pytest.raises(type(error)):
+        run_in_process(monkeypatch, name, ten, OWN_ERRORS[name][2])
+    with pytest.raises(type(error)):
+        recipe.make(0)
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_want_of_memory_is_no_broken_picture(monkeypatch):
+    """Pillow's decoders report it as broken data."""
+
+    def no_memory(*_args, **_kwargs):
+        raise MemoryError
+
+    content = FORMATS["JPEG"][0][:-200]
+    with pytest.raises(BrokenPicture):
+        preprocess.decode(content)
+    monkeypatch.setattr(np, "empty", no_memory)
+    with pytest.raises(MemoryError):
+        preprocess.decode(content)
+
+
+def test_want_of_memory_is_one_line():
+    program = "import utils\ndef main():\n    raise MemoryError\nutils.run(main)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=toolkit.ROOT
+    )
+    assert result.returncode == 2
+    assert "error: not enough memory" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_file_that_the_storage_fails_to_read_is_named(tmp_path, monkeypatch):
+    """os.read, other than os.open, raises errors without a name."""
+    monkeypatch.setattr(utils, "read_file", planted_oserror)
+    with pytest.raises(OSError) as error:
+        preprocess.read_picture(tmp_path / "a.JPEG")
+    assert error.value.filename == str(tmp_path / "a.JPEG")
+
+
+def planted_oserror(_path):
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+# --- the paths of all pictures ----------------------------------------------------------------
+
+
+def test_paths_are_a_sequence_of_strings():
+    texts = ["a/b.jpg", "", "ünï/\udce9.jpg", "line\nbreak"]
+    paths = preprocess.Paths(iter(texts))
+    assert (len(paths), list(paths), paths[-1], paths[2]) == (4, texts, texts[-1], texts[2])
+    assert paths == texts and paths != texts[:-1]
+    assert "a/b.jpg" in paths and "b.jpg" not in paths
+    for beyond in (4, -5):
+        with pytest.raises(IndexError):
+            paths[beyond]
+    assert not len(preprocess.Paths([]))
+    assert preprocess.Paths(["ab", "c"]).checksum() != preprocess.Paths(["a", "bc"]).checksum()
+
+
+def test_paths_take_little_more_memory_than_their_letters():
+    texts = [f"n{i:08}/n{i:08}_{i}.JPEG" for i in range(20_000)]
+    tracemalloc.start()
+    paths = preprocess.Paths(texts)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    letters = sum(map(len, texts))
+    assert size < 1.05 * letters + 8 * len(paths) + 10_000

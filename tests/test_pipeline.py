@@ -344,7 +344,7 @@ def test_a_crop_beyond_the_end_of_a_broken_file_is_refused(tmp_path, progressive
     path = tmp_path / "a.jpg"
     for share in (0.0, 0.1, 0.5, 0.8):
         path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(preprocess.DECODING_ERRORS):
+        with pytest.raises(preprocess.BrokenPicture):
             crop_file(path, 480, np.array([0.5, 0.999999]))
 
 
@@ -699,6 +699,8 @@ def test_resized_copies_are_used_where_they_are(tmp_path, toy):
     (tmp_path / "preprocessed").mkdir()
     for side in SIDES[:-1]:
         (tmp_path / "preprocessed" / str(side)).symlink_to(tmp_path / "copies")
+    pictures = preprocess.training_pictures(utils.load_config(config))
+    preprocess.note_copies(tmp_path / "preprocessed", SIDES[:-1], pictures, complete=True)
     recipe, calls = recipe_of(config, batch_size=40), []
     assert list(recipe.copies) == list(SIDES[:-1])
 
@@ -728,6 +730,8 @@ def test_a_broken_copy_is_no_broken_picture(tmp_path, toy):
         (tmp_path / "preprocessed" / str(side) / "discs").mkdir(parents=True)
         for i in range(10):
             (tmp_path / "preprocessed" / str(side) / "discs" / f"discs_{i}.JPEG").write_bytes(b"")
+    pictures = preprocess.training_pictures(utils.load_config(config))
+    preprocess.note_copies(tmp_path / "preprocessed", SIDES, pictures, complete=True)
     recipe = recipe_of(config, 40)
     assert len(recipe.copies) == 33
     assert content(recipe, 0, 0) == plain

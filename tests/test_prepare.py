@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,7 +183,7 @@ def originals(mixed: Path) -> list[str]:
 
 def test_every_side_has_the_names_of_the_originals(copies, mixed):
     names = sorted(path.name for path in copies.folder.iterdir())
-    assert names == [*map(str, SIDES), "copies_of.txt"]
+    assert names == [*map(str, SIDES), "copies.json", "copies_of.txt"]
     assert (copies.folder / "copies_of.txt").read_text() == str(mixed / "train")
     for side in SIDES:
         assert sorted(tree(copies.folder / str(side))) == originals(mixed)
@@ -222,17 +223,16 @@ def test_it_says_how_much_disk_it_needs_and_how_it_goes(copies, mixed):
     needed = re.search(rf"about ([\d.]+) (kB|MB) needed in {copies.folder}\b", copies.stdout)
     really = sum(len(content) for name, content in tree(copies.folder).items() if "/" in name)
     assert 0.7 < float(needed[1]) * {"kB": 1e3, "MB": 1e6}[needed[2]] / really < 1.4
-    total = len(SIDES) * len(originals(mixed))
-    assert re.search(rf"{total} of {total} copies, [\d,.]+/s, .* left", copies.stdout)
+    assert re.search(r"9 of 9 pictures, [\d,.]+/s, .* left", copies.stdout)
     assert "all could be decoded" in copies.stdout.splitlines()[-1]
 
 
 def test_one_side_makes_that_side_alone(settings, mixed, tmp_path):
     result = run_well("preprocess.py", settings, "--shorter_side=263")
     made = tmp_path / "preprocessed"
-    assert sorted(path.name for path in made.iterdir()) == ["263", "copies_of.txt"]
+    assert sorted(path.name for path in made.iterdir()) == ["263", "copies.json", "copies_of.txt"]
     assert sorted(tree(tmp_path / "preprocessed/263")) == originals(mixed)
-    assert re.search(r"9 of 9 copies", result.stdout)
+    assert re.search(r"9 of 9 pictures", result.stdout)
     assert_contents_are_right(tmp_path / "preprocessed/263", mixed)
 
 
@@ -249,7 +249,8 @@ def test_a_restart_keeps_what_is_finished_and_makes_what_is_missing(settings, tm
     assert "2 of 9 resized copies are still to be made" in result.stdout
     assert tree(folder) == whole
     changed = {path for path, at in mtimes(folder).items() if times[path] != at}
-    assert changed == {folder / "256/a/plain.JPEG", folder / "256/b/large.JPEG"}
+    remade = {folder / "256/a/plain.JPEG", folder / "256/b/large.JPEG"}
+    assert changed == remade | {folder / "copies.json"}
     result = run_well("preprocess.py", settings, "--shorter_side=256")
     assert "0 of 9 resized copies are still to be made" in result.stdout
 
@@ -257,7 +258,7 @@ def test_a_restart_keeps_what_is_finished_and_makes_what_is_missing(settings, tm
 @pytest.fixture
 def many(tmp_path, toy) -> Path:
     """Settings for pictures enough that preprocess.py --shorter_side=all takes some seconds."""
-    dataset = linked_dataset(tmp_path / "data", toy, "train", 50)
+    dataset = linked_dataset(tmp_path / "data", toy, "train", 6)
     return toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
 
 
@@ -270,14 +271,14 @@ def test_killed_and_started_again_it_makes_the_same(many, tmp_path):
     visible = {
         name: content
         for name, content in tree(folder).items()
-        if not Path(name).name.startswith(".")
+        if not Path(name).name.startswith(".") and name != "copies.json"
     }
     run_well("preprocess.py", many, "--shorter_side=all")
     whole = tree(folder)
     shutil.rmtree(folder)
     run_well("preprocess.py", many, "--shorter_side=all")
     assert whole == tree(folder)  # as undisturbed
-    assert 20 < len(visible) < len(whole)
+    assert 20 <= len(visible) < len(whole)
     assert visible.items() <= whole.items()
 
 
@@ -341,6 +342,158 @@ def test_copies_are_not_added_to_while_batches_are_made_from_them(settings, tmp_
     toolkit.assert_one_line_error(result, "preprocess.py", "runtime_preprocessing.py makes batches")
     assert not (tmp_path / "preprocessed/263").exists()
     run_well("preprocess.py", settings, "--shorter_side=263")
+
+
+def preview(config: Path, folder: Path) -> subprocess.CompletedProcess:
+    """What runtime_preprocessing.py says at its start."""
+    sheet = f"--preview={folder / 'sheet.png'}"
+    return toolkit.run("runtime_preprocessing.py", config, *RUNTIME, sheet)
+
+
+def test_copies_that_are_not_complete_are_not_trained_on(many, tmp_path):
+    """A batch would be made from other files once they are complete, under the same description."""
+    folder = tmp_path / "preprocessed"
+    making = toolkit.start("preprocess.py", many, "--shorter_side=all", log=tmp_path / "log.txt")
+    wait_until(lambda: sum(1 for _ in folder.rglob("[!.]*.JPEG")) > 40, making)
+    making.kill()
+    making.wait()
+    result = preview(many, tmp_path)
+    assert "preprocessed/256: copies incomplete (also in 32 other shorter sides)" in result.stderr
+    assert "from the originals" in result.stdout
+    run_well("preprocess.py", many, "--shorter_side=256")
+    result = preview(many, tmp_path)
+    assert "preprocessed/263: copies incomplete (also in 31 other shorter sides)" in result.stderr
+    assert "from resized copies in 1 of the 33 shorter sides" in result.stdout
+    assert toolkit.recipe_of(many).spec.resized == [256]
+
+
+def test_it_says_how_many_copies_are_missing(settings, tmp_path, mixed):
+    run_well("preprocess.py", settings, "--shorter_side=256")
+    assert preview(settings, tmp_path).stderr == ""
+    shutil.copytree(mixed, tmp_path / "more")
+    more = toolkit.write_config(tmp_path, tmp_path / "more", tmp_path / "buffer")
+    (tmp_path / "preprocessed/copies_of.txt").write_text(str(tmp_path / "more/train"))
+    assert preview(more, tmp_path).stderr == ""  # the same pictures in another place
+    for i in range(3):
+        save_picture(tmp_path / f"more/train/a/new{i}.JPEG", picture(i, (300, 300)))
+    result = preview(more, tmp_path)
+    assert "256: copies incomplete, 3 missing; the originals are used" in result.stderr
+    assert "preprocess.py --shorter_side=256" in result.stderr
+    assert "3 of 12 resized" in run_well("preprocess.py", more, "--shorter_side=256").stdout
+    assert preview(more, tmp_path).stderr == ""
+
+
+def test_copies_of_pictures_that_were_replaced_since_are_refused(tmp_path, mixed):
+    shutil.copytree(mixed, tmp_path / "data")
+    config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+    run_well("preprocess.py", config, "--shorter_side=256")
+    save_picture(tmp_path / "data/train/a/plain.JPEG", picture(30, (400, 300)))
+    result = toolkit.run("preprocess.py", config, "--shorter_side=256")
+    toolkit.assert_one_line_error(result, "preprocess.py", "preprocessed/256", "were replaced")
+    assert (
+        "were replaced since these copies were made; the originals"
+        in preview(config, tmp_path).stderr
+    )
+    result = toolkit.run("get_mu_sigma.py", config, "--shorter_side=256")
+    toolkit.assert_one_line_error(result, "get_mu_sigma.py", "were replaced")
+    run_well("preprocess.py", config, "--shorter_side=263")
+    shutil.rmtree(tmp_path / "preprocessed/256")
+    run_well("preprocess.py", config, "--shorter_side=256")
+    assert_contents_are_right(tmp_path / "preprocessed/256", tmp_path / "data")
+
+
+def test_a_copy_of_length_0_is_made_again(settings, tmp_path):
+    """As a power failure left it."""
+    run_well("preprocess.py", settings, "--shorter_side=256")
+    whole = tree(tmp_path / "preprocessed/256")
+    (tmp_path / "preprocessed/256/a/plain.JPEG").write_bytes(b"")
+    result = run_well("preprocess.py", settings, "--shorter_side=256")
+    assert "1 of 9 resized copies are still to be made" in result.stdout
+    assert tree(tmp_path / "preprocessed/256") == whole
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd)), fsync(fd)))
+
+    def renamed(aside, path):
+        status = os.stat(aside)
+        assert any((s.st_ino, s.st_size) == (status.st_ino, status.st_size) for s in synced)
+        replace(aside, path)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    preprocess.save_jpeg(picture(0, (300, 256)), tmp_path / "a.JPEG")
+    assert (tmp_path / "a.JPEG").stat().st_size
+
+
+@pytest.mark.parametrize("script", ["preprocess.py", "preprocess_val.py"])
+@pytest.mark.parametrize("length", [239, 255])
+def test_long_file_names_are_fine(script, length, tmp_path):
+    for part in ("train", "val"):
+        name = "ü" * 50 + "x" * (length - 105) + ".JPEG"
+        save_picture(tmp_path / "data" / part / "a" / name, picture(0, (300, 256)))
+    config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+    run_well(script, config, *(["--shorter_side=256"] if script == "preprocess.py" else []))
+    assert len(list((tmp_path / "preprocessed").rglob("*.JPEG"))) == (script == "preprocess.py")
+
+
+def test_looking_for_missing_copies_takes_little_memory(tmp_path):
+    """One folder of many pictures stands for all 33 sides: its names are held once at most."""
+    count = 1000
+    names = [f"{i:06}.JPEG" for i in range(count)]
+    (tmp_path / "256").mkdir()
+    for name in names[: count - 10]:
+        (tmp_path / "256" / name).write_bytes(b"x")
+    for side in SIDES[1:]:
+        (tmp_path / str(side)).symlink_to(tmp_path / "256")
+    pictures = preprocess.Pictures(
+        tmp_path, preprocess.Paths(names), np.zeros(count, np.int32), ["a"], "one folder"
+    )
+    tracemalloc.start()
+    wanted = preprocess.missing(pictures, {side: tmp_path / str(side) for side in SIDES})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert wanted.tolist() == [0] * (count - 10) + [2**33 - 1] * 10
+    assert peak < 400 * count  # the names of 33 sides as text take 3,000 bytes per picture
+
+
+# Somebody else's files of the names that the scripts write.
+
+STRANGERS = {
+    "preprocess.py": ["256/a/plain.JPEG", "256/notes.txt", "copies_of.txt", "copies.json"],
+    "preprocess_val.py": [
+        "val/y.npy", "val/X10_0.npy", "val/X10_123456.npy", "val/class_names.txt",
+        "val/pictures.txt",
+    ],
+    "get_mu_sigma.py": ["mu_sigma.txt"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"", b"somebody's", b"[1, 2]", b'{"key": 1}'])
+@pytest.mark.parametrize(
+    ("script", "name"), [(script, name) for script, names in STRANGERS.items() for name in names]
+)
+def test_files_of_strangers_are_kept_and_named(script, name, content, settings, tmp_path):
+    folder = tmp_path / "preprocessed"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(content)
+    arguments = ["--shorter_side=256"] if script == "preprocess.py" else []
+    result = toolkit.run(script, settings, *arguments)
+    named = folder / "256" if "256" in name else folder / name
+    toolkit.assert_one_line_error(result, script, str(named), "path_to_save")
+    assert tree(folder) == {name: content}
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [(script, name) for script, names in STRANGERS.items() for name in names]
+)
+def test_a_folder_of_a_files_name_is_named(script, name, settings, tmp_path):
+    (tmp_path / "preprocessed" / name / "within").mkdir(parents=True)
+    arguments = ["--shorter_side=256"] if script == "preprocess.py" else []
+    result = toolkit.run(script, settings, *arguments)
+    named = "256" if "256" in name else name
+    toolkit.assert_one_line_error(result, script, str(tmp_path / "preprocessed" / named))
 
 
 def test_a_disk_too_small_is_refused_beforehand(settings, tmp_path, monkeypatch):

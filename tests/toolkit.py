@@ -57,7 +57,7 @@ def recipe_of(config: Path, batch_size: int = 4, **changes: object):
 
     settings = utils.load_config(config)
     pictures = preprocess.training_pictures(settings)
-    copies = runtime_preprocessing.resized_folders(settings.preprocess.path_to_save, pictures)
+    copies = preprocess.resized_folders(settings.preprocess.path_to_save, pictures)
     args = SimpleNamespace(batch_size=batch_size, epoch_start=0, epoch_end=3)
     spec = runtime_preprocessing.spec_of(settings, pictures, copies, args)
     share = len(pictures) // changes.get("workers", 1)
