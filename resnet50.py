@@ -36,7 +36,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 import utils
 from utils import CROP, UserError
@@ -312,26 +312,25 @@ def epochs_in(run: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
 
 
-def load_signature(folder: Path, name: str, output: str) -> Callable:
-    """A signature of a saved model, with an output that it must have. Raises UserError."""
+def load_signature(folder: Path, name: str) -> Callable[..., dict[str, tf.Tensor]]:
+    """A function of a saved model. Raises UserError for a folder that is no model with it."""
     with explained_loading(folder):
         model = tf.saved_model.load(str(folder))
         if name not in model.signatures:
             raise ValueError(f"it has no signature {name}")
         function = model.signatures[name]
-        if function.structured_outputs[output].shape[-1] is None:
-            raise ValueError(f"its {output} have no fixed length")
         function.model = model  # the variables live as long as the model
         return function
 
 
-def load_model(folder: Path) -> tuple[Callable, int]:
+def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
     """The function from uint8 crops to probabilities, and its number of classes.
 
     Raises UserError for a folder that is no model of this toolkit.
     """
-    classify = load_signature(folder, "serving_default", "probabilities")
-    return classify, classify.structured_outputs["probabilities"].shape[-1]
+    classify = load_signature(folder, "serving_default")
+    with explained_loading(folder):
+        return classify, int(classify.structured_outputs["probabilities"].shape[-1])
 
 
 def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
@@ -399,14 +398,15 @@ def warn_of_other_colours(model: Path, spec: SimpleNamespace) -> None:
 def main() -> None:
     args = parse_arguments()
     tf.config.set_visible_devices([], "GPU")  # a training may be at work there
-    classify = load_signature(find_model(args.model, args.config), "jpeg", "names")
+    classify = load_signature(find_model(args.model, args.config), "jpeg")
     failed = 0
     for path in args.pictures:
         try:
             print(f"{path}: {best_classes(classify, utils.read_file(path))}", flush=True)
         except PICTURE_ERRORS as error:
             failed += 1
-            utils.warn(f"{path}: cannot be read: {error}")
+            reason = getattr(error, "strerror", None) or error
+            utils.warn(f"{path}: cannot be read: {reason}")
     if failed:
         raise UserError(
             f"{failed} of {utils.plural(len(args.pictures), 'picture')} could not be read; see the "
@@ -462,7 +462,11 @@ def as_png(content: bytes) -> bytes:
     png = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        Image.open(io.BytesIO(content)).convert("RGB").save(png, "PNG")
+        try:
+            image = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:
+            raise ValueError("no picture of a format that is known here") from None
+        image.convert("RGB").save(png, "PNG")
     return png.getvalue()
 
 

@@ -41,6 +41,8 @@ NORM = {
 
 def main() -> None:
     args = parse_arguments()
+    if args.folder.exists():
+        raise UserError(f"{args.folder}: is there already; remove it, or name another folder")
     tf.config.set_visible_devices([], "GPU")
     arrays = read_arrays(args.weights)
     if "fc.bias" not in arrays:
@@ -58,8 +60,6 @@ def main() -> None:
     except (KeyError, ValueError) as error:
         raise UserError(f"{args.weights}: no ResNet-50 of torchvision: {error.args[0]}") from None
     utils.make_folder(args.folder.parent)
-    if args.folder.exists():
-        raise UserError(f"{args.folder}: is there already; remove it, or name another folder")
     with utils.folder_written_aside(args.folder) as aside:
         recipe = {"mu": MU, "sigma": SIGMA, "source": f"torchvision, {args.weights.name}"}
         export_model(network, aside, [str(name) for name in names], recipe)
