@@ -719,7 +719,7 @@ def restore(run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespac
     if args.resume:
         print(f"{run.folder} has nothing to continue from; starting at the beginning")
     if args.init_from:
-        print(read_weights(trainer.network, args.init_from))
+        print(read_weights(trainer.network, args.init_from, spec))
     return spec.step(args.epoch_start)
 
 
