@@ -171,12 +171,12 @@ def both(dataset, places, beginnings, second_trainer) -> Both:
 
 def assert_close(distances: oracle.Distances, tolerances: dict, what: str) -> None:
     """By kind of array: how far all together may be apart, and how far the worst one, if told."""
-    far = {
-        kind: (distances[kind], tolerance)
-        for kind, tolerance in tolerances.items()
-        if kind in distances and not np.all(np.array(distances[kind])[: len(tolerance)] < tolerance)
-    }
-    assert not far, f"{what}: {far}"
+    far = {}
+    for kind, most in tolerances.items():
+        found = distances.get(kind, ())[: len(most)]
+        if not all(value < limit for value, limit in zip(found, most, strict=False)):
+            far[kind] = found, most
+    assert not far, f"{what}, found and allowed: {far}"
 
 
 TOLERANCES = {
@@ -216,13 +216,13 @@ def test_every_row_of_the_log(both):
 def test_every_part_matters(both):
     """Limits that bind some channels and not others, averages past their warm-up, all rates."""
     shares = np.array([expected["clipped"] for _, expected in both.rows])
-    assert (shares[4:] > 0.02).all()
-    assert (shares[4:] < 0.7).all()
+    assert (shares[4:].mean(axis=0) > 0.1).all()
+    assert (shares[4:].mean(axis=0) < 0.6).all()
     rates = [row["learning_rate"] for row, _ in both.rows]
     assert len(set(rates)) == RECIPE.steps - 1  # warm-up ends with the rate the cosine begins with
     assert len({row["top1"] for row, _ in both.rows}) > 1
     momenta = [RECIPE.averages_momentum(step) for step in range(RECIPE.steps)]
-    assert momenta.count(RECIPE.moving_avgs_momentum) == 9
+    assert momenta.count(RECIPE.moving_avgs_momentum) == 10
 
 
 def test_another_seed_gives_other_batches_and_other_initial_weights(beginnings):
