@@ -12,16 +12,25 @@ from dataclasses import replace
 import numpy as np
 
 import utils
-from utils import Pictures, UserError
+from preprocess import (
+    DECODING_ERRORS,
+    Failures,
+    Pictures,
+    as_rgb,
+    copies_of_others,
+    open_picture,
+    training_pictures,
+)
+from utils import UserError
 
 
 def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
-    pictures = utils.training_pictures(config)
+    pictures = training_pictures(config)
     if args.shorter_side:
         folder = config.preprocess.path_to_save / str(args.shorter_side)
-        if utils.copies_of_others(config.preprocess.path_to_save, pictures):
+        if copies_of_others(config.preprocess.path_to_save, pictures):
             raise UserError(
                 f"{folder}: its copies are of other pictures; take another path_to_save"
             )
@@ -35,7 +44,7 @@ def main() -> None:
         f"{utils.plural(len(pictures), 'training picture')} in {pictures.folder}, {pictures.layout}"
     )
     result = utils.make_folder(config.get_mu_sigma.path_to_save) / "mu_sigma.txt"
-    failures = utils.Failures(len(pictures))
+    failures = Failures(len(pictures))
     text = toml(*mu_sigma(pictures, failures))
     utils.write_text(result, text)
     print(f"{text}\nThis is in {result} too; {failures}. Next: paste it into {args.config}")
@@ -55,7 +64,7 @@ def parse_arguments():
     return parser.parse()
 
 
-def mu_sigma(pictures: Pictures, failures: utils.Failures) -> tuple[np.ndarray, np.ndarray]:
+def mu_sigma(pictures: Pictures, failures: Failures) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, float64 [3] each, RGB, pixels scaled to 0…1.
 
     E[x] and E[x²] are each picture's, exact from its histogram of integers, averaged over all
@@ -65,9 +74,9 @@ def mu_sigma(pictures: Pictures, failures: utils.Failures) -> tuple[np.ndarray, 
     def moments(path: str) -> np.ndarray | None:
         """E[x] and E[x²] of a picture, float64 [2, 3]."""
         try:
-            with utils.open_picture(pictures.folder / path) as image:
-                histogram = utils.as_rgb(image).histogram()
-        except utils.DECODING_ERRORS as error:
+            with open_picture(pictures.folder / path) as image:
+                histogram = as_rgb(image).histogram()
+        except DECODING_ERRORS as error:
             failures.add(path, error)
             return None
         counts = np.array(histogram, np.int64).reshape(3, 256)

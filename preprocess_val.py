@@ -17,7 +17,16 @@ import numpy as np
 from PIL import Image
 
 import utils
-from utils import CROP, Pictures, UserError
+from preprocess import (
+    DECODING_ERRORS,
+    Failures,
+    Pictures,
+    as_rgb,
+    open_picture,
+    resized_size,
+    validation_pictures,
+)
+from utils import CROP, UserError
 
 SHORTER_SIDE = 256
 CROP_FILE_BYTES = utils.array_file_size(np.uint8, (10, CROP, CROP, 3))
@@ -28,7 +37,7 @@ def main() -> None:
         "Cuts the ten crops of each validation picture.", "preprocess_val.py"
     ).parse()
     config = utils.load_config(args.config)
-    pictures = utils.validation_pictures(config)
+    pictures = validation_pictures(config)
     folder = utils.make_folder(config.preprocess.path_to_save / "val")
     jobs = missing(pictures, folder)
     print(
@@ -40,7 +49,7 @@ def main() -> None:
     check_room(folder, len(jobs))
     labels = pictures.labels.astype(np.int64)
     failures = write_all(pictures, folder, jobs, labels)
-    utils.write_class_names(folder / utils.CLASS_NAMES, pictures.class_names)
+    utils.write_lines(folder / utils.CLASS_NAMES, pictures.class_names)
     utils.save_array(folder / "y.npy", labels)
     print(
         f"ten crops of {utils.plural(len(pictures) - len(failures), 'picture')} are in {folder}; "
@@ -89,8 +98,8 @@ def check_room(folder: Path, pictures: int) -> None:
 
 def ten_crops(image: Image.Image) -> np.ndarray:
     """uint8 [10, 224, 224, 3]: corners and centre of the picture, each followed by its mirror."""
-    size = utils.resized_size(*image.size, SHORTER_SIDE)
-    resized = utils.as_rgb(image).resize(size, Image.Resampling.BILINEAR)
+    size = resized_size(*image.size, SHORTER_SIDE)
+    resized = as_rgb(image).resize(size, Image.Resampling.BILINEAR)
     # Mirrored by Pillow, as a whole: NumPy takes three times as long to turn pixels of 3 bytes.
     picture = np.asarray(resized)
     mirror = np.asarray(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
@@ -103,18 +112,16 @@ def ten_crops(image: Image.Image) -> np.ndarray:
     return crops
 
 
-def write_all(
-    pictures: Pictures, folder: Path, jobs: list[int], labels: np.ndarray
-) -> utils.Failures:
+def write_all(pictures: Pictures, folder: Path, jobs: list[int], labels: np.ndarray) -> Failures:
     """Cuts the crops of the pictures in `jobs`; labels of those that fail become -1."""
-    failures = utils.Failures(len(pictures))
+    failures = Failures(len(pictures))
 
     def write(index: int) -> None:
         path = pictures.paths[index]
         try:
-            with utils.open_picture(pictures.folder / path) as image:
+            with open_picture(pictures.folder / path) as image:
                 crops = ten_crops(image)
-        except utils.DECODING_ERRORS as error:
+        except DECODING_ERRORS as error:
             failures.add(path, error)
             labels[index] = -1
             return
@@ -124,6 +131,65 @@ def write_all(
     for _ in utils.map_in_order(write, jobs, utils.cores()):
         progress.add()
     return failures
+
+
+# --- reading the crops -----------------------------------------------------------------------
+
+
+class Crops:
+    """The validation crops in a folder that `main` has filled."""
+
+    def __init__(self, folder: Path, expected: int, count: int = 10):
+        """`count`: 10, or 1 for the centre crop alone. Raises UserError if the files are not
+        complete, or not as many as `expected` (0: any).
+        """
+        self.folder, self.count = folder, count
+        try:
+            self.labels = np.load(folder / "y.npy", allow_pickle=False)
+        except FileNotFoundError:
+            raise UserError(f"{folder / 'y.npy'}: not there; run preprocess_val.py first") from None
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{folder / 'y.npy'}: {error}; run preprocess_val.py again") from None
+        if self.labels.dtype != np.int64 or self.labels.ndim != 1:
+            raise UserError(f"{folder / 'y.npy'}: holds no labels; run preprocess_val.py again")
+        if expected not in (0, len(self.labels)):
+            raise UserError(
+                f"[preprocess] N is {expected}, but {folder} holds the crops of "
+                f"{len(self.labels)} pictures"
+            )
+        self.indices = np.flatnonzero(self.labels >= 0)
+        there = set(os.listdir(folder))
+        if absent := [i for i in self.indices if f"X10_{i}.npy" not in there]:
+            raise UserError(
+                f"{folder / f'X10_{absent[0]}.npy'}: not there, like {len(absent) - 1} others; "
+                f"run preprocess_val.py again"
+            )
+        if not len(self.indices):
+            raise UserError(f"{folder}: not one picture to evaluate; run preprocess_val.py")
+        self.classes = int(self.labels.max()) + 1
+        self.names = utils.read_lines(folder / utils.CLASS_NAMES)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def centre(self) -> int:
+        """Index of the centre crop among the `count`; of ten, its mirror image follows it."""
+        return 8 if self.count == 10 else 0
+
+    def load(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 [count * len(indices), 224, 224, 3]. Raises UserError for a broken file."""
+        crops = np.empty((len(indices), self.count, CROP, CROP, 3), np.uint8)
+        for slot, index in enumerate(indices):
+            path = self.folder / f"X10_{index}.npy"
+            try:
+                ten = utils.load_array(path, np.uint8, (10, CROP, CROP, 3))
+            except (ValueError, FileNotFoundError):
+                raise UserError(
+                    f"{path}: broken; remove it and run preprocess_val.py again"
+                ) from None
+            crops[slot] = ten if self.count == 10 else ten[8:9]
+        return crops.reshape(-1, CROP, CROP, 3)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,15 @@ its first block, not in the 1x1 before it). Convolutions pad k // 2 on every sid
 frameworks, not TensorFlow's lopsided SAME, so weights can be moved between them without loss.
 """
 
+import tempfile
+from pathlib import Path
+
+import numpy as np
 import tensorflow as tf
 
+import utils
 from batch_renorm import BatchRenorm, Limits
+from utils import CROP, UserError
 
 #         blocks, bottleneck channels, output channels, stride of the first block
 STAGES = [
@@ -141,3 +147,83 @@ def he_normal(shape: list[int]) -> tf.Tensor:
     """He et al. 2015b (https://arxiv.org/abs/1502.01852), fan out: deviation √(2 / k² outputs)."""
     height, width, _, outputs = shape
     return tf.random.normal(shape, stddev=(2.0 / (height * width * outputs)) ** 0.5)
+
+
+# --- a trained network as a SavedModel --------------------------------------------------------
+
+
+class Classifier(tf.Module):
+    """What a SavedModel holds: uint8 crops to probabilities, normalisation inside."""
+
+    def __init__(self, network: ResNet50, mu: list[float], sigma: list[float], class_names: Path):
+        super().__init__()
+        self.network = network
+        self.mu, self.sigma = np.float32(mu), np.float32(sigma)
+        self.class_names = tf.saved_model.Asset(str(class_names))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, CROP, CROP, 3], tf.uint8, "images")])
+    def classify(self, images):
+        """images: uint8 [n, 224, 224, 3], RGB. Returns float32 [n, classes] probabilities."""
+        x = (tf.cast(images, tf.float32) / 255 - self.mu) / self.sigma
+        return {"probabilities": tf.nn.softmax(self.network(x))}
+
+
+def export_model(
+    network: ResNet50, folder: Path, class_names: list[str], recipe: dict[str, object]
+) -> None:
+    """Writes the network as a SavedModel into `folder`, with the names of its classes.
+
+    `recipe` says how it was trained; its `mu` and `sigma` become part of the model.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        names = Path(temporary) / utils.CLASS_NAMES
+        utils.write_lines(names, class_names)
+        classifier = Classifier(network, recipe["mu"], recipe["sigma"], names)
+        tf.saved_model.save(classifier, str(folder), signatures=classifier.classify)
+
+
+def read_weights(network: ResNet50, folder: Path) -> str:
+    """Gives the network the weights and averages of a saved model; says so in the line returned.
+
+    Where the model has other classes, the dense layer stays as it is. Raises UserError.
+    """
+    raise NotImplementedError
+
+
+LOADING_ERRORS = (
+    OSError, LookupError, ValueError, AttributeError, TypeError, RuntimeError, tf.errors.OpError,
+)  # fmt: skip
+"""What TensorFlow raises for folders that are no whole SavedModel."""
+
+
+def load_model(folder: Path):
+    """The function from uint8 crops to probabilities, and its number of classes.
+
+    Raises UserError for a folder that is no model of this toolkit.
+    """
+    try:
+        model = tf.saved_model.load(str(folder))
+        classify = model.signatures["serving_default"]
+        shape = classify.structured_outputs["probabilities"].shape
+        classify.model = model  # the variables live as long as the model
+        return classify, int(shape[-1])
+    except LOADING_ERRORS as error:
+        reason = str(error).split("\n")[0][:150]
+        raise UserError(f"{folder}: not a model that can be loaded: {reason}") from None
+
+
+def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
+    """Warns where a saved model has another name for a class: its labels may mean other things."""
+    known = utils.read_lines(model / "assets" / utils.CLASS_NAMES)
+    for label, (its, name) in enumerate(zip(known, map(utils.one_line, names), strict=False)):
+        if its != utils.as_written(name).decode():
+            utils.warn(
+                f"{model}: its class {label} is {its}, but {name} in {where}; unless these are two "
+                f"names of the same thing, the labels do not fit"
+            )
+            return
+
+
+def model_recipe(folder: Path) -> dict:
+    """How a saved model was trained; empty where it does not say."""
+    return utils.read_json(folder / "assets" / "recipe.json") or {}

@@ -13,24 +13,37 @@ cases; its colours are shifted a little. The first three are one: only the windo
 resized, straight from as much of the JPEG as the window needs.
 """
 
+import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
-import struct
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import utils
-from utils import CROP, SIDES, Pictures, Position, UserError, plural
+from preprocess import (
+    COPIES_OF,
+    DECODING_ERRORS,
+    SIDES,
+    Failures,
+    Pictures,
+    copies_of_others,
+    crop_file,
+    training_pictures,
+)
+from utils import CROP, UserError, plural
 
 REFILL_BELOW = 0.8
 """Share of buffer_size under which the buffer is filled up again."""
@@ -39,21 +52,13 @@ REFILL_BELOW = 0.8
 def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
-    worker, workers = utils.worker()
-    pictures = utils.training_pictures(config)
-    resized = resized_folders(config.preprocess.path_to_save, pictures)
-    recipe = Recipe(
-        pictures,
-        args.batch_size,
-        config.train.seed,
-        *utils.mu_sigma(config),
-        resized,
-        worker,
-        workers,
-    )
+    pictures = training_pictures(config)
+    copies = resized_folders(config.preprocess.path_to_save, pictures)
+    spec = spec_of(config, pictures, copies, args)
+    recipe = Recipe(spec, pictures, copies)
     print(describe(recipe, args.epoch_end - args.epoch_start))
     if args.preview:
-        draw_preview(recipe, args.preview, (args.epoch_start, 0))
+        draw_preview(recipe, args.preview, spec.step(args.epoch_start))
         return
     folder = utils.make_folder(config.train.buffer_folder)
     # The lock is held until the process ends, however it ends.
@@ -61,7 +66,7 @@ def main() -> None:
     if args.benchmark:
         benchmark(recipe, folder)
         return
-    buffer = Buffer(folder, recipe, args.epoch_start, args.epoch_end, config.train.buffer_size)
+    buffer = Buffer(folder, recipe, config.train.buffer_size)
     buffer.check_room()
     buffer.claim()
     made = keep_full(
@@ -101,11 +106,11 @@ def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
     """
     folders = {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
     unused = None
-    if utils.copies_of_others(root, pictures):
+    if copies_of_others(root, pictures):
         unused = "its resized copies are of other pictures"
-    elif folders and (root / utils.COPIES_OF).is_file():
+    elif folders and (root / COPIES_OF).is_file():
         try:
-            utils.lock(root / utils.COPIES_OF, "preprocess.py is at work here", shared=True)
+            utils.lock(root / COPIES_OF, "preprocess.py is at work here", shared=True)
         except UserError as error:
             unused = str(error)
     if unused:
@@ -116,28 +121,189 @@ def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
 
 def describe(recipe: "Recipe", epochs: int) -> str:
     """What is going to happen."""
-    pictures, sides = recipe.pictures, len(recipe.resized)
+    spec, sides = recipe.spec, len(recipe.copies)
     source = "the originals"
     if sides:
         source = f"resized copies in {sides} of the {len(SIDES)} shorter sides, else {source}"
-    if recipe.workers > 1:
-        part = len(pictures) // recipe.workers
+    if spec.workers > 1:
+        part = spec.N // spec.workers
         source += (
-            f"; worker {recipe.worker} of {recipe.workers}, {plural(part, 'picture')} are its part"
+            f"; worker {spec.worker} of {spec.workers}, {plural(part, 'picture')} are its part"
         )
     return (
-        f"{plural(len(pictures.class_names), 'class')}, "
-        f"{plural(len(pictures), 'training picture')}, {pictures.layout}; "
-        f"{plural(recipe.batches, 'batch')} of {recipe.batch_size} an epoch, "
-        f"{epochs * recipe.batches:,} in {plural(epochs, 'epoch')}, from {source}"
+        f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}, "
+        f"{recipe.pictures.layout}; {plural(spec.batches_per_epoch, 'batch')} of "
+        f"{spec.batch_size} an epoch, {epochs * spec.batches_per_epoch:,} in "
+        f"{plural(epochs, 'epoch')}, from {source}"
     )
+
+
+# --- what a buffer holds ---------------------------------------------------------------------
+
+BATCH_FILE = re.compile(r"([XY])_(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.npy")
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """What the batches of a buffer are, and all that they depend on: the content of buffer.json.
+
+    Batches are counted by steps, from 0 through all epochs; only file names and messages say epoch
+    and batch.
+    """
+
+    batch_size: int
+    seed: int
+    dataset: str
+    """Folder of the pictures."""
+    N: int
+    """Training pictures."""
+    pictures: str
+    """Fingerprint of their names and labels."""
+    classes: int
+    class_names: list[str]
+    mu: list[float]
+    sigma: list[float]
+    """Mean and standard deviation that the pixels are normalised with; R, G, B, scaled to 0…1."""
+    resized: list[int]
+    """Shorter sides that have resized copies, which stand in for the originals."""
+    worker: int
+    workers: int
+    """Of several machines each makes its own part of every epoch."""
+    batches_per_epoch: int
+    epochs: list[int] = field(compare=False)
+    """First epoch, and the one to stop before."""
+    dtype: str = "float16"
+    layout: str = "NHWC, RGB, normalised; labels int32"
+    format: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the pictures of a batch."""
+        return self.batch_size, CROP, CROP, 3
+
+    def step(self, epoch: int, batch: int = 0) -> int:
+        return epoch * self.batches_per_epoch + batch
+
+    def position(self, step: int) -> str:
+        """The step as messages say it."""
+        epoch, batch = divmod(step, self.batches_per_epoch)
+        return f"epoch {epoch}, batch {batch}"
+
+    def files(self, folder: Path, step: int) -> tuple[Path, Path]:
+        """Paths of the pictures and of the labels of a batch."""
+        epoch, batch = divmod(step, self.batches_per_epoch)
+        return folder / f"X_{epoch}_{batch}.npy", folder / f"Y_{epoch}_{batch}.npy"
+
+    def step_of(self, name: str) -> int | None:
+        """The step of a batch file; None for any other name, and for a batch no epoch has."""
+        match = BATCH_FILE.fullmatch(name)
+        if not match or int(match[3]) >= self.batches_per_epoch:
+            return None
+        return self.step(int(match[2]), int(match[3]))
+
+    def differences(self, expected: Mapping[str, object]) -> list[str]:
+        """Names of the fields that are not as expected."""
+        return [name for name, value in expected.items() if getattr(self, name) != value]
+
+    def write(self, folder: Path) -> None:
+        utils.write_text(folder / BUFFER_JSON, json.dumps(dataclasses.asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> "BatchSpec | None":
+        """The buffer's description; None if there is none, or one of another version."""
+        content = utils.read_json(folder / BUFFER_JSON)
+        if content is None or set(content) != {each.name for each in dataclasses.fields(cls)}:
+            return None
+        return cls(**content)
+
+
+BUFFER_JSON = "buffer.json"
+PROGRESS = "training_progress.txt"
+
+MEANING = {"resized": "set of resized copies", "pictures": "list of pictures"}
+"""What fields of BatchSpec stand for that do not speak for themselves."""
+
+
+def spec_of(config: SimpleNamespace, pictures: Pictures, copies: Iterable[int], args) -> BatchSpec:
+    """The batches that this configuration and command line ask for. Raises UserError."""
+    worker, workers = worker_of_workers()
+    share = len(pictures) // workers
+    if args.batch_size > share:
+        part = f"a {workers}-th of " if workers > 1 else ""
+        raise UserError(
+            f"--batch_size={args.batch_size} is larger than {part}the {len(pictures)} training "
+            f"pictures"
+        )
+    return BatchSpec(
+        batch_size=args.batch_size,
+        seed=config.train.seed,
+        dataset=str(pictures.folder),
+        N=len(pictures),
+        pictures=pictures.fingerprint,
+        classes=len(pictures.class_names),
+        class_names=pictures.class_names,
+        mu=config.utils.mu,
+        sigma=config.utils.sigma,
+        resized=sorted(copies),
+        worker=worker,
+        workers=workers,
+        batches_per_epoch=share // args.batch_size,
+        epochs=[args.epoch_start, args.epoch_end],
+    )
+
+
+def worker_of_workers() -> tuple[int, int]:
+    """This machine's index and the number of machines that train together, from TF_CONFIG.
+
+    (0, 1) where the variable is not set. The chief is worker 0. Raises UserError.
+    """
+    text = os.environ.get("TF_CONFIG", "")
+    if not text.strip():
+        return 0, 1
+    try:
+        settings = json.loads(text)
+        cluster, task = settings["cluster"], settings["task"]
+        chiefs, others = len(cluster.get("chief", [])), len(cluster.get("worker", []))
+        index = int(task["index"]) + (chiefs if task["type"] == "worker" else 0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            'TF_CONFIG: expected {"cluster": {"worker": ["host:port", …]}, '
+            f'"task": {{"type": "worker", "index": 0}}}}, not {utils.one_line(text)[:80]}'
+        ) from None
+    if task["type"] not in ("chief", "worker") or not 0 <= index < chiefs + others:
+        raise UserError(f"TF_CONFIG: task {task} is none of the cluster's {chiefs + others}")
+    return index, chiefs + others
+
+
+def write_progress(folder: Path, spec: BatchSpec, step: int) -> None:
+    """Says which batch training needs next."""
+    epoch, batch = divmod(step, spec.batches_per_epoch)
+    utils.write_text(folder / PROGRESS, f"{epoch}\n{batch}\n")
+
+
+def read_progress(folder: Path, spec: BatchSpec) -> int | None:
+    """The step that training needs next; None if the file is missing or holds anything else."""
+    try:
+        text = (folder / PROGRESS).read_bytes()
+    except FileNotFoundError:
+        return None
+    match = re.fullmatch(rb"\s*(\d{1,9})\s+(\d{1,9})\s*", text)
+    return spec.step(int(match[1]), int(match[2])) if match else None
+
+
+def is_batch_file(path: Path) -> bool:
+    """Whether a file of a batch's name begins as one does, whatever its size."""
+    dtype, rest = ("<f2", f", {CROP}, {CROP}, 3)") if path.name[0] == "X" else ("<i4", ",)")
+    with open(path, "rb") as file:
+        start = file.read(128)
+    return start.startswith(b"\x93NUMPY") and dtype.encode() in start and rest.encode() in start
 
 
 # --- what a batch is made of ----------------------------------------------------------------
 
 
 @dataclass
-class Draws:
+class Choices:
     """The random choices for the pictures of a batch, one row a picture."""
 
     side: np.ndarray
@@ -150,9 +316,9 @@ class Draws:
     """float64 [n, 3], standard deviation 0.1: strength of the three colour shifts."""
 
 
-def draw(generator: np.random.Generator, count: int) -> Draws:
-    """Draws for `count` pictures."""
-    return Draws(
+def draw_choices(generator: np.random.Generator, count: int) -> Choices:
+    """Choices for `count` pictures."""
+    return Choices(
         generator.choice(np.array(SIDES), count),
         generator.random((count, 2)),
         generator.random(count) < 0.5,
@@ -161,198 +327,76 @@ def draw(generator: np.random.Generator, count: int) -> Draws:
 
 
 class Recipe:
-    """Makes any batch of any epoch, as a pure function of its arguments and of (epoch, batch).
+    """Makes any batch, as a pure function of its arguments and of the batch's step.
 
     Threads may call `make` at the same time.
     """
 
-    def __init__(
-        self,
-        pictures: Pictures,
-        batch_size: int,
-        seed: int,
-        mu: list[float],
-        sigma: list[float],
-        resized: dict[int, Path],
-        worker: int = 0,
-        workers: int = 1,
-    ):
-        self.pictures, self.batch_size, self.seed = pictures, batch_size, seed
-        self.mu, self.sigma, self.resized = mu, sigma, resized
-        self.worker, self.workers = worker, workers
-        self.batches = utils.batches_per_epoch(len(pictures), batch_size, workers)
-        self.failures = utils.Failures(len(pictures))
+    def __init__(self, spec: BatchSpec, pictures: Pictures, copies: dict[int, Path]):
+        """`copies`: the folders of resized copies, by shorter side."""
+        self.spec, self.pictures, self.copies = spec, pictures, copies
+        self.failures = Failures(len(pictures))
         self.order = functools.lru_cache(maxsize=3)(self._order)
 
-    @property
-    def description(self) -> dict:
-        """All that the batches depend on, for buffer.json."""
-        return {
-            "format": utils.BUFFER_FORMAT,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "dataset": str(self.pictures.folder),
-            "N": len(self.pictures),
-            "classes": len(self.pictures.class_names),
-            "mu": self.mu,
-            "sigma": self.sigma,
-            "worker": self.worker,
-            "workers": self.workers,
-            "pictures": self.pictures.fingerprint,
-            "resized": sorted(self.resized),
-            "class_names": self.pictures.class_names,
-        }
-
     def _generator(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+        return np.random.default_rng(np.random.SeedSequence(self.spec.seed, spawn_key=key))
 
     def _order(self, epoch: int) -> np.ndarray:
         """int32 [N / workers]: this worker's part of the epoch's permutation of all pictures."""
         permutation = self._generator(0, epoch).permutation(len(self.pictures)).astype(np.int32)
-        return permutation[self.worker :: self.workers]
+        return permutation[self.spec.worker :: self.spec.workers]
 
-    def make(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
+    def make(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """X: float16 [batch_size, 224, 224, 3], Y: int32 [batch_size]; see `parts`."""
-        x, y = zip(*((x.copy(), y) for x, y in self.parts(position)), strict=True)
+        x, y = zip(*((x.copy(), y) for x, y in self.parts(step)), strict=True)
         return np.concatenate(x), np.concatenate(y)
 
-    def parts(self, position: Position) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def parts(self, step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The batch in parts of GROUP pictures, each to be written before the next is made.
 
         X: float16 [n, 224, 224, 3], overwritten by the next part. Y: int32 [n]. Raises UserError
         when too many pictures fail.
         """
-        epoch, batch = position
-        first, size = batch * self.batch_size, self.batch_size
+        spec = self.spec
+        epoch, batch = divmod(step, spec.batches_per_epoch)
+        first, size = batch * spec.batch_size, spec.batch_size
         chosen = self.order(epoch)[first : first + size].tolist()
-        draws = draw(self._generator(1, epoch, batch, self.worker), size)
+        choices = draw_choices(self._generator(1, epoch, batch, spec.worker), size)
         # Plain numbers: those of NumPy take ten times as long to reckon with, one by one.
-        sides, corners, flips = draws.side.tolist(), draws.corner.tolist(), draws.flip.tolist()
+        sides, corners = choices.side.tolist(), choices.corner.tolist()
+        flips = choices.flip.tolist()
         x = np.empty((min(GROUP, size), CROP, CROP, 3), np.float16)
         for start in range(0, size, GROUP):
             part, crops = slice(start, min(start + GROUP, size)), []
             for slot in range(part.start, part.stop):
                 crop = self._crop(chosen[slot], sides[slot], corners[slot])
                 if crop is None:
-                    substitutes = self._generator(2, epoch, batch, self.worker, slot)
+                    substitutes = self._generator(2, epoch, batch, spec.worker, slot)
                     while crop is None:
                         chosen[slot] = int(substitutes.choice(self.order(epoch)))
                         crop = self._crop(chosen[slot], sides[slot], corners[slot])
                 if flips[slot]:
                     crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 crops.append(np.frombuffer(crop.tobytes(), np.uint8).reshape(CROP, CROP, 3))
-            finish(crops, draws.alpha[part], self.mu, self.sigma, out=x[: len(crops)])
+            finish(crops, choices.alpha[part], spec.mu, spec.sigma, out=x[: len(crops)])
             yield x[: len(crops)], self.pictures.labels[chosen[part]]
 
     def _crop(self, index: int, side: int, corner: list[float]) -> Image.Image | None:
         """The crop of a picture, from its resized copy if there is one. None if it is broken."""
         path = self.pictures.paths[index]
         try:
-            if side in self.resized:
+            if side in self.copies:
                 try:
-                    return crop_file(f"{self.resized[side]}/{path}", side, corner)
-                except utils.DECODING_ERRORS:
+                    return crop_file(f"{self.copies[side]}/{path}", side, corner)
+                except DECODING_ERRORS:
                     pass  # not resized yet, or broken: the original decides
             return crop_file(f"{self.pictures.folder}/{path}", side, corner)
-        except utils.DECODING_ERRORS as error:
+        except DECODING_ERRORS as error:
             self.failures.add(path, error)
             return None
 
 
 # --- the six steps --------------------------------------------------------------------------
-
-
-def crop_file(path: str | Path, side: int, corner: Sequence[float]) -> Image.Image:
-    """Steps 1 to 3: the 224x224 RGB crop that lies at `corner` once the shorter side is `side`.
-
-    `corner`: two numbers in [0, 1), where between left and right, between top and bottom. Resizing
-    the crop's window alone gives what resizing all and cutting gives, at a fraction of the cost.
-    Raises one of utils.DECODING_ERRORS.
-    """
-    content = utils.read_file(path)
-    return crop_jpeg(content, side, corner) or crop_any(content, side, corner)
-
-
-def crop_any(content: bytes, side: int, corner: Sequence[float]) -> Image.Image:
-    """The crop of a file of any format."""
-    with utils.picture_in(content) as image:
-        return cut(utils.as_rgb(image), window(image.size, side, corner))
-
-
-def crop_jpeg(content: bytes, side: int, corner: Sequence[float]) -> Image.Image | None:
-    """The same for a usual JPEG, decoding no more than is needed. None: `crop_any` must see to it.
-
-    A large picture is halved by libjpeg while decoding, as long as twice the pixels needed remain.
-    Told that the picture ends where the window ends, Pillow's decoder stops there, a fifth of the
-    work before the end, and complains of the data left over. The last row says whether that was
-    all: it has been decoded unless it is still black.
-    """
-    frame = jpeg_frame(content)
-    if frame is None:
-        return None
-    *size, mode = frame
-    factor = next(f for f in (8, 4, 2, 1) if min(size) >= 2 * f * side or f == 1)
-    width, height = -(-size[0] // factor), -(-size[1] // factor)
-    box = tuple(edge / factor for edge in window(size, side, corner))
-    # Antialiasing reaches beyond the window by one output pixel; one more for rounding.
-    rows = min(int(box[3] + max((box[3] - box[1]) / CROP, 1)) + 2, height)
-    image = Image.new(mode, (width, rows))
-    try:
-        image.frombytes(content, "jpeg", (mode, "", factor, 0))
-    except ValueError:
-        if rows == height or is_black(image, rows - 1):
-            return None
-    return cut(utils.as_rgb(image), box)
-
-
-def is_black(image: Image.Image, row: int) -> bool:
-    """Whether a row is all zeros; its first pixel mostly tells."""
-    first = image.getpixel((0, row))
-    return first in (0, (0, 0, 0)) and image.crop((0, row, image.width, row + 1)).getbbox() is None
-
-
-def window(size: Sequence[int], side: int, corner: Sequence[float]) -> tuple[float, ...]:
-    """Left, top, right and bottom of the crop, in pixels of a picture of that width and height."""
-    width, height = utils.resized_size(*size, side)
-    left, top = int(corner[0] * (width - CROP + 1)), int(corner[1] * (height - CROP + 1))
-    across, down = size[0] / width, size[1] / height
-    return left * across, top * down, (left + CROP) * across, (top + CROP) * down
-
-
-def cut(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
-    """The window, resized to 224x224."""
-    if box[2] - box[0] == CROP == box[3] - box[1]:  # it has its size already
-        return image.crop(tuple(map(int, box)))
-    return image.resize((CROP, CROP), Image.Resampling.BILINEAR, box)
-
-
-MODES = {1: "L", 3: "RGB"}
-"""Pillow's name for the colours of a JPEG with so many components."""
-
-FRAMES = (0xC0, 0xC1, 0xC2)
-"""Markers of frame headers: baseline, extended and progressive, all of them Huffman-coded."""
-
-TABLES = (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))
-"""Markers of what may come before: tables, restart interval, comment, application data."""
-
-
-def jpeg_frame(content: bytes) -> tuple[int, int, str] | None:
-    """Width, height and mode of a JPEG of the usual kinds, from its frame header.
-
-    Its segments are walked through as in ITU-T T.81, annex B. None at anything that libjpeg could
-    read otherwise, and for sizes that utils.picture_in refuses.
-    """
-    at = 2 if content.startswith(b"\xff\xd8") else len(content)
-    while at + 10 <= len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
-        if marker in FRAMES:
-            bits, height, width, components = struct.unpack_from(">BHHB", content, at + 4)
-            mode = MODES.get(components) if bits == 8 else None
-            return (width, height, mode) if mode and utils.size_is_fit(width, height) else None
-        if marker not in TABLES:
-            return None
-        at += 2 + int.from_bytes(content[at + 2 : at + 4])
-    return None
 
 
 GROUP = 32
@@ -410,48 +454,38 @@ class Buffer:
     Only files of the toolkit's own names are ever looked at or removed.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, epoch_start: int, epoch_end: int, size: int):
-        self.folder, self.recipe = folder, recipe
-        self.start, self.end = epoch_start * recipe.batches, epoch_end * recipe.batches
+    def __init__(self, folder: Path, recipe: Recipe, size: int):
+        self.folder, self.recipe, self.spec = folder, recipe, recipe.spec
+        self.start, self.end = (self.spec.step(epoch) for epoch in self.spec.epochs)
         self.size = min(size, self.end - self.start)
-        self.x_bytes = utils.array_file_size(np.float16, (recipe.batch_size, CROP, CROP, 3))
-        self.y_bytes = utils.array_file_size(np.int32, (recipe.batch_size,))
+        self.x_bytes = utils.array_file_size(np.float16, self.spec.shape)
+        self.y_bytes = utils.array_file_size(np.int32, self.spec.shape[:1])
         self._said_no_room = threading.Event()
-
-    # A batch has a number that counts through all epochs, and a position (epoch, batch).
-    def position(self, number: int) -> Position:
-        return divmod(number, self.recipe.batches)
-
-    def number(self, position: Position) -> int:
-        return position[0] * self.recipe.batches + position[1]
 
     def claim(self) -> None:
         """Makes the folder this recipe's: removes batches of another making and leftovers.
 
         Raises UserError if files that are no batches have names of batches: somebody else's.
         """
-        old, new = utils.read_json(self.folder / "buffer.json"), self.recipe.description
         names = self._batch_names()
-        if old is None:
+        there = (self.folder / BUFFER_JSON).exists()
+        old = BatchSpec.read(self.folder)
+        if not there:
             for name in names:
-                if not utils.is_batch_file(self.folder / name):
+                if not is_batch_file(self.folder / name):
                     raise UserError(
                         f"{self.folder / name}: not a batch of this toolkit, and would be "
                         f"overwritten; give the buffer a folder of its own"
                     )
-            making = "of unknown making"
-        else:
-            differing = [key for key in new if old.get(key) != new[key]]
-            differing = [MEANING.get(key, key) for key in differing]
-            making = f"made with another {', another '.join(differing)}"
-        if old != new and names:
+        if old != self.spec and names:
+            making = "of unknown making" if old is None else self._difference(old)
             print(f"{self.folder}: removing {plural(len(names), 'file')} {making}")
             self._remove(names)
         utils.remove_leftovers(self.folder)
-        utils.write_text(self.folder / "buffer.json", json.dumps(new, indent=1))
+        self.spec.write(self.folder)
         # A position outside of this run's epochs was left by an older run.
         if not self.start <= self.wanted_first() < self.end:
-            self._remove(["training_progress.txt"])
+            self._remove([PROGRESS])
         first = self.wanted_first()
         if ready := [n for n in self.ready() if first <= n < first + self.size]:
             print(f"{self.folder}: {plural(len(ready), 'batch')} ready since an earlier start")
@@ -479,38 +513,31 @@ class Buffer:
 
     def wanted_first(self) -> int:
         """Number of the batch that training needs next."""
-        progress = utils.read_progress(self.folder)
-        return self.start if progress is None else self.number(progress)
+        progress = read_progress(self.folder, self.spec)
+        return self.start if progress is None else progress
 
     def ready(self) -> set[int]:
-        """Numbers of the batches that are there, both files complete."""
+        """Steps of the batches that are there, both files complete."""
         complete: dict[str, set[int]] = {"X": set(), "Y": set()}
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                if batch := utils.parse_batch_name(entry.name):
-                    kind, position = batch
-                    size = self.x_bytes if kind == "X" else self.y_bytes
-                    if position[1] < self.recipe.batches and _size(entry) == size:
-                        complete[kind].add(self.number(position))
+                if (step := self.spec.step_of(entry.name)) is not None:
+                    kind = entry.name[0]
+                    if _size(entry) == (self.x_bytes if kind == "X" else self.y_bytes):
+                        complete[kind].add(step)
         return complete["X"] & complete["Y"]
 
     def remove_all_but(self, window: range) -> None:
         """Removes the batches that are not in the window: used ones and those of an older run."""
-        names = []
-        for name in os.listdir(self.folder):
-            if batch := utils.parse_batch_name(name):
-                _, position = batch
-                if position[1] >= self.recipe.batches or self.number(position) not in window:
-                    names.append(name)
-        self._remove(names)
+        self._remove(name for name in self._batch_names() if self.spec.step_of(name) not in window)
 
-    def make(self, number: int) -> bool:
+    def make(self, step: int) -> bool:
         """Makes a batch, labels first. Without room it says so, once, and returns False."""
-        x_path, y_path = utils.batch_files(self.folder, self.position(number))
-        shape, labels = (self.recipe.batch_size, CROP, CROP, 3), []
+        x_path, y_path = self.spec.files(self.folder, step)
+        labels = []
         try:
-            with utils.array_written_aside(x_path, np.float16, shape) as file:
-                for x, y in self.recipe.parts(self.position(number)):
+            with utils.array_written_aside(x_path, np.float16, self.spec.shape) as file:
+                for x, y in self.recipe.parts(step):
                     file.write(x.data)
                     labels.append(y)
                 utils.save_array(y_path, np.concatenate(labels))
@@ -528,18 +555,21 @@ class Buffer:
         """Leaves the folder clean."""
         self.remove_all_but(range(0))
         utils.remove_leftovers(self.folder)
-        self._remove(["training_progress.txt", "buffer.json", ".trainer.lock"])
+        self._remove([PROGRESS, BUFFER_JSON, ".trainer.lock"])
 
     def _batch_names(self) -> list[str]:
-        return [name for name in os.listdir(self.folder) if utils.parse_batch_name(name)]
+        return [name for name in os.listdir(self.folder) if BATCH_FILE.fullmatch(name)]
+
+    def _difference(self, old: BatchSpec) -> str:
+        """How batches of another description were made, in words."""
+        names = old.differences(dataclasses.asdict(self.spec))
+        names = [MEANING.get(name, name) for name in names if name != "epochs"]
+        return f"made with another {', another '.join(names)}"
 
     def _remove(self, names) -> None:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
-
-MEANING = {"resized": "set of resized copies", "pictures": "list of pictures"}
-"""What keys of buffer.json stand for that do not speak for themselves."""
 
 ROOM_FOR_SMALL_FILES = 4096
 """Bytes left free for training_progress.txt while it is replaced."""
@@ -578,9 +608,9 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
             missing = [n for n in window if n not in ready and n not in under_way.values()]
             if filling and not missing and not under_way:
                 filling = False
-                rate = made * buffer.recipe.batch_size / (time.monotonic() - started)
+                rate = made * buffer.spec.batch_size / (time.monotonic() - started)
                 print(
-                    f"epoch {buffer.position(first)[0]}, batch {buffer.position(first)[1]}: "
+                    f"{buffer.spec.position(first)}: "
                     f"{plural(len(window), 'batch')} ready ahead of training, {made:,} just made "
                     f"at {rate:,.0f} pictures/s"
                 )
@@ -595,6 +625,161 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
                 done_well = future.result()
                 made, total = made + done_well, total + done_well
     return total
+
+
+# --- taking batches from the buffer ----------------------------------------------------------
+
+
+def take_buffer(config: SimpleNamespace) -> Path:
+    """The buffer's folder, this process's own from here on. Raises UserError if another has it."""
+    folder = utils.make_folder(config.train.buffer_folder)
+    utils.lock(folder / ".trainer.lock", f"{folder}: another train.py takes batches from here")
+    return folder
+
+
+def end_preprocessing(folder: Path, epoch_end: int) -> None:
+    """Tells a runtime_preprocessing.py that training has passed its last epoch."""
+    if spec := BatchSpec.read(folder):
+        write_progress(folder, spec, spec.step(epoch_end))
+
+
+def check_spec(spec: BatchSpec, config: SimpleNamespace, batch_size: int, folder: Path) -> None:
+    """Raises UserError, with both values, if the batches do not fit this training."""
+    worker, workers = worker_of_workers()
+    ours = {
+        "batch_size": batch_size,
+        "seed": config.train.seed,
+        "N": config.train.N or spec.N,
+        "mu": config.utils.mu,
+        "sigma": config.utils.sigma,
+        "worker": worker,
+        "workers": workers,
+    }
+    for key in spec.differences(ours):
+        raise UserError(
+            f"{folder}: its batches were made with {key} = {getattr(spec, key)}, this training "
+            f"has {key} = {ours[key]}; start both scripts with the same"
+        )
+
+
+def wait_for_buffer(config: SimpleNamespace, batch_size: int) -> BatchSpec:
+    """Takes the buffer for this process and returns what it holds, waiting for it if need be.
+
+    Raises UserError if another training uses the buffer, or if it does not fit this one.
+    """
+    folder = take_buffer(config)
+    waiting = False
+    while (spec := BatchSpec.read(folder)) is None:
+        if not waiting:
+            print(
+                f"no batches in {folder} yet; waiting for runtime_preprocessing.py, to be started "
+                f"with the same epochs, --batch_size and --config"
+            )
+        waiting = True
+        time.sleep(min(config.train.sleep_time, 5))
+    check_spec(spec, config, batch_size, folder)
+    return spec
+
+
+class BatchReader:
+    """Reads batch after batch, two ahead of training, in a thread of its own.
+
+    A context manager; `next` returns the batches in order.
+    """
+
+    def __init__(
+        self, folder: Path, spec: BatchSpec, steps: range, put: Callable, sleep_time: float
+    ):
+        """`put` takes a batch's images and labels to where they are trained on."""
+        self.folder, self.spec, self.sleep_time, self.put = folder, spec, sleep_time, put
+        self._steps = iter(steps)
+        self._closed = threading.Event()
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: deque[Future] = deque()
+        self._tell(steps.start)
+
+    def __enter__(self) -> "BatchReader":
+        self._read_ahead()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def next(self, stop: threading.Event) -> object:
+        """What `put` made of the next batch, or None when `stop` was set while waiting.
+
+        Raises UserError.
+        """
+        batch = self._ahead[0]
+        while not batch.done() and not stop.is_set():
+            wait([batch], timeout=0.1)
+        if not batch.done():
+            return None
+        self._ahead.popleft()
+        self._read_ahead()
+        return batch.result()
+
+    def _read_ahead(self) -> None:
+        while len(self._ahead) < 2 and (step := next(self._steps, None)) is not None:
+            self._ahead.append(self._pool.submit(self._read, step))
+
+    def _read(self, step: int) -> object:
+        """The batch, waiting for it if need be; None once the reader is closed."""
+        self._tell(step)
+        say_again = 0.0
+        while not self._closed.is_set():
+            try:
+                self._check()
+                return self.put(*read_batch(self.folder, self.spec, step))
+            except FileNotFoundError:
+                pass  # not made yet
+            except ValueError as error:
+                utils.warn(f"{error}; removed, to be made again")
+                for path in self.spec.files(self.folder, step):
+                    path.unlink(missing_ok=True)
+            if time.monotonic() >= say_again:
+                print(
+                    f"waiting for {self.spec.files(self.folder, step)[0]}; is "
+                    f"runtime_preprocessing.py running, and with an --epoch_end beyond it?"
+                )
+                say_again = time.monotonic() + self.sleep_time
+            self._tell(step)  # again: the file may have been lost
+            self._closed.wait(min(self.sleep_time, 1))
+        return None
+
+    def _check(self) -> None:
+        """Raises UserError if the buffer has become another one than when training began."""
+        spec = BatchSpec.read(self.folder)
+        if spec is None:
+            raise FileNotFoundError
+        for key in self.spec.differences(dataclasses.asdict(spec)):
+            if key not in ("epochs", "resized"):
+                raise UserError(
+                    f"{self.folder}: its batches are of other {key} than when this training began; "
+                    f"stop runtime_preprocessing.py, or start this training again"
+                )
+
+    def _tell(self, step: int) -> None:
+        """Says which batch is needed next; without room for that, it is said while waiting."""
+        try:
+            write_progress(self.folder, self.spec, step)
+        except OSError as error:
+            if not utils.is_no_room(error):
+                raise
+
+
+def read_batch(folder: Path, spec: BatchSpec, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """float16 [batch_size, 224, 224, 3] and int32 [batch_size].
+
+    Raises FileNotFoundError, and ValueError for anything else than such a batch.
+    """
+    x_path, y_path = spec.files(folder, step)
+    images = utils.load_array(x_path, np.float16, spec.shape)
+    labels = utils.load_array(y_path, np.int32, spec.shape[:1])
+    if labels.min() < 0 or labels.max() >= spec.classes:
+        raise ValueError(f"{y_path}: labels outside 0 … {spec.classes - 1}")
+    return images, labels
 
 
 # --- benchmark and preview ------------------------------------------------------------------
@@ -613,7 +798,7 @@ def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
         aside = utils.aside_name(folder / "benchmark")
         aside.mkdir()
         try:
-            buffer = Buffer(aside, recipe, 0, 1, recipe.batches)
+            buffer = Buffer(aside, recipe, recipe.spec.batches_per_epoch)
             make = functools.partial(make_and_remove, buffer)
             rates[threads] = measure(make, threads, recipe, seconds)
         finally:
@@ -635,27 +820,28 @@ def measure(make: Callable[[int], None], threads: int, recipe: Recipe, seconds: 
     def work(thread: int) -> float:
         number, count, start = thread, 0, time.perf_counter()
         while time.perf_counter() < start + seconds:
-            make(number % recipe.batches)
+            make(number % recipe.spec.batches_per_epoch)
             number, count = number + threads, count + 1
-        return count * recipe.batch_size / (time.perf_counter() - start)
+        return count * recipe.spec.batch_size / (time.perf_counter() - start)
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(make, (i % recipe.batches for i in range(threads))))  # warm up
+        list(pool.map(make, (i % recipe.spec.batches_per_epoch for i in range(threads))))  # warm up
         return sum(pool.map(work, range(threads)))
 
 
-def make_and_remove(buffer: Buffer, number: int) -> None:
+def make_and_remove(buffer: Buffer, step: int) -> None:
     """What training does to a batch, for measuring. Raises UserError without room."""
-    if not buffer.make(number):
+    if not buffer.make(step):
         raise UserError(f"{buffer.folder.parent}: no room for a batch of each thread")
-    for path in utils.batch_files(buffer.folder, buffer.position(number)):
+    for path in buffer.spec.files(buffer.folder, step):
         path.unlink(missing_ok=True)
 
 
-def draw_preview(recipe: Recipe, file: Path, position: Position, most: int = 32) -> None:
+def draw_preview(recipe: Recipe, file: Path, step: int, most: int = 32) -> None:
     """A contact sheet of a batch as the network will see it, with the names of the classes."""
-    x, y = recipe.make(position)
-    pixels = x[:most].astype(np.float32) * np.float32(recipe.sigma) + np.float32(recipe.mu)
+    x, y = recipe.make(step)
+    mu, sigma = np.float32(recipe.spec.mu), np.float32(recipe.spec.sigma)
+    pixels = x[:most].astype(np.float32) * sigma + mu
     pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
     gap, caption, columns = 12, 26, min(8, len(pixels))
     rows = -(-len(pixels) // columns)
@@ -664,7 +850,7 @@ def draw_preview(recipe: Recipe, file: Path, position: Position, most: int = 32)
     sheet = Image.new("RGB", (width, head + rows * (CROP + caption + gap)), "white")
     pen = ImageDraw.Draw(sheet)
     shown = f"first {len(pixels)} of {len(x)} pictures" if len(x) > most else f"{len(x)} pictures"
-    title = f"epoch {position[0]}, batch {position[1]}: {shown}, as the network sees them"
+    title = f"{recipe.spec.position(step)}: {shown}, as the network sees them"
     pen.text((gap, 10), title, "black", font)
     for i, (picture, label) in enumerate(zip(pixels, y, strict=False)):
         left = gap + i % columns * (CROP + gap)

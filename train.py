@@ -4,9 +4,9 @@
         --learning_rate=0.01
 
 saves a model after each epoch e to `saved_models/mytestrun/<e>/`: a TensorFlow SavedModel and, in
-the same folder, all that training needs to go on from there. `--resume` added to the same command
-goes on at the exact batch where training stopped, however it stopped. What the log lines say is
-also in `training_log.csv` and, for TensorBoard, in `events/`.
+its subfolder `training_state/`, what training needs besides the weights to continue from there.
+`--resume` added to the same command continues at the exact batch where training stopped, however it
+stopped. The log lines are also in `training_log.csv` and, for TensorBoard, in `events/`.
 """
 
 import argparse
@@ -17,15 +17,15 @@ import dataclasses
 import json
 import math
 import os
-import queue
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,57 +33,54 @@ from types import SimpleNamespace
 import numpy as np
 
 import utils
-from utils import CROP, Position, UserError, plural
+from runtime_preprocessing import (
+    BatchReader,
+    BatchSpec,
+    end_preprocessing,
+    take_buffer,
+    wait_for_buffer,
+    worker_of_workers,
+)
+from utils import CROP, REQUIRED, UserError, number, plural, whole
 
 with utils.quiet_tensorflow():
     import tensorflow as tf
 
     from batch_renorm import limits_at, momentum_at
-    from resnet50 import ResNet50
+    from resnet50 import ResNet50, export_model, read_weights, warn_of_other_classes
 
 
 def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
-    worker, workers = utils.worker()
-    strategy = open_devices(args.gpu, workers, args.deterministic)
-    precision = args.precision or ("mixed_float16" if on_gpu() else "float32")
+    strategy = open_devices(args)
     if args.synthetic:
-        with explained_failures(workers):
-            show_bound(args, config, strategy, precision)
+        with explained_failures():
+            measure_speed(Trainer(strategy, config, 1000, args))
         return
-    run = Run(utils.run_folder(config, args.run_folder), chief=worker == 0)
-    run.check_start(args)
-    if args.resume and run.is_done(args.epoch_end):
-        tell_the_end(config, args.epoch_end)
-        print(f"{run.folder} is trained to the end of epoch {args.epoch_end - 1} already")
+    run = Run(config.train.path_for_saving / args.run_folder, chief=worker_of_workers()[0] == 0)
+    run.claim(args)
+    if args.resume and run.is_trained_to(args.epoch_end):
+        end_preprocessing(take_buffer(config), args.epoch_end)
+        print(f"{run.folder} is already trained to the end of epoch {args.epoch_end - 1}")
         return
-    buffer = open_buffer(config, args.batch_size, worker, workers)
-    trainer = Trainer(strategy, config, buffer["classes"], precision, args)
-    facts = {key: buffer.get(key) for key in (*FACTS, "resized")}
-    position = restore(run, trainer, args, facts, buffer["class_names"])
-    batches = utils.batches_per_epoch(buffer["N"], args.batch_size, workers)
-    print(plan(buffer, batches, position, args, precision, strategy))
-    if run.chief:
-        print(disk_plan(run.folder, trainer, args.epoch_end - position[0]))
-    log = Log(run, position, batches, args)
-    saver = Saver(run, trainer, config, buffer["class_names"], facts)
-    if not args.resume:
-        saver.remove_rolling()  # of the training that this one goes on from at another point
-    reader = Reader(
-        config.train.buffer_folder,
-        batches,
-        position,
-        args.epoch_end,
-        lambda: check_buffer(config, args.batch_size, worker, workers, before=buffer),
-        config.train.sleep_time,
-        trainer.put,
-    )
-    with explained_failures(workers), stop_on_signals() as stop, reader:
-        train(trainer, reader, log, saver, position, batches, args, stop)
-    if stop.is_set():
-        sys.exit(128 + stop.signal)
-    reader.finish()
+    spec = wait_for_buffer(config, args.batch_size)
+    with explained_failures():
+        trainer = Trainer(strategy, config, spec.classes, args)
+        steps = range(restore(run, trainer, spec, args), spec.step(args.epoch_end))
+        trainer.check_agreement(steps.start)
+    saver = Saver(run, trainer, spec, config, args)
+    log = Log(run, trainer, spec, steps, args)
+    for line in plan(run, trainer, spec, steps, args):
+        print(line)
+    folder, sleep_time = config.train.buffer_folder, config.train.sleep_time
+    reader = BatchReader(folder, spec, steps, trainer.put, sleep_time)
+    with explained_failures(), stop_on_signals() as stop, log, reader:
+        finished = train(trainer, reader, saver, log, stop)
+    if not finished:
+        sys.exit(128 + stop.number)
+    # Only now: had training been killed before the last save, it would need these batches again.
+    end_preprocessing(folder, args.epoch_end)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
         f"in {run.folder}. Next: python3 check_accuracy.py --run_folder={args.run_folder} "
@@ -91,167 +88,341 @@ def main() -> None:
     )
 
 
-def train(trainer, reader, log, saver, position, batches, args, stop) -> None:
-    """The loop: from the batch at `position` to the end of the last epoch, or until `stop`."""
-    last_save = time.monotonic()
-    while position[0] < args.epoch_end and not stop.is_set():
-        epoch, batch = position
-        images_and_labels = reader.next(stop, before_waiting=log.settle)
-        if images_and_labels is not None:
-            step = epoch * batches + batch
-            rate = learning_rate(step, batches, args)
-            log.add(epoch, batch, rate, trainer.step(*images_and_labels, rate))
-            position = divmod(step + 1, batches)
-        log.show_if_due(reader, trainer)
-        if position[0] > epoch:
-            log.show(reader, trainer)
-            saver.save_epoch(epoch)
-            last_save = time.monotonic()
-        elif stop.is_set() or time.monotonic() - last_save > 60 * args.checkpoint_minutes:
-            log.show(reader, trainer)
-            saver.save_rolling(position)
-            last_save = time.monotonic()
-    if stop.is_set():
-        print(
-            f"stopped before epoch {position[0]}, batch {position[1]}; the same command with "
-            f"--resume goes on there"
+def train(
+    trainer: "Trainer", reader: BatchReader, saver: "Saver", log: "Log", stop: "Stop"
+) -> bool:
+    """Trains on one batch per step, to the last step or until `stop`. Returns whether it finished.
+
+    Steps are counted from 0 through all epochs. A step is sent to the device while the one before
+    is still at work there.
+    """
+    step = log.steps.start
+    while step < log.steps.stop and not log.should_stop(step, stop):
+        with log.waiting():
+            batch = reader.next(stop)
+        if batch is None:  # stopped while waiting
+            break
+        rate = learning_rate(step, trainer.args, reader.spec.batches_per_epoch)
+        log.add(step, rate, trainer.step(*batch, rate, stop))
+        step += 1
+        if step % reader.spec.batches_per_epoch == 0:
+            log.settle()
+            saver.save_epoch(step)
+            log.write()
+        elif saver.is_due():
+            log.settle()
+            saver.save_rolling(step)
+    if step == log.steps.stop:
+        return True
+    log.settle()
+    saver.save_rolling(step)  # first saved, then said: a terminal may hold up what is printed
+    log.write()
+    print(
+        f"stopped before {reader.spec.position(step)}; the same command with --resume continues "
+        f"there"
+    )
+    return False
+
+
+def learning_rate(step: int, args: argparse.Namespace, batches_per_epoch: int) -> float:
+    """The learning rate at a step, a pure function of the step and the command line.
+
+    Linear warm-up as in Goyal et al. 2017 (section 2.2); then constant, divided by 10 at each of
+    `lr_drop_epochs`, or half a cosine down to 0 at `epoch_end` (Loshchilov & Hutter 2017).
+    """
+    epoch = step / batches_per_epoch
+    if epoch < args.warmup_epochs:
+        return args.learning_rate * (step + 1) / (args.warmup_epochs * batches_per_epoch)
+    if args.lr_schedule == "step":
+        return args.learning_rate * 0.1 ** sum(epoch >= drop for drop in args.lr_drop_epochs)
+    if args.lr_schedule == "cosine":
+        done = (epoch - args.warmup_epochs) / (args.epoch_end - args.warmup_epochs)
+        return args.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return args.learning_rate
+
+
+# --- the training step ----------------------------------------------------------------------
+
+
+class SkippingSGD(tf.keras.optimizers.SGD):
+    """Keras's SGD, which can skip a step. The device decides: nothing waits for the host."""
+
+    usable: tf.Tensor | None = None
+    """bool scalar of the step at hand; None: always."""
+
+    def assign(self, variable: tf.Variable, value: tf.Tensor) -> None:
+        if self.usable is not None:
+            value = tf.where(self.usable, value, variable)
+        super().assign(variable, value)
+
+    def assign_add(self, variable: tf.Variable, value: tf.Tensor) -> None:
+        if self.usable is not None:
+            value = tf.where(self.usable, value, tf.zeros_like(value))
+        super().assign_add(variable, value)
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: list) -> list:
+        return grads_and_vars  # `Trainer` has summed them over the replicas already
+
+
+class Trainer:
+    """Network, optimizer and the step function, on the devices of a strategy."""
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        config: SimpleNamespace,
+        classes: int,
+        args: argparse.Namespace,
+    ):
+        self.strategy, self.config, self.classes, self.args = strategy, config, classes, args
+        self.replicas = strategy.num_replicas_in_sync
+        self.local_replicas = self.replicas // worker_of_workers()[1]
+        pieces = self.local_replicas * args.accumulation_steps
+        if args.batch_size % pieces:
+            raise UserError(
+                f"--batch_size={args.batch_size} cannot be shared evenly among "
+                f"{self.local_replicas} GPUs, in {args.accumulation_steps} pieces each"
+            )
+        self.compute_type = tf.as_dtype(args.precision.removeprefix("mixed_"))
+        tf.random.set_seed(config.train.seed)
+        with strategy.scope():
+            self.network = ResNet50(classes)
+            self.updates = _counter(tf.constant(0, tf.int64), "updates")
+            self.loss_scale = _counter(tf.constant(2.0**15), "loss_scale")
+            self.good_updates = _counter(tf.constant(0, tf.int64), "good_updates")
+            self.optimizer = SkippingSGD(momentum=config.train.sgd_momentum)
+            self.optimizer.build(self.network.trainable_variables)
+        self.state = tf.train.Checkpoint(
+            momentum=[slot.value for slot in self.optimizer.momentums],
+            updates=self.updates,
+            loss_scale=self.loss_scale,
+            good_updates=self.good_updates,
+        )
+        whole_step = args.jit_compile and self.replicas == 1
+        self._gradients = tf.function(
+            self._gradients, jit_compile=args.jit_compile and not whole_step
+        )
+        self._step = tf.function(self._step, jit_compile=whole_step)
+
+    def put(self, images: np.ndarray, labels: np.ndarray) -> tuple:
+        """A batch on the devices: each replica gets its share of the pictures."""
+        if self.replicas == 1:
+            return tf.constant(images), tf.constant(labels)
+        share = len(images) // self.local_replicas
+
+        def part(array: np.ndarray) -> object:
+            def of_replica(context: object) -> tf.Tensor:
+                local = context.replica_id_in_sync_group % self.local_replicas
+                with tf.device(self.strategy.extended.worker_devices[local]):
+                    return tf.constant(array[local * share : (local + 1) * share])
+
+            return self.strategy.experimental_distribute_values_from_function(of_replica)
+
+        return part(images), part(labels)
+
+    def step(
+        self, images: object, labels: object, rate: float, stop: "Stop | None" = None
+    ) -> tf.Tensor:
+        """Trains on a batch. Returns float32 [9]: METRICS, perhaps still under way."""
+        stopping = float(stop is not None and stop.is_set())
+        return self._step(images, labels, tf.constant(rate), tf.constant(stopping))
+
+    def _step(self, images, labels, rate, stopping):
+        if self.replicas == 1:
+            return self._replica_step(images, labels, rate, stopping)
+        values = self.strategy.run(self._replica_step, (images, labels, rate, stopping))
+        return self.strategy.reduce(tf.distribute.ReduceOp.MEAN, values, axis=None)
+
+    def _replica_step(self, images, labels, rate, stopping):
+        gradients, statistics, values = self._accumulate(images, labels)
+        if self.replicas > 1:
+            context = tf.distribute.get_replica_context()
+            gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, gradients)
+            statistics = context.all_reduce(tf.distribute.ReduceOp.MEAN, statistics)
+        if self.compute_type == tf.float16:
+            gradients = [gradient / self.loss_scale for gradient in gradients]
+        norm = tf.linalg.global_norm(gradients)
+        usable = self._adapt_loss_scale(tf.math.is_finite(norm))
+        self.optimizer.usable = usable
+        self.optimizer.learning_rate = rate
+        self.optimizer.apply(gradients, self.network.trainable_variables)
+        limits = limits_at(self.updates, self.config.batch_renorm)
+        self._update_averages(statistics)
+        self.updates.assign_add(1)
+        skipped = 0.0 if usable is None else 1 - tf.cast(usable, tf.float32)
+        return tf.stack([*tf.unstack(values), norm, *limits, skipped, self.loss_scale, stopping])
+
+    def _accumulate(self, images, labels):
+        """Gradients, statistics and values of a replica's pictures, as means over their pieces."""
+        pieces = self.args.accumulation_steps
+        if pieces == 1:
+            return self._gradients(images, labels)
+        images = tf.reshape(images, [pieces, -1, *images.shape[1:]])
+        labels = tf.reshape(labels, [pieces, -1])
+        zeros = (
+            [tf.zeros_like(variable) for variable in self.network.trainable_variables],
+            [[tf.zeros_like(norm.moving_mean)] * 2 for norm in self.network.norms],
+            tf.zeros([3]),
         )
 
+        def add(piece, sums):
+            parts = tf.nest.flatten(self._gradients(images[piece], labels[piece]))
+            return piece + 1, [s + part / pieces for s, part in zip(sums, parts, strict=True)]
 
-class Stop(threading.Event):
-    """Set by SIGINT or SIGTERM, whose number is in `signal`."""
+        _, means = tf.while_loop(lambda piece, _: piece < pieces, add, (0, tf.nest.flatten(zeros)))
+        return tf.nest.pack_sequence_as(zeros, means)
 
-    signal = 0
+    def _gradients(self, images, labels):
+        """One forward and one backward pass: gradients of the (scaled) loss, batch statistics of
+        every normalisation, and float32 [3]: loss, loss without L2, share classified right.
+        """
+        limits = limits_at(self.updates, self.config.batch_renorm)
+        smoothing = self.args.label_smoothing
+        with tf.GradientTape() as tape:
+            logits = self.network(tf.cast(images, self.compute_type), limits)
+            targets = tf.one_hot(labels, self.classes) * (1 - smoothing) + smoothing / self.classes
+            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+            penalty = self.config.l2.l2_penalty * tf.add_n(
+                [tf.nn.l2_loss(kernel) for kernel in self.network.kernels]
+            )
+            total = loss + penalty
+            scaled = total * self.loss_scale if self.compute_type == tf.float16 else total
+        gradients = tape.gradient(scaled, self.network.trainable_variables)
+        statistics = [(norm.batch_mean, norm.batch_std) for norm in self.network.norms]
+        right = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
+        return (
+            gradients,
+            statistics,
+            tf.stack([total, loss, tf.reduce_mean(tf.cast(right, tf.float32))]),
+        )
 
+    def _adapt_loss_scale(self, finite: tf.Tensor) -> tf.Tensor | None:
+        """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): half after an overflow,
+        whose step is skipped, double after 2,000 steps without one. Returns whether to take the
+        step; None in other types, whose losses need no scale.
+        """
+        if self.compute_type != tf.float16:
+            return None
+        good = tf.where(finite, self.good_updates + 1, 0)
+        grown = tf.where(good >= 2000, self.loss_scale * 2, self.loss_scale)
+        scale = tf.where(finite, tf.minimum(grown, 2.0**24), tf.maximum(self.loss_scale / 2, 1))
+        self.loss_scale.assign(scale)
+        self.good_updates.assign(tf.where(good >= 2000, tf.zeros_like(good), good))
+        return finite
 
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Turns Ctrl-C and SIGTERM into an event. A second one ends the process at once."""
-    stop = Stop()
+    def _update_averages(self, statistics: list[tuple[tf.Tensor, tf.Tensor]]) -> None:
+        """Every replica's copy moves by the same, so nothing needs to be sent between them."""
+        momentum = momentum_at(self.updates, self.config.batch_renorm.moving_avgs_momentum)
 
-    def handle(number: int, _frame: object) -> None:
-        stop.signal = number
-        stop.set()
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        def update(strategy, statistics, momentum):
+            for norm, means in zip(self.network.norms, statistics, strict=True):
+                for average, mean in zip((norm.moving_mean, norm.moving_std), means, strict=True):
+                    strategy.extended.update(average, _move, args=(mean, momentum), group=False)
 
-    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        context = tf.distribute.get_replica_context()
+        context.merge_call(update, args=(statistics, momentum))
 
+    def weights_are_finite(self) -> bool:
+        weights = [*self.network.variables, *self.optimizer.variables]
+        return all(bool(tf.reduce_all(tf.math.is_finite(tf.cast(w, tf.float32)))) for w in weights)
 
-@contextlib.contextmanager
-def explained_failures(workers: int) -> Iterator[None]:
-    """Turns what TensorFlow raises when the hardware fails or is too small into UserError."""
-    try:
-        yield
-    except tf.errors.ResourceExhaustedError:
-        raise UserError(
-            "not enough memory on the device; take a smaller --batch_size, or "
-            "--precision=mixed_float16"
-        ) from None
-    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError):
+    def check_agreement(self, step: int) -> None:
+        """Raises UserError unless all machines begin at the same step with the same weights."""
+        worker, workers = worker_of_workers()
         if workers == 1:
-            raise
-        raise UserError(
-            "another machine of TF_CONFIG stopped answering; start all of them again with --resume"
-        ) from None
+            return
+        checksum = zlib.crc32(b"".join(w.numpy().tobytes() for w in self.network.variables))
+        own = [0] * (2 * workers)
+        own[2 * worker : 2 * worker + 2] = step, checksum
+
+        def exchange():
+            # Each machine's numbers come from its first replica.
+            context = tf.distribute.get_replica_context()
+            first = context.replica_id_in_sync_group % self.local_replicas == 0
+            mine = tf.constant(own if first else [0] * len(own), tf.int64)
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
+
+        everywhere = self.strategy.run(tf.function(exchange))
+        numbers = self.strategy.experimental_local_results(everywhere)[0].numpy().reshape(-1, 2)
+        for other, (its_step, its_checksum) in enumerate(numbers.tolist()):
+            if (its_step, its_checksum) != (step, checksum):
+                what = f"at step {its_step}" if its_step != step else "with other weights"
+                raise UserError(
+                    f"worker {other} of TF_CONFIG would begin {what}, worker {worker} at step "
+                    f"{step}; give all machines the same [train] path_for_saving (a shared "
+                    f"folder), the same --epoch_start or --resume, and the same seed"
+                )
 
 
-def parse_arguments():
+def _counter(initial: tf.Tensor, name: str) -> tf.Variable:
+    """A scalar that is not trained and has one value for all replicas."""
+    return tf.Variable(
+        initial, trainable=False, name=name, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
+    )
+
+
+def _move(average: tf.Variable, value: tf.Tensor, momentum: tf.Tensor) -> None:
+    average.assign(momentum * average + (1 - momentum) * value)
+
+
+METRICS = (
+    "loss", "loss_without_l2", "top1", "gradient_norm", "r_max", "d_max", "skipped_steps",
+    "loss_scale", "stopping",
+)  # fmt: skip
+"""What a step returns: float32 each, means over the replicas."""
+
+
+def measure_speed(trainer: Trainer, seconds: float = 20.0) -> None:
+    """Trains on random batches and prints images per second: what the hardware can do."""
+    size, generator = trainer.args.batch_size, np.random.default_rng(0)
+    images = generator.standard_normal((size, CROP, CROP, 3), np.float32).astype(np.float16)
+    batch = trainer.put(images, generator.integers(0, 1000, size).astype(np.int32))
+    print(
+        f"random batches of {size}, {trainer.args.precision}; nothing is saved. Preparing the "
+        f"step, then measuring for {seconds:.0f} s"
+    )
+    for _ in range(2):
+        trainer.step(*batch, 0.0).numpy()  # builds the step
+    under_way, count, start = deque(), 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        under_way.append(trainer.step(*batch, 0.0))
+        if len(under_way) > 1:  # as training does, wait for the step before last
+            under_way.popleft().numpy()
+            count += 1
+    rate = count * size / (time.perf_counter() - start)
+    print(f"this hardware trains {rate:,.1f} images/s with batches of {size}")
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = utils.Parser(
         "Trains a ResNet-50 with batch renormalization from the buffer's batches.",
         "train.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30 \\\n"
         "    --batch_size=64 --learning_rate=0.01",
     )
-    add = parser.add_argument
-    add(
-        "--run_folder",
-        required=True,
-        metavar="NAME",
-        help="name of this run, and of its folder",
-    )
+    add = parser.add
+    parser.add_run()
     parser.add_epochs()
-    add(
-        "--batch_size",
-        type=utils.whole(1),
-        required=True,
-        metavar="B",
-        help="pictures a batch, shared among the GPUs",
-    )
-    add(
-        "--learning_rate",
-        type=utils.number(0),
-        required=True,
-        metavar="R",
-        help="learning rate at its highest",
-    )
-    add(
-        "--lr_schedule",
-        choices=("constant", "step", "cosine"),
-        default="constant",
-        metavar="NAME",
-        help="how the rate falls: constant, step or cosine (default: constant)",
-    )
-    add(
-        "--lr_drop_epochs",
-        type=epoch_list,
-        default=(),
-        metavar="E,E",
-        help="where --lr_schedule=step divides it by 10: 30,60,80",
-    )
-    add(
-        "--warmup_epochs",
-        type=utils.number(0),
-        default=0,
-        metavar="E",
-        help="epochs in which the rate rises from 0 (default: 0)",
-    )
-    add(
-        "--label_smoothing",
-        type=utils.number(0, 0.99),
-        default=0.0,
-        metavar="P",
-        help="share of the target for all classes (default: 0)",
-    )
-    add("--resume", action="store_true", help="go on where the run stopped")
-    add(
-        "--checkpoint_minutes",
-        type=utils.number(0),
-        default=10,
-        metavar="M",
-        help="minutes between two saved states (default: 10)",
-    )
-    add(
-        "--log_seconds",
-        type=utils.number(0),
-        default=30,
-        metavar="S",
-        help="seconds between two log lines (default: 30)",
-    )
-    add(
-        "--precision",
-        choices=("float32", "mixed_float16", "mixed_bfloat16"),
-        metavar="NAME",
-        help="float32, mixed_float16 (default on a GPU) or mixed_bfloat16",
-    )
-    add("--jit_compile", action="store_true", help="compile the step with XLA")
-    add(
-        "--gpu",
-        type=utils.gpu_list,
-        metavar="I,I",
-        help="GPUs to train on (default: 0, or the CPU if there is none)",
-    )
-    add("--deterministic", action="store_true", help="same result each time, slower")
-    add(
-        "--synthetic",
-        action="store_true",
-        help="measure the speed on random batches and exit",
-    )
-    add("--verbose", action="store_true", help="show TensorFlow's own messages")  # fmt: skip
+    add("--batch_size", whole(1), "pictures per batch, shared among the GPUs", REQUIRED)
+    add("--learning_rate", number(0), "learning rate at its highest", REQUIRED)
+    add("--lr_schedule", SCHEDULES, "constant (default), step or cosine", "constant")
+    add("--lr_drop_epochs", epoch_list, "where step divides the rate by 10, such as 30,60,80", ())
+    add("--warmup_epochs", number(0), "epochs in which the rate rises from 0 (default: 0)", 0.0)
+    add("--label_smoothing", number(0, 0.99), "share of the target for all classes", 0.0)
+    add("--accumulation_steps", whole(1), "pieces that a batch is taken in, to save memory", 1)
+    add("--init_from", Path, "saved model whose weights a new run begins with")
+    add("--resume", None, "continue where the run stopped")
+    add("--checkpoint_minutes", number(0), "minutes between two saved states (default: 10)", 10.0)
+    add("--keep_last", whole(1), "newest epochs to keep, with the best (default: all)")
+    add("--log_seconds", number(0), "seconds between two log lines (default: 30)", 30.0)
+    add("--precision", PRECISIONS, "float32, mixed_float16 (on a GPU) or mixed_bfloat16")
+    add("--jit_compile", None, "compile the step with XLA")
+    add("--gpu", utils.gpu_list, "GPUs to train on, such as 0,1 (default: 0, else the CPU)")
+    add("--deterministic", None, "same result each time, slower")
+    add("--synthetic", None, "measure the speed on random batches and exit")
+    add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
     args = parser.parse()
     if args.lr_schedule == "step" and not args.lr_drop_epochs:
         raise UserError("--lr_schedule=step needs --lr_drop_epochs, such as 30,60,80")
@@ -261,75 +432,104 @@ def parse_arguments():
         raise UserError(
             f"--warmup_epochs={args.warmup_epochs:g} must be less than --epoch_end={args.epoch_end}"
         )
+    if args.init_from and args.epoch_start:
+        raise UserError("--init_from begins a new run; it goes with --epoch_start=0")
     return args
+
+
+SCHEDULES = ("constant", "step", "cosine")
+PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
+RECIPE = (
+    "learning_rate", "lr_schedule", "lr_drop_epochs", "warmup_epochs", "epoch_end",
+    "label_smoothing", "accumulation_steps", "precision",
+)  # fmt: skip
+"""Flags that shape the result; a state and a model remember them."""
+
+
+def recipe_of(args: argparse.Namespace) -> dict[str, object]:
+    return {name: getattr(args, name) for name in RECIPE}
 
 
 def epoch_list(text: str) -> tuple[int, ...]:
     """Argument type: rising epochs, "20,40,70"."""
-    epochs = tuple(utils.whole(1)(part) for part in text.split(","))
+    epochs = tuple(whole(1)(part) for part in text.split(","))
     if list(epochs) != sorted(set(epochs)):
         raise argparse.ArgumentTypeError(f"expected rising epochs, not {text!r}")
     return epochs
 
 
-def learning_rate(step: int, batches: int, args) -> float:
-    """The learning rate at a step counted from epoch 0, with so many batches an epoch.
-
-    Linear warm-up as in Goyal et al. 2017 (section 2.2); then constant, divided by 10 at each of
-    `lr_drop_epochs`, or half a cosine down to 0 at `epoch_end` (Loshchilov & Hutter 2017).
-    """
-    epoch = step / batches
-    if epoch < args.warmup_epochs:
-        return args.learning_rate * (step + 1) / (args.warmup_epochs * batches)
-    if args.lr_schedule == "step":
-        return args.learning_rate * 0.1 ** sum(epoch >= drop for drop in args.lr_drop_epochs)
-    if args.lr_schedule == "cosine":
-        done = (epoch - args.warmup_epochs) / (args.epoch_end - args.warmup_epochs)
-        return args.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return args.learning_rate
-
-
-def plan(buffer: dict, batches: int, position: Position, args, precision: str, strategy) -> str:
-    """What is going to happen, in one line."""
-    steps = args.epoch_end * batches - position[0] * batches - position[1]
-    replicas = strategy.num_replicas_in_sync
-    devices = f"{replicas} replicas" if replicas > 1 else "the GPU" if on_gpu() else "the CPU"
-    where = f"epoch {position[0]}, batch {position[1]}"
-    return (
-        f"{plural(buffer['classes'], 'class')}, {plural(buffer['N'], 'training picture')}; from "
-        f"{where} to the end of epoch {args.epoch_end - 1}: {plural(steps, 'step')} of "
-        f"{plural(args.batch_size, 'picture')}, {batches:,} an epoch, {precision} on {devices}"
+def plan(
+    run: "Run", trainer: Trainer, spec: BatchSpec, steps: range, args: argparse.Namespace
+) -> Iterator[str]:
+    """What is going to happen, line by line. Warns of what is hardly meant."""
+    devices = "the GPU" if on_gpu() else "the CPU"
+    if trainer.replicas > 1:
+        devices = f"{trainer.replicas} replicas"
+    per_epoch = spec.batches_per_epoch
+    yield (
+        f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}; from "
+        f"{spec.position(steps.start)} to the end of epoch {args.epoch_end - 1}: "
+        f"{plural(len(steps), 'step')} of {plural(args.batch_size, 'picture')}, {per_epoch:,} per "
+        f"epoch, {trainer.args.precision} on {devices}"
     )
+    left_out = spec.N // spec.workers % args.batch_size
+    if left_out > 0.03 * spec.N:
+        utils.warn(
+            f"each epoch leaves out {plural(left_out, 'picture')} of {spec.N}, which do not fill a "
+            f"batch; a smaller --batch_size leaves out fewer"
+        )
+    yield from renorm_plan(trainer.config.batch_renorm, per_epoch, args)
+    if run.chief:
+        yield disk_plan(run.folder, trainer, args.epoch_end - steps.start // per_epoch)
 
 
-def disk_plan(folder: Path, trainer: "Trainer", epochs: int) -> str:
+def renorm_plan(
+    settings: SimpleNamespace, per_epoch: int, args: argparse.Namespace
+) -> Iterator[str]:
+    """In which epochs the limits of batch renormalization are relaxed."""
+    last = args.epoch_end * per_epoch - 1
+    if min(settings.start_relaxing_rmax, settings.start_relaxing_dmax) > last:
+        utils.warn(
+            f"[batch_renorm] start_relaxing_rmax and start_relaxing_dmax are after the last step, "
+            f"{last}: this run is plain batch normalization"
+        )
+        return
+    epochs = [
+        f"{name} to {getattr(settings, f'{key}_max'):g} in epochs "
+        f"{getattr(settings, f'start_relaxing_{key}') / per_epoch:.1f} to "
+        f"{getattr(settings, f'reach_{key}_max') / per_epoch:.1f}"
+        for name, key in (("r_max", "rmax"), ("d_max", "dmax"))
+    ]
+    yield f"batch renormalization relaxes {', '.join(epochs)}"
+
+
+def disk_plan(folder: Path, trainer: Trainer, epochs: int) -> str:
     """How much disk the models will take, in one line."""
-    network = trainer.network
-    # float32, in the SavedModel and in the training state, which holds momentum besides.
-    kept = 2 * network.variables + network.trainable_variables
+    kept = trainer.network.variables + trainer.network.trainable_variables  # these with momentum
     each = sum(4 * variable.shape.num_elements() for variable in kept)
-    there = shutil.disk_usage(folder).free
-    short = "" if epochs * each <= there else "; make room in time, or take another path_for_saving"
+    if trainer.args.keep_last:
+        epochs = min(epochs, trainer.args.keep_last + 2)  # the best one, and one being written
+    free = shutil.disk_usage(folder).free
+    short = "" if epochs * each <= free else "; make room in time, or use another path_for_saving"
     return (
-        f"a model of {utils.file_size(each)} an epoch goes to {folder}: "
-        f"{utils.file_size(epochs * each)} of the {utils.file_size(there)} there{short}"
+        f"models go to {folder}: {utils.file_size(each)} each, {utils.file_size(epochs * each)} in "
+        f"all, {utils.file_size(free)} free{short}"
     )
 
 
-# --- devices --------------------------------------------------------------------------------
+# --- devices and signals --------------------------------------------------------------------
 
 
-def open_devices(
-    gpus: list[int] | None, workers: int, deterministic: bool
-) -> tf.distribute.Strategy:
+def open_devices(args: argparse.Namespace) -> tf.distribute.Strategy:
     """The strategy for the GPUs asked for and, with several workers, for all machines.
 
     Raises UserError for a GPU that is not there.
     """
-    if deterministic:
+    if args.deterministic:
         tf.config.experimental.enable_op_determinism()
-    chosen = utils.choose_gpus(gpus if gpus is not None else [0], required=gpus is not None)
-    if workers > 1:
+    chosen = utils.choose_gpus(args.gpu or [0], required=args.gpu is not None)
+    args.precision = args.precision or ("mixed_float16" if chosen else "float32")
+    if worker_of_workers()[1] > 1:
         return tf.distribute.MultiWorkerMirroredStrategy()
     if len(chosen) > 1:
         return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(len(chosen))])
@@ -340,689 +540,510 @@ def on_gpu() -> bool:
     return bool(tf.config.get_visible_devices("GPU"))
 
 
-# --- the training step ----------------------------------------------------------------------
+class Stop(threading.Event):
+    """Set by a signal, whose number is in `number`."""
+
+    number: int = signal.SIGTERM
 
 
-class Trainer:
-    """Network, optimizer and the step function, on the devices of a strategy."""
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Turns Ctrl-C, SIGTERM and SIGHUP into an event. A second one ends the process at once."""
+    stop, before = Stop(), {}
 
-    def __init__(self, strategy, config: SimpleNamespace, classes: int, precision: str, args):
-        self.strategy, self.config = strategy, config
-        self.local_replicas = strategy.num_replicas_in_sync // utils.worker()[1]
-        if args.batch_size % self.local_replicas:
-            raise UserError(
-                f"--batch_size={args.batch_size} cannot be shared evenly among "
-                f"{self.local_replicas} GPUs"
-            )
-        self.compute_type = tf.as_dtype(precision.removeprefix("mixed_"))
-        self.classes, self.smoothing = classes, args.label_smoothing
-        tf.random.set_seed(config.train.seed)
-        with strategy.scope():
-            self.network = ResNet50(classes)
-            self.updates = tf.Variable(
-                0,
-                dtype=tf.int64,
-                trainable=False,
-                name="updates",
-                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-            )
-            self.optimizer = tf.keras.optimizers.SGD(momentum=config.train.sgd_momentum)
-            self.rate_variable = self.optimizer
-            if self.compute_type == tf.float16:
-                self.optimizer = tf.keras.optimizers.LossScaleOptimizer(self.optimizer)
-            self.optimizer.build(self.network.trainable_variables)
-        self.checkpoint = tf.train.Checkpoint(
-            network=self.network, optimizer=self.optimizer, updates=self.updates
-        )
-        self._gradients = tf.function(self._gradients, jit_compile=args.jit_compile or None)
+    def handle(number: int, _frame: object) -> None:
+        stop.number = number
+        stop.set()
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
 
-    def put(self, images: np.ndarray, labels: np.ndarray) -> tuple:
-        """A batch on the devices: each replica gets its share of the pictures."""
-        if self.strategy.num_replicas_in_sync == 1:
-            return tf.constant(images), tf.constant(labels)
-        share = len(images) // self.local_replicas
-
-        def part(array):
-            def of_replica(context):
-                first = context.replica_id_in_sync_group % self.local_replicas * share
-                return tf.constant(array[first : first + share])
-
-            return self.strategy.experimental_distribute_values_from_function(of_replica)
-
-        return part(images), part(labels)
-
-    def step(self, images, labels, rate: float) -> tf.Tensor:
-        """Trains on a batch. Returns float32 [3]: loss, loss without L2, share classified right."""
-        self.rate_variable.learning_rate = rate
-        return self._step(images, labels)
-
-    @tf.function
-    def _step(self, images, labels):
-        values = self.strategy.run(self._replica_step, (images, labels))
-        return self.strategy.reduce(tf.distribute.ReduceOp.MEAN, values, axis=None)
-
-    def _replica_step(self, images, labels):
-        gradients, statistics, values = self._gradients(images, labels)
-        if self.strategy.num_replicas_in_sync > 1:
-            gradients, statistics = self._across_replicas(gradients, statistics)
-        self.optimizer.apply(gradients, self.network.trainable_variables)
-        momentum = momentum_at(self.updates, self.config.batch_renorm.moving_avgs_momentum)
-        for norm, (mean, std) in zip(self.network.norms, statistics, strict=True):
-            norm.update(mean, std, momentum)
-        self.updates.assign_add(1)
-        return values
-
-    def _across_replicas(self, gradients, statistics):
-        """Statistics become the mean over all replicas. Gradients are summed by the optimizer."""
-        reduce = tf.distribute.get_replica_context().all_reduce
-        statistics = reduce(tf.distribute.ReduceOp.MEAN, statistics)
-        if self.compute_type == tf.float16:
-            # The optimizer looks for overflows in one replica's gradients, or in each one's own;
-            # so that all skip the step together, an overflow anywhere has to show everywhere.
-            local = tf.add_n([tf.reduce_sum(gradient) for gradient in gradients])
-            poison = 0 * reduce(tf.distribute.ReduceOp.SUM, local)
-            gradients = [gradients[0] + poison, *gradients[1:]]
-        return gradients, statistics
-
-    def _gradients(self, images, labels):
-        """One forward and one backward pass over a replica's pictures."""
-        limits = limits_at(self.updates, self.config.batch_renorm)
-        with tf.GradientTape() as tape:
-            logits = self.network(tf.cast(images, self.compute_type), limits)
-            targets = tf.one_hot(labels, self.classes) * (1 - self.smoothing)
-            targets += self.smoothing / self.classes
-            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
-            penalty = self.config.l2.l2_penalty * tf.add_n(
-                [tf.nn.l2_loss(kernel) for kernel in self.network.kernels]
-            )
-            share = (loss + penalty) / self.strategy.num_replicas_in_sync
-            scaled = self.optimizer.scale_loss(share)
-        gradients = tape.gradient(scaled, self.network.trainable_variables)
-        statistics = [(norm.batch_mean, norm.batch_std) for norm in self.network.norms]
-        right = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
-        values = [loss + penalty, loss, tf.reduce_mean(tf.cast(right, tf.float32))]
-        return gradients, statistics, tf.stack(values)
-
-    def limits(self) -> dict[str, float]:
-        """r_max and d_max at present."""
-        limits = limits_at(self.updates, self.config.batch_renorm)
-        return {name: float(limit) for name, limit in limits._asdict().items()}
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN:  # nohup
+            before[each] = signal.signal(each, handle)
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
-class Classifier(tf.Module):
-    """What a SavedModel holds: uint8 crops to probabilities, normalisation inside."""
-
-    def __init__(self, network: ResNet50, config: SimpleNamespace, class_names: Path):
-        super().__init__()
-        self.network = network
-        self.mu, self.sigma = (np.float32(values) for values in utils.mu_sigma(config))
-        self.class_names = tf.saved_model.Asset(str(class_names))
-
-    @tf.function(input_signature=[tf.TensorSpec([None, CROP, CROP, 3], tf.uint8, "images")])
-    def classify(self, images):
-        """images: uint8 [n, 224, 224, 3], RGB. Returns float32 [n, classes] probabilities."""
-        x = (tf.cast(images, tf.float32) / 255 - self.mu) / self.sigma
-        return {"probabilities": tf.nn.softmax(self.network(x))}
-
-
-# --- the buffer's batches -------------------------------------------------------------------
-
-
-def take_buffer(config: SimpleNamespace) -> Path:
-    """The buffer's folder, this process's own from here on. Raises UserError if another has it."""
-    folder = utils.make_folder(config.train.buffer_folder)
-    utils.lock(folder / ".trainer.lock", f"{folder}: another train.py takes batches from here")
-    return folder
-
-
-def open_buffer(config: SimpleNamespace, batch_size: int, worker: int, workers: int) -> dict:
-    """Takes the buffer for this process and returns its buffer.json, waiting for it if need be.
-
-    Raises UserError if another training uses the buffer, or if it does not fit this one.
-    """
-    folder = take_buffer(config)
-    waiting = False
-    while (buffer := check_buffer(config, batch_size, worker, workers)) is None:
-        if not waiting:
-            print(
-                f"no batches in {folder} yet; waiting for runtime_preprocessing.py, to be started "
-                f"with the same epochs, --batch_size and --config"
-            )
-        waiting = True
-        time.sleep(min(config.train.sleep_time, 5))
-    return buffer
-
-
-def check_buffer(
-    config: SimpleNamespace,
-    batch_size: int,
-    worker: int,
-    workers: int,
-    before: dict | None = None,
-) -> dict | None:
-    """The content of buffer.json, None if there is none.
-
-    Raises UserError if it does not fit this training, or has become another one than `before`.
-    """
-    folder = config.train.buffer_folder
-    buffer = utils.read_json(folder / "buffer.json")
-    if buffer is None:
-        return None
-    mu, sigma = utils.mu_sigma(config)
-    ours = {
-        "format": utils.BUFFER_FORMAT,
-        "batch_size": batch_size,
-        "seed": config.train.seed,
-        "N": config.train.N or buffer.get("N"),
-        "mu": mu,
-        "sigma": sigma,
-        "worker": worker,
-        "workers": workers,
-    }
-    for key, value in ours.items():
-        if buffer.get(key) != value:
-            raise UserError(
-                f"{folder}: its batches were made with {key} = {buffer.get(key)}, this training "
-                f"has {key} = {value}; start both scripts with the same"
-            )
-    for key in (*FACTS, "class_names"):
-        if before and buffer.get(key) != before[key]:
-            raise UserError(
-                f"{folder}: its batches are of other {key} than when this training began; stop "
-                f"runtime_preprocessing.py, or start this training again"
-            )
-    return buffer
-
-
-def tell_the_end(config: SimpleNamespace, epoch_end: int) -> None:
-    """Ends a runtime_preprocessing.py that still waits for a training which is over."""
-    folder = take_buffer(config)
-    if (folder / "buffer.json").exists():
-        utils.write_progress(folder, (epoch_end, 0))
-
-
-class Reader:
-    """Loads batch after batch in a thread of its own, up to two ahead of training.
-
-    A context manager; `next` returns the batches in order.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        batches: int,
-        position: Position,
-        epoch_end: int,
-        check: Callable[[], object],
-        sleep_time: float,
-        put: Callable,
-    ):
-        self.folder, self.batches, self.position = folder, batches, position
-        self.epoch_end, self.check, self.sleep_time, self.put = epoch_end, check, sleep_time, put
-        self.waited = 0.0
-        self._ahead = queue.Queue(maxsize=1)
-        self._closed = threading.Event()
-        self._pool = ThreadPoolExecutor(1)
-
-    def __enter__(self):
-        self._tell()
-        self._reading = self._pool.submit(self._read_all)
-        return self
-
-    def __exit__(self, *_):
-        self._closed.set()
-        self._pool.shutdown()
-
-    def next(self, stop: threading.Event, before_waiting: Callable[[], None]):
-        """Images and labels as `put` gave them, or None when `stop` was set while waiting.
-
-        `before_waiting` lets the step before finish, so that `waited` counts only seconds in which
-        nothing was left to train on. Raises UserError.
-        """
-        item = self._take(0)
-        if item is None:
-            before_waiting()
-            start = time.perf_counter()
-            while item is None and not stop.is_set():
-                if self._reading.done():
-                    self._reading.result()  # raises what the thread raised
-                item = self._take(0.1)
-            self.waited += time.perf_counter() - start
-        return item
-
-    def finish(self) -> None:
-        """Says that training has passed the last epoch, which ends runtime_preprocessing.py.
-
-        Said only once the last model is saved: a training killed before that needs batches again.
-        """
-        utils.write_progress(self.folder, (self.epoch_end, 0))
-
-    def _take(self, timeout: float):
-        try:
-            return self._ahead.get(timeout > 0, timeout)
-        except queue.Empty:
-            return None
-
-    def _read_all(self) -> None:
-        while self.position[0] < self.epoch_end:
-            arrays = self._load()
-            if arrays is None:
-                return
-            epoch, batch = self.position
-            self.position = divmod(epoch * self.batches + batch + 1, self.batches)
-            if self.position[0] < self.epoch_end:
-                self._tell()
-            item = self.put(*arrays)
-            while not self._closed.is_set():
-                try:
-                    self._ahead.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-
-    def _tell(self) -> None:
-        """Says which batch is needed next; without room for that, it is said while waiting."""
-        try:
-            utils.write_progress(self.folder, self.position)
-        except OSError as error:
-            if not utils.is_no_room(error):
-                raise
-
-    def _load(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The batch at `position`, waiting for it if need be. None once the reader is closed."""
-        paths = utils.batch_files(self.folder, self.position)
-        say_again = 0.0
-        while not self._closed.is_set():
-            try:
-                if buffer := self.check():
-                    return load_batch(*paths, buffer)
-            except FileNotFoundError:
-                pass  # not made yet
-            except ValueError as error:
-                utils.warn(f"{error}; removed, to be made again")
-                for path in paths:
-                    path.unlink(missing_ok=True)
-            if time.monotonic() >= say_again:
-                print(
-                    f"waiting for {paths[0]}; is runtime_preprocessing.py running, and with an "
-                    f"--epoch_end beyond it?"
-                )
-                say_again = time.monotonic() + self.sleep_time
-            self._tell()  # again: the file may have been lost
-            self._closed.wait(min(self.sleep_time, 1))
-        return None
-
-
-def load_batch(x_path: Path, y_path: Path, buffer: dict) -> tuple[np.ndarray, np.ndarray]:
-    """float16 [batch_size, 224, 224, 3] and int32 [batch_size].
-
-    Raises FileNotFoundError, and ValueError for anything else than such a batch.
-    """
-    size, classes = buffer["batch_size"], buffer["classes"]
-    images = utils.load_array(x_path, np.float16, (size, CROP, CROP, 3))
-    labels = utils.load_array(y_path, np.int32, (size,))
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"{y_path}: labels outside 0 … {classes - 1}")
-    return images, labels
-
-
-def show_bound(args, config, strategy, precision: str, seconds: float = 20.0) -> None:
-    """Trains on random batches and prints images per second: what the hardware can do."""
-    trainer = Trainer(strategy, config, 1000, precision, args)
-    generator = np.random.default_rng(0)
-    images = generator.standard_normal((args.batch_size, CROP, CROP, 3), np.float32)
-    labels = generator.integers(0, 1000, args.batch_size).astype(np.int32)
-    batch = trainer.put(images.astype(np.float16), labels)
-    print(
-        f"random batches of {args.batch_size}, {precision}; nothing is saved. Preparing the step, "
-        f"then measuring for {seconds:.0f} s"
-    )
-    for _ in range(2):
-        trainer.step(*batch, 0.0).numpy()  # builds the step
-    batches, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        trainer.step(*batch, 0.0).numpy()
-        batches += 1
-    rate = batches * args.batch_size / (time.perf_counter() - start)
-    print(f"this hardware trains {rate:,.1f} images/s with batches of {args.batch_size}")
+@contextlib.contextmanager
+def explained_failures() -> Iterator[None]:
+    """Turns what TensorFlow raises when the hardware fails or is too small into UserError."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError:
+        raise UserError(
+            "not enough memory on the device; take a larger --accumulation_steps, a smaller "
+            "--batch_size, or --precision=mixed_float16"
+        ) from None
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError):
+        if worker_of_workers()[1] == 1:
+            raise
+        raise UserError(
+            "another machine of TF_CONFIG stopped answering; see what it says, and start all of "
+            "them again with --resume"
+        ) from None
 
 
 # --- the run's folder -----------------------------------------------------------------------
 
+STATE = "training_state"
+"""Subfolder of a model: what training needs besides the weights. It may be deleted."""
+
+FACTS = ("classes", "batch_size", "seed", "N", "pictures", "workers", "mu", "sigma")
+"""Fields of BatchSpec that a state within an epoch fits to. One between epochs: only the first."""
+
 
 @dataclasses.dataclass
 class Run:
-    """`path_for_saving/<run_folder>`: epochs, the rolling state, the log."""
+    """`path_for_saving/<run_folder>`: models by epoch, the rolling state, the log."""
 
     folder: Path
     chief: bool
     """Only one of several machines writes."""
 
+    def _names(self) -> list[str]:
+        return os.listdir(self.folder) if self.folder.is_dir() else []
+
     def epochs(self) -> list[int]:
         """Epochs that have a model."""
-        names = os.listdir(self.folder) if self.folder.is_dir() else []
-        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
+        return sorted(int(name) for name in self._names() if re.fullmatch(r"0|[1-9]\d*", name))
 
-    def rolling(self) -> list[tuple[Position, Path]]:
-        """States saved within epochs, oldest first."""
-        names = os.listdir(self.folder) if self.folder.is_dir() else []
-        found = [(re.fullmatch(r"state_(\d+)_(\d+)", name), name) for name in names]
-        return sorted(
-            ((int(match[1]), int(match[2])), self.folder / name) for match, name in found if match
-        )
+    def rolling(self) -> list[tuple[int, int, Path]]:
+        """Epoch, batch and folder of the states saved within epochs, oldest first."""
+        found = [re.fullmatch(r"state_(\d+)_(\d+)", name) for name in self._names()]
+        return sorted((int(m[1]), int(m[2]), self.folder / m[0]) for m in found if m)
 
-    def remove_if_empty(self) -> None:
+    def is_trained_to(self, epoch_end: int) -> bool:
+        """Whether the last epoch's model is there, whole."""
+        last = self.folder / str(max(self.epochs(), default=-1))
+        return self.epochs()[-1:] >= [epoch_end - 1] and (last / "saved_model.pb").exists()
+
+    def claim(self, args: argparse.Namespace) -> None:
+        """Makes the run's folder this process's own; removes what killed ones left half-written.
+
+        Raises UserError where models would be overwritten or are missing, and if another train.py
+        works on the run.
+        """
+        self._check_position(args)
+        if not self.chief:
+            return
+        utils.make_folder(self.folder)
+        utils.lock(self.folder / LOCK, f"{self.folder}: another train.py works on this run")
+        atexit.register(self._remove_if_empty)
+        utils.remove_leftovers(self.folder)
+        self._check_position(args)  # again: now nobody else changes it
+
+    def _remove_if_empty(self) -> None:
         """After a start that was refused."""
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        if self._names() == [LOCK]:
+            shutil.rmtree(self.folder)
 
-    def is_done(self, epoch_end: int) -> bool:
-        """Whether the last epoch is saved."""
-        return any(
-            epoch + 1 >= epoch_end and utils.read_json(state_file(self.folder / str(epoch)))
-            for epoch in self.epochs()
-        )
-
-    def check_start(self, args) -> None:
-        """Takes the run's folder. Raises UserError where models would be lost or are missing."""
-        if args.epoch_start and not self.epochs():
+    def _check_position(self, args: argparse.Namespace) -> None:
+        """Raises UserError where models would be overwritten or are missing."""
+        epochs, start = self.epochs(), args.epoch_start
+        has = f"it has epochs {compact(epochs)}" if epochs else "it has none"
+        if args.resume and not self.folder.is_dir():
+            runs = self.folder.parent.iterdir() if self.folder.parent.is_dir() else []
+            names = ", ".join(sorted(path.name for path in runs if path.is_dir())) or "no runs yet"
             raise UserError(
-                f"--epoch_start={args.epoch_start} goes on from a model in {self.folder}, which "
-                f"has none"
+                f"{self.folder}: no such run to --resume; {self.folder.parent} has {names}. A new "
+                f"run begins without --resume"
             )
-        if self.chief:
-            utils.make_folder(self.folder)
-            utils.lock(self.folder, f"{self.folder}: another train.py is working on this run")
-            atexit.register(self.remove_if_empty)  # its own by now, not that of another
-            utils.remove_leftovers(self.folder)
+        if start and not epochs or not args.resume and start and start - 1 not in epochs:
+            raise UserError(
+                f"--epoch_start={start} continues from the model {self.folder / str(start - 1)}, "
+                f"which is not there; {has}"
+            )
         if args.resume:
             return
-        there = f"it has epochs {compact(self.epochs())}"
-        if args.epoch_start and args.epoch_start - 1 not in self.epochs():
-            raise UserError(
-                f"--epoch_start={args.epoch_start} needs {self.folder / str(args.epoch_start - 1)},"
-                f" which is not there; {there}"
-            )
-        if existing := [epoch for epoch in self.epochs() if epoch >= args.epoch_start]:
+        if existing := [epoch for epoch in epochs if epoch >= start]:
             raise UserError(
                 f"{self.folder / str(existing[0])} is there already and would be overwritten; "
-                f"{there}. Add --resume to go on, or take another --run_folder"
+                f"{has}. Add --resume to continue, or take another --run_folder"
             )
-        if not args.epoch_start and self.rolling():
+        if rolling := self.rolling():
             raise UserError(
-                f"{self.rolling()[-1][1]} was saved by an unfinished training. Add --resume to go "
-                f"on, or take another --run_folder"
+                f"{rolling[-1][2]} was saved by an unfinished training. Add --resume to continue "
+                f"there; or remove that folder to begin epoch {start} again"
             )
+
+
+LOCK = ".train.lock"
 
 
 def compact(numbers: list[int]) -> str:
     """[0, 1, 2, 5] as "0-2, 5"."""
     spans = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
+    for each in numbers:
+        if spans and each == spans[-1][1] + 1:
+            spans[-1][1] = each
         else:
-            spans.append([number, number])
+            spans.append([each, each])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def restore(run: Run, trainer: Trainer, args, facts: dict, class_names: list[str]) -> Position:
-    """Loads the state that training goes on from, if any, and returns the first batch to train on.
+class BrokenState(UserError):
+    """A folder whose training state cannot be read."""
+
+
+def restore(run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespace) -> int:
+    """Loads the state that training continues from, if any, and returns its first step.
 
     With --resume that is the latest whole one, else the end of epoch_start - 1. Broken ones after
     it are renamed, so that they are made again. Raises UserError.
     """
-    if args.resume:
-        states = run.rolling() + [((e + 1, 0), run.folder / str(e)) for e in run.epochs()]
-    else:
-        states = [((e, 0), run.folder / str(e - 1)) for e in [args.epoch_start] if e]
+    ends = run.epochs() if args.resume else [args.epoch_start - 1] * (args.epoch_start > 0)
+    states = run.rolling() if args.resume else []
+    states += [(epoch + 1, 0, run.folder / str(epoch)) for epoch in ends]
     broken = []
-    for position, folder in sorted(states, reverse=True):
+    for epoch, batch, folder in sorted(states, reverse=True):
         try:
-            load_state(trainer, folder, facts, exact=position[1] > 0)
+            load_state(trainer, folder, spec, exact=batch > 0)
         except BrokenState as error:
             broken.append((folder, error))
             continue
         for bad, error in broken:
-            utils.warn(f"{error}; renamed to {bad.name}.broken, going on from {folder}")
+            utils.warn(f"{error}; renamed to {bad.name}.broken, continuing from {folder}")
             if run.chief:
                 renamed = bad.with_name(f"{bad.name}.broken")
                 shutil.rmtree(renamed, ignore_errors=True)
                 bad.rename(renamed)
-        utils.warn_of_other_classes(folder, class_names, "the training pictures")
-        print(f"going on from {folder}")
-        return position
+        warn_of_other_classes(folder, spec.class_names, "the training pictures")
+        print(f"continuing from {folder}")
+        return spec.step(epoch, batch)
     if broken:
         raise broken[0][1]
     if args.resume:
-        print(f"{run.folder} has nothing to go on from; starting at the beginning")
-    return args.epoch_start, 0
+        print(f"{run.folder} has nothing to continue from; starting at the beginning")
+    if args.init_from:
+        print(read_weights(trainer.network, args.init_from))
+    return spec.step(args.epoch_start)
 
 
-def state_file(folder: Path) -> Path:
-    """What tells which training a model or rolling state belongs to."""
-    return folder / "training_state" / "state.json"
-
-
-class BrokenState(UserError):
-    """A folder that holds no whole training state."""
-
-
-def load_state(trainer: Trainer, folder: Path, facts: dict, exact: bool) -> None:
+def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> None:
     """Raises BrokenState, and UserError where the state belongs to another training.
 
     A state within an epoch (`exact`) fits only the same batches; one between epochs needs only the
     same classes.
     """
-    saved = utils.read_json(state_file(folder))
+    state = folder / STATE
+    if not state.is_dir():
+        raise UserError(
+            f"{state} is not there, so training cannot continue from {folder}; "
+            f"--init_from={folder} begins a new run with its weights"
+        )
+    saved = utils.read_json(state / "state.json")
     if saved is None:
-        raise BrokenState(f"{folder}: holds no training state")
-    for key in FACTS if exact else ["classes"]:
-        value = facts[key]
-        if saved.get(key) != value:
+        raise BrokenState(f"{folder}: its state.json cannot be read")
+    for key in FACTS if exact else FACTS[:1]:
+        if saved.get(key) != getattr(spec, key):
+            way_out = "put that back, or continue from the end of an epoch with --epoch_start"
             raise UserError(
-                f"{folder} was trained with {key} = {saved.get(key)}, now {key} is {value}; "
-                + (
-                    "take another --run_folder"
-                    if key == "classes"
-                    else "put that back, or go on from the end of an epoch: without --resume, with "
-                    "--epoch_start"
-                )
+                f"{folder} was trained with {key} = {saved.get(key)}, now {key} is "
+                f"{getattr(spec, key)}; {way_out if exact else 'take another --run_folder'}"
             )
-    if exact and saved.get("resized") != facts["resized"]:
-        utils.warn(f"{folder} was trained from another set of resized copies; going on from these")
+    if exact and saved.get("resized") != spec.resized:
+        utils.warn(f"{folder} was trained from another set of resized copies; using these")
+    say_changes(saved.get("recipe", {}), recipe_of(trainer.args))
+    weights = state / "weights" if exact else folder / "variables" / "variables"
     try:
-        status = trainer.checkpoint.read(str(folder / "training_state" / "checkpoint"))
-        status.assert_existing_objects_matched()
+        network = tf.train.Checkpoint(network=trainer.network)
+        network.read(str(weights)).assert_existing_objects_matched()
+        status = trainer.state.read(str(state / "state"))
+        if saved.get("sgd_momentum"):
+            status.assert_existing_objects_matched()
+        else:  # trained without momentum, which therefore starts at zero
+            status.expect_partial()
     except (tf.errors.OpError, AssertionError, ValueError, LookupError, RuntimeError) as error:
-        reason = utils.one_line(str(error))[:100]
-        raise BrokenState(f"{folder}: its training state cannot be read: {reason}") from None
+        raise BrokenState(f"{folder}: its training state cannot be read: {brief(error)}") from None
+
+
+def say_changes(before: dict, now: dict) -> None:
+    """Names the flags that shape the result and are not as they were."""
+    for name, value in now.items():
+        value = list(value) if isinstance(value, tuple) else value
+        irrelevant = name == "epoch_end" and now["lr_schedule"] != "cosine"
+        if before.get(name, value) != value and not irrelevant:
+            print(f"note: --{name} is now {value}; the state was trained with {before[name]}")
+
+
+def brief(error: Exception) -> str:
+    return utils.one_line(str(error))[:150]
 
 
 class Saver:
     """Writes models and states, each aside and then renamed: complete or not there."""
 
-    def __init__(self, run: Run, trainer: Trainer, config, class_names: list[str], facts: dict):
-        self.run, self.trainer, self.config, self.facts = run, trainer, config, facts
-        self.class_names = class_names
-        self._classifier = None
+    def __init__(
+        self,
+        run: Run,
+        trainer: Trainer,
+        spec: BatchSpec,
+        config: SimpleNamespace,
+        args: argparse.Namespace,
+    ):
+        self.run, self.trainer, self.spec, self.config, self.args = run, trainer, spec, config, args
+        self._last = time.monotonic()
 
-    def save_rolling(self, position: Position) -> None:
-        """The state before the batch at `position`. Without room, says so; the last one stays."""
-        if not self.run.chief:
-            return
-        folder = self.run.folder / f"state_{position[0]}_{position[1]}"
-        if folder.exists():  # not a step since it was saved
-            return
+    def is_due(self) -> bool:
+        return time.monotonic() - self._last > 60 * self.args.checkpoint_minutes
+
+    def save_rolling(self, step: int) -> None:
+        """The state before `step`. Without room, says so; the last one stays."""
+        epoch, batch = divmod(step, self.spec.batches_per_epoch)
+        folder = self.run.folder / f"state_{epoch}_{batch}"
+        self._last = time.monotonic()
+        if not self.run.chief or batch == 0 or folder.exists():
+            return  # not a step since the last save
+        self._check_weights(step)
         try:
             with utils.folder_written_aside(folder) as aside:
-                self._write_state(aside, position)
+                self._write_state(aside, step)
+                network = tf.train.Checkpoint(network=self.trainer.network)
+                network.write(str(aside / STATE / "weights"))
         except (OSError, tf.errors.OpError) as error:
-            utils.warn(f"{folder}: not saved, training goes on: {utils.one_line(str(error))[:200]}")
+            utils.warn(f"{folder}: not saved, training continues: {brief(error)}")
             return
-        self.remove_rolling(but=folder)
+        self._remove_rolling(but=folder)
 
-    def save_epoch(self, epoch: int, tries: int = 5, pause: float = 60.0) -> None:
-        """The model after an epoch, and the state. Raises UserError if it cannot be saved."""
+    def save_epoch(self, step: int, tries: int = 5, pause: float = 60.0) -> None:
+        """The model and the state after the epoch that ends before `step`. Raises UserError if it
+        cannot be saved.
+        """
         if not self.run.chief:
             return
-        folder = self.run.folder / str(epoch)
+        self._check_weights(step)
+        folder = self.run.folder / str(step // self.spec.batches_per_epoch - 1)
         for attempt in range(1, tries + 1):
             try:
                 with utils.folder_written_aside(folder) as aside:
-                    self._write_model(aside)
-                    self._write_state(aside, (epoch + 1, 0))
+                    self._write_model(aside, step)
+                    self._write_state(aside, step)
                 break
             except (OSError, tf.errors.OpError) as error:
-                reason = utils.one_line(str(error))[:200]
                 if attempt == tries:
-                    raise UserError(f"{folder}: cannot be saved: {reason}") from None
+                    raise UserError(f"{folder}: cannot be saved: {brief(error)}") from None
                 utils.warn(
-                    f"{folder}: cannot be saved yet: {reason}; trying again in {pause:.0f} s"
+                    f"{folder}: cannot be saved yet: {brief(error)}; trying again in {pause:.0f} s"
                 )
                 time.sleep(pause)
-        self.remove_rolling()
+        self._last = time.monotonic()
+        self._remove_rolling()
         print(f"saved {folder}")
+        if self.args.keep_last:
+            self._remove_old_epochs(self.args.keep_last)
 
-    def _write_model(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory() as temporary:
-            names = Path(temporary) / utils.CLASS_NAMES
-            utils.write_class_names(names, self.class_names)
-            classifier = Classifier(self.trainer.network, self.config, names)
-            tf.saved_model.save(classifier, str(folder), signatures=classifier.classify)
+    def _check_weights(self, step: int) -> None:
+        if not self.trainer.weights_are_finite():
+            raise UserError(
+                f"{self.spec.position(step)}: the weights are no longer finite; they were not "
+                f"saved. Continue from the last state with a smaller --learning_rate"
+            )
 
-    def _write_state(self, folder: Path, position: Position) -> None:
-        state = folder / "training_state"
-        state.mkdir()
-        self.trainer.checkpoint.write(str(state / "checkpoint"))
-        facts = {"epoch": position[0], "batch": position[1], **self.facts}
-        utils.write_text(state_file(folder), json.dumps(facts, indent=1))
+    def _write_model(self, folder: Path, step: int) -> None:
+        recipe = recipe_of(self.args) | {"step": step}
+        recipe |= {
+            key: getattr(self.spec, key) for key in ("batch_size", "seed", "N", "mu", "sigma")
+        }
+        export_model(self.trainer.network, folder, self.spec.class_names, recipe)
 
-    def remove_rolling(self, but: Path | None = None) -> None:
-        if not self.run.chief:
-            return
-        for _, folder in self.run.rolling():
+    def _write_state(self, folder: Path, step: int) -> None:
+        (folder / STATE).mkdir()
+        self.trainer.state.write(str(folder / STATE / "state"))
+        facts = {key: getattr(self.spec, key) for key in (*FACTS, "resized")}
+        facts["sgd_momentum"] = self.config.train.sgd_momentum
+        content = {"step": step, "recipe": recipe_of(self.args), **facts}
+        utils.write_text(folder / STATE / "state.json", json.dumps(content, indent=1))
+
+    def _remove_rolling(self, but: Path | None = None) -> None:
+        for _, _, folder in self.run.rolling():
             if folder != but:
                 shutil.rmtree(folder)
 
+    def _remove_old_epochs(self, keep: int) -> None:
+        """All but the newest and the best; one not yet evaluated waits for check_accuracy.py."""
+        rows = utils.read_csv(self.run.folder / "accuracy.csv", ["epoch", "top1_centre"])
+        top1 = {
+            int(row["epoch"]): float(row.get("top1_10crop") or row["top1_centre"]) for row in rows
+        }
+        checked = utils.is_locked(self.run.folder / ".check_accuracy.lock")
+        best = max(top1, key=top1.get, default=None)
+        for epoch in self.run.epochs()[:-keep]:
+            if epoch != best and (epoch in top1 or not checked):
+                doomed = self.run.folder / str(epoch)
+                aside = utils.aside_name(doomed)  # never half there under its own name
+                doomed.rename(aside)
+                shutil.rmtree(aside)
 
-FACTS = ("classes", "batch_size", "seed", "N", "pictures", "workers")
-"""What of buffer.json a state within an epoch fits to. One between epochs: only the first."""
 
 # --- the log --------------------------------------------------------------------------------
 
 COLUMNS = [
-    "epoch", "batch", "batches", "loss", "loss_without_l2", "top1", "images_per_second",
-    "learning_rate", "waiting_for_data", "r_max", "d_max",
+    "step", "epoch", "batch", "seconds", "steps", "loss", "loss_without_l2", "top1",
+    "images_per_second", "learning_rate", "waiting_for_data", "r_max", "d_max", "gradient_norm",
+    "loss_scale", "skipped_steps",
 ]  # fmt: skip
 
 
 class Log:
     """Prints a line per interval, and writes the same to training_log.csv and as events.
 
-    Of several machines only the chief writes; all stop at a loss that is not a number.
+    Of several machines only the chief writes; all stop at a loss that is not a number. A thread
+    waits for the values of the steps, so that the loop need not, and notes when each was finished.
     """
 
-    def __init__(self, run: Run, position: Position, batches: int, args):
-        self.batches, self.args, self.chief = batches, args, run.chief
-        if run.chief:
-            self._file = open_log(run.folder / "training_log.csv", position)
-            self._events = tf.summary.create_file_writer(str(run.folder / "events" / "training"))
+    def __init__(
+        self, run: Run, trainer: Trainer, spec: BatchSpec, steps: range, args: argparse.Namespace
+    ):
+        self.run, self.trainer, self.spec, self.steps, self.args = run, trainer, spec, steps, args
+        self._pool = ThreadPoolExecutor(1)
+        self._under_way, self._settled = deque(), []
+        self._stopping = math.inf
+        self._waited = self._finished = 0.0
+        self._wait = (0.0, 0.0)
         self._start = self._shown = time.monotonic()
-        self._under_way, self._settled = [], []
+        self._row_start = time.perf_counter()
+        self._seconds_before = 0.0
+        if run.chief:
+            self._open()
 
-    def add(self, epoch: int, batch: int, rate: float, values: tf.Tensor) -> None:
-        """Takes the values of a step, which may still be under way on a GPU."""
-        self._under_way.append((epoch, batch, rate, values))
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Times the wait for a batch."""
+        start = time.perf_counter()
+        yield
+        self._wait = start, time.perf_counter()
+
+    def add(self, step: int, rate: float, values: tf.Tensor) -> None:
+        """Takes the values of a step, which may still be under way on a GPU, and waits for the
+        step before it. Raises UserError at a loss that is not a number.
+        """
+        finished = self._pool.submit(lambda: (values.numpy(), time.perf_counter()))
+        self._under_way.append((step, rate, finished, self._wait))
         if len(self._under_way) > 1:
             self._settle_first()
+        if time.monotonic() - self._shown >= self.args.log_seconds:
+            self.write()
 
     def settle(self) -> None:
-        """Waits for all steps. Raises UserError at the first loss that is not a number."""
+        """Waits for all steps. Raises UserError at a loss that is not a number."""
         while self._under_way:
             self._settle_first()
 
     def _settle_first(self) -> None:
-        epoch, batch, rate, values = self._under_way.pop(0)
-        values = values.numpy()
-        if not np.isfinite(values).all():
+        step, rate, future, (asked, given) = self._under_way.popleft()
+        values, finished = future.result()
+        metrics = dict(zip(METRICS, values.tolist(), strict=True))
+        # The device waited only from the end of the step before on.
+        self._waited += max(0.0, given - max(asked, self._finished))
+        self._finished = finished
+        if not math.isfinite(metrics["loss"]):
             raise UserError(
-                f"epoch {epoch}, batch {batch}: the loss is {values[0]}; nothing was saved after "
-                f"it. Go on from the last state with a smaller --learning_rate"
+                f"{self.spec.position(step)}: the loss is {metrics['loss']}; nothing was saved "
+                f"after it. Continue from the last state with a smaller --learning_rate"
             )
-        self._settled.append((epoch, batch, rate, *values))
+        if metrics["stopping"]:
+            self._stopping = min(self._stopping, step)
+        self._settled.append(metrics | {"step": step, "learning_rate": rate, "at": finished})
 
-    def show_if_due(self, reader: "Reader", trainer: Trainer) -> None:
-        if time.monotonic() - self._shown >= self.args.log_seconds:
-            self.show(reader, trainer)
+    def should_stop(self, step: int, stop: Stop) -> bool:
+        """Whether to stop before `step`. Several machines stop before the same one: when the values
+        of a step that all have seen by then say that one of them was asked to.
+        """
+        return stop.is_set() if worker_of_workers()[1] == 1 else self._stopping <= step - 2
 
-    def show(self, reader: "Reader", trainer: Trainer) -> None:
-        """The interval since the last line, if there was a step in it."""
-        self.settle()
+    def write(self) -> None:
+        """A line about the steps that have ended since the last one."""
         if not self._settled:
             return
-        seconds = time.monotonic() - self._shown
-        epoch, batch, rate, *_ = self._settled[-1]
-        loss, plain, top1 = np.mean([values for _, _, _, *values in self._settled], axis=0)
-        row = {
+        steps, last = self._settled, self._settled[-1]
+        seconds = last["at"] - self._row_start
+        epoch, batch = divmod(last["step"], self.spec.batches_per_epoch)
+        row = {name: mean_of_finite([s[name] for s in steps]) for name in METRICS[:4]} | {
+            "step": last["step"],
             "epoch": epoch,
             "batch": batch,
-            "batches": len(self._settled),
-            "loss": loss,
-            "loss_without_l2": plain,
-            "top1": top1,
-            "images_per_second": len(self._settled) * self.args.batch_size / seconds,
-            "learning_rate": rate,
-            "waiting_for_data": min(reader.waited / seconds, 1.0),
-            **trainer.limits(),
+            "seconds": self._seconds_before + time.monotonic() - self._start,
+            "steps": len(steps),
+            "images_per_second": len(steps) * self.args.batch_size / seconds,
+            "learning_rate": last["learning_rate"],
+            "waiting_for_data": min(self._waited / seconds, 1.0),
+            **{name: last[name] for name in ("r_max", "d_max", "loss_scale")},
+            "skipped_steps": round(sum(s["skipped_steps"] for s in steps)),
         }
-        if self.chief:
-            self._write(row)
-        self._settled, reader.waited, self._shown = [], 0.0, time.monotonic()
+        self._settled, self._waited = [], 0.0
+        self._shown, self._row_start = time.monotonic(), last["at"]
+        if self.run.chief:
+            self._print(row)
+            self._append(row)
 
-    def _write(self, row: dict) -> None:
-        step = row["epoch"] * self.batches + row["batch"]
-        left = (self.args.epoch_end * self.batches - step - 1) * self.args.batch_size
+    def _print(self, row: dict) -> None:
+        left = (self.steps.stop - row["step"] - 1) * self.args.batch_size / row["images_per_second"]
+        scale = ""
+        if self.trainer.compute_type == tf.float16:
+            scale = f", loss scale {row['loss_scale']:g}, {row['skipped_steps']} skipped"
         print(
-            f"epoch {row['epoch']}, {row['batch'] + 1} of {plural(self.batches, 'batch')}: "
-            f"loss {row['loss']:.3f} ({row['loss_without_l2']:.3f} without L2), "
-            f"top-1 {row['top1']:.1%}, {row['images_per_second']:,.1f} images/s, "
-            f"rate {row['learning_rate']:.3g}, waiting for data {row['waiting_for_data']:.1%}, "
-            f"{utils.duration(left / row['images_per_second'])} left"
+            f"epoch {row['epoch']}, {row['batch'] + 1} of "
+            f"{plural(self.spec.batches_per_epoch, 'batch')}: loss {row['loss_without_l2']:.3f} + "
+            f"{row['loss'] - row['loss_without_l2']:.3f} L2, top-1 {row['top1']:.1%}, "
+            f"{row['images_per_second']:,.1f} images/s, rate {row['learning_rate']:.3g}, waiting "
+            f"for data {row['waiting_for_data']:.1%}{scale}, {utils.duration(left)} left"
         )
-        values = [v if isinstance(v, int) else f"{v:.6g}" for v in row.values()]
-        csv.writer(self._file).writerow(values)
+
+    def _open(self) -> None:
+        """Drops the rows of steps that are to be trained again, and writes the events anew."""
+        path = self.run.folder / "training_log.csv"
+        rows = [row for row in map(as_numbers, utils.read_csv(path, COLUMNS)) if row]
+        rows = [row for row in rows if row["step"] < self.steps.start]
+        utils.write_csv(path, COLUMNS, rows)
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        self._rows = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self._events = utils.EventFile(self.run.folder / "events" / "training")
+        self._seconds_before = rows[-1]["seconds"] if rows else 0.0
+        for row in rows:
+            self._add_event(row, time.time() - self._seconds_before + row["seconds"])
+        self._events.flush()
+
+    def _append(self, row: dict) -> None:
         try:
+            self._rows.writerow({name: utils.csv_cell(row[name]) for name in COLUMNS})
             self._file.flush()
-            with self._events.as_default(step):
-                for name in COLUMNS[3:]:
-                    utils.write_event(f"training/{name}", row[name])
+            self._add_event(row, time.time())
             self._events.flush()
         except (OSError, tf.errors.OpError) as error:
-            utils.warn(f"the log is not written: {utils.one_line(str(error))[:200]}")
+            utils.warn(f"the log is not written: {brief(error)}")
+
+    def _add_event(self, row: dict, wall_time: float) -> None:
+        scalars = {f"training/{name}": float(row[name]) for name in COLUMNS[5:]}
+        self._events.add(int(row["step"]), scalars, wall_time)
 
     def time_taken(self) -> str:
         return utils.duration(time.monotonic() - self._start)
 
 
-def open_log(path: Path, position: Position):
-    """training_log.csv, open for the rows from `position` on; later ones of before are dropped."""
-    rows = []
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
-        rows = [row for row in rows if is_before(row, position)]
-    with utils.written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
-    return open(path, "a", newline="", encoding="utf-8")
+def mean_of_finite(values: list[float]) -> float:
+    """The gradient of a skipped step is not finite."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.inf
 
 
-def is_before(row: list[str], position: Position) -> bool:
-    """Whether a row of the log is of a batch before `position`; not if it cannot be read."""
+def as_numbers(row: dict[str, str]) -> dict[str, float] | None:
+    """A row of the log as numbers; None if it cannot be read as such."""
     try:
-        return (int(row[0]), int(row[1])) < position
+        return {
+            name: int(text) if re.fullmatch(r"-?\d+", text) else float(text)
+            for name, text in row.items()
+        }
     except ValueError:
-        return False
+        return None
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What the scripts share; imported, not run.
 
     config = utils.load_config("config.txt")            # every key known, typed and in range
-    pictures = utils.training_pictures(config)          # whatever layout the dataset has
-    with utils.open_picture(path) as image: ...         # by content, 8-bit RGB
+    with utils.written_aside(path) as aside: ...        # a file appears whole or not at all
+    for result in utils.map_in_order(work, items, 4): ...
 
-In this order: errors and command lines, config.txt, the dataset on disk, opening pictures, files
-that appear whole, working through many pictures, the buffer's files, and what runs need.
+In this order: errors and command lines, config.txt, files that appear whole, working through many
+things, TensorFlow's devices and events. Nothing here knows pictures or training.
 """
 
 import argparse
@@ -21,29 +21,21 @@ import math
 import os
 import re
 import shutil
-import struct
 import sys
 import threading
 import time
 import tomllib
-import warnings
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 CROP = 224
 """Side of the pictures that the network sees, in pixels."""
-
-SIDES = range(256, 481, 7)
-"""The 33 shorter sides that training pictures are resized to: 256, 263, … 480 pixels."""
 
 
 # --- errors and command lines ---------------------------------------------------------------
@@ -59,8 +51,7 @@ def run(main: Callable[[], None]) -> None:
     So does an operating-system error (no such file, no permission, disk full), which names its
     file by itself.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    sys.stdout, sys.stderr = _Output.stream(1), _Output.stream(2)
     try:
         main()
     except UserError as error:
@@ -69,6 +60,31 @@ def run(main: Callable[[], None]) -> None:
         _die(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except KeyboardInterrupt:
         _stopped()
+
+
+class _Output(io.FileIO):
+    """A file that never fails to be written: a closed pipe or a full disk must not stop a script.
+
+    What cannot be written is lost; the state of a training is not.
+    """
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+    @classmethod
+    def stream(cls, descriptor: int) -> io.TextIOWrapper:
+        """Text output to the descriptor, line by line; to nowhere if it is not open."""
+        try:
+            os.fstat(descriptor)
+            file = cls(descriptor, "w", closefd=False)
+        except OSError:
+            file = cls(os.devnull, "w")
+        return io.TextIOWrapper(
+            io.BufferedWriter(file), "utf-8", "backslashreplace", line_buffering=True
+        )
 
 
 def _stopped() -> None:
@@ -92,6 +108,10 @@ def one_line(text: str) -> str:
 
 def warn(message: str) -> None:
     print(f"{script_name()}: warning: {one_line(message)}", file=sys.stderr)
+
+
+REQUIRED = object()
+"""The default of a flag that has none."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,17 +143,31 @@ class Parser(argparse.ArgumentParser):
                 message = f"unrecognized argument {flag}, did you mean {close[0]}"
         raise UserError(f"{message}; see --help")
 
+    def add(
+        self, flag: str, kind: Callable | tuple | None, text: str, default: object = None
+    ) -> None:
+        """A flag: `kind` is the function that parses its value, a tuple of the values that it may
+        have, or None for a flag without a value. It is required if `default` is REQUIRED.
+        """
+        if kind is None:
+            self.add_argument(flag, action="store_true", help=text)
+            return
+        parse = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        need = {"required": True} if default is REQUIRED else {"default": default}
+        self.add_argument(
+            flag,
+            help=text,
+            metavar="NAME" if isinstance(kind, tuple) else METAVARS.get(kind, "N"),
+            **parse,
+            **need,
+        )
+
+    def add_run(self) -> None:
+        self.add("--run_folder", run_name, "name of the run, and of its folder", REQUIRED)
+
     def add_epochs(self) -> None:
-        self.add_argument(
-            "--epoch_start",
-            type=whole(0),
-            required=True,
-            metavar="E",
-            help="first epoch, counted from 0",
-        )
-        self.add_argument(
-            "--epoch_end", type=whole(1), required=True, metavar="E", help="epoch to stop before"
-        )
+        self.add("--epoch_start", whole(0), "first epoch, counted from 0", REQUIRED)
+        self.add("--epoch_end", whole(1), "epoch to stop before", REQUIRED)
 
     def parse(self) -> argparse.Namespace:
         """The arguments. Raises UserError."""
@@ -147,6 +181,18 @@ class Parser(argparse.ArgumentParser):
                 f"--epoch_start={args.epoch_start}: it is the epoch to stop before"
             )
         return args
+
+
+def run_name(text: str) -> str:
+    """Argument type: a plain name, which becomes a folder below path_for_saving."""
+    if not re.fullmatch(r"[\w][\w.+ -]*", text):
+        raise argparse.ArgumentTypeError(
+            f"expected a plain name of letters, digits and . _ + -, not {text!r}"
+        )
+    return text
+
+
+METAVARS = {str: "NAME", Path: "FILE", run_name: "NAME"}
 
 
 def whole(minimum: int) -> Callable[[str], int]:
@@ -241,6 +287,8 @@ KEYS: dict[str, dict[str, Key]] = {
 def load_config(file: Path) -> SimpleNamespace:
     """Every section and key of `KEYS` as attributes: `load_config(f).train.buffer_size`.
 
+    Also `utils.mu` and `utils.sigma`, the three channels' values in one list each.
+
     Paths are absolute `Path`s: `~` and environment variables expanded, relative ones taken from
     the folder of `file`. Raises UserError: a line that names file, section, key and expectation.
     """
@@ -268,6 +316,9 @@ def load_config(file: Path) -> SimpleNamespace:
             for name, key in keys.items()
         }
         setattr(config, section, SimpleNamespace(**checked))
+    colours = config.utils
+    colours.mu = [colours.mu_0, colours.mu_1, colours.mu_2]
+    colours.sigma = [colours.sigma_0, colours.sigma_1, colours.sigma_2]
     for limit in ("rmax", "dmax"):
         start = getattr(config.batch_renorm, f"start_relaxing_{limit}")
         reach = getattr(config.batch_renorm, f"reach_{limit}_max")
@@ -331,329 +382,7 @@ def _quoting_hint(text: str, error: str) -> str:
     return ""
 
 
-# --- the dataset on disk --------------------------------------------------------------------
-
-PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Files that count as pictures. What is inside is found by looking, whatever the suffix."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The pictures of the training or of the validation set, in a fixed order."""
-
-    folder: Path
-    paths: list[str]
-    """Relative to `folder`."""
-    labels: np.ndarray
-    """int32 [len(paths)]: the rank of the class in sorted order."""
-    class_names: list[str]
-    """Readable where the dataset comes with names, else the names of the class folders."""
-    layout: str
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when a picture is added, removed, renamed or moved to another class."""
-        checksum = zlib.crc32(self.labels.tobytes())
-        for path in self.paths:
-            checksum = zlib.crc32(os.fsencode(path), checksum)
-        return f"{checksum:08x}"
-
-
-def training_pictures(config: SimpleNamespace) -> Pictures:
-    """Finds the training set below `ImageNet_folder`. Raises UserError."""
-    root = _dataset_root(config.preprocess.ImageNet_folder)
-    pictures = _listed(root, "train") if _has_lists(root) else _in_class_folders(root)
-    return _counted(pictures, "train", config.train.N)
-
-
-def validation_pictures(config: SimpleNamespace) -> Pictures:
-    """Finds the validation set below `ImageNet_folder`, labelled like the training set.
-
-    Raises UserError, also where only the devkit's ground truth is there.
-    """
-    root = _dataset_root(config.preprocess.ImageNet_folder)
-    if _has_lists(root):
-        pictures = _listed(root, "val")
-    else:
-        classes = _subfolders(_existing(root / "train"))
-        val = _existing(root / "val")
-        pictures = _in_class_folders(root, "val", classes) if _subfolders(val) else None
-        pictures = pictures or _flat_validation(root, val, classes)
-    return _counted(pictures, "preprocess", config.preprocess.N)
-
-
-def _counted(pictures: Pictures, section: str, expected: int) -> Pictures:
-    if not len(pictures):
-        raise UserError(
-            f"{pictures.folder}: no pictures found; expected class folders with "
-            f"{', '.join(PICTURE_SUFFIXES)} files in them"
-        )
-    if expected not in (0, len(pictures)):
-        raise UserError(
-            f"[{section}] N is {expected}, but {pictures.folder} holds {len(pictures)} pictures; "
-            f"correct one of them, or set N = 0 to take what is found"
-        )
-    names = pictures.class_names
-    if empty := sorted(set(range(len(names))) - set(pictures.labels.tolist())):
-        warn(
-            f"{pictures.folder}: no pictures of {plural(len(empty), 'class')} of "
-            f"{len(names):,} (labels count from 0), the first is {names[empty[0]]}"
-        )
-    return pictures
-
-
-def _dataset_root(folder: Path) -> Path:
-    """The folder that holds train/ and val/ (or the lists)."""
-    _existing(folder)
-    for root in (folder, folder / "ILSVRC/Data/CLS-LOC", folder / "Data/CLS-LOC"):
-        if (root / "train").is_dir() or _has_lists(root):
-            return root
-    hint = f"; did you mean {folder.parent}?" if (folder.parent / "train").is_dir() else ""
-    raise UserError(
-        f"[preprocess] ImageNet_folder {folder}: found neither train/<class>/ nor "
-        f"ILSVRC/Data/CLS-LOC/train/<class>/ nor train.txt and val.txt in it{hint}"
-    )
-
-
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; [preprocess] ImageNet_folder must name the one that holds "
-            f"train and val"
-        )
-    return folder
-
-
-def _has_lists(root: Path) -> bool:
-    return (root / "train.txt").is_file() and (root / "val.txt").is_file()
-
-
-def _near(root: Path, *names: str) -> Path | None:
-    """The first of these files in the folder, or in the three above it (Kaggle's root)."""
-    for folder in (root, *list(root.resolve().parents)[:3]):
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
-    return None
-
-
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        folders = [
-            e.name
-            for e in entries
-            if not e.is_file(follow_symlinks=False) and os.path.isdir(e.path)
-        ]
-    return sorted(name for name in folders if not name.startswith("."))
-
-
-def _in_class_folders(root: Path, part: str = "train", classes: list[str] | None = None):
-    """`root/part/<class>/**`, the classes numbered by their rank in `classes`, or in this part."""
-    folder = root / part
-    found = _subfolders(folder)
-    classes = found if classes is None else classes
-    if unknown := sorted(set(found) - set(classes)):
-        raise UserError(
-            f"{folder / unknown[0]}: a class that the training set does not have "
-            f"({len(unknown)} such); validation needs the class folders of {root / 'train'}"
-        )
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        in_class = sorted(_picture_files(folder, name)) if name in found else []
-        paths += in_class
-        labels.append(np.full(len(in_class), label, np.int32))
-    layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
-    labels = np.concatenate(labels) if labels else np.empty(0, np.int32)
-    return Pictures(folder, paths, labels, _readable(root, classes), layout)
-
-
-def _fail(error: OSError) -> None:
-    raise error
-
-
-def _picture_files(folder: Path, below: str) -> Iterator[str]:
-    """Relative paths of the pictures in folder/below and the folders in it, hidden ones left out.
-
-    Links to folders are not followed further down, so that a loop of links cannot trap.
-    """
-    for parent, folders, files in os.walk(folder / below, onerror=_fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = os.path.relpath(parent, folder)
-        for name in files:
-            if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."):
-                yield f"{relative}/{name}"
-
-
-def _readable(root: Path, classes: list[str]) -> list[str]:
-    """Names of the classes from LOC_synset_mapping.txt or synset_words.txt, where there is one."""
-    file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file else []
-    names = dict(line.split(maxsplit=1) for line in lines if len(line.split(maxsplit=1)) == 2)
-    return [names.get(name, name) for name in classes]
-
-
-def _flat_validation(root: Path, folder: Path, classes: list[str]) -> Pictures:
-    """All pictures in val/ itself, their classes in Kaggle's LOC_val_solution.csv."""
-    solution = _near(root, "LOC_val_solution.csv")
-    if solution is None:
-        truth = _near(root, "ILSVRC2012_validation_ground_truth.txt") or next(
-            iter(root.glob("*devkit*/**/ILSVRC2012_validation_ground_truth.txt")), None
-        )
-        why = (
-            f"and {truth} does not help, because it numbers the classes in the devkit's own order, "
-            f"not in sorted order"
-            if truth
-            else "and nothing says which class they belong to"
-        )
-        raise UserError(
-            f"{folder}: its pictures are not in class folders, {why}; add Kaggle's "
-            f"LOC_val_solution.csv or move the pictures into {folder}/<class>/"
-        )
-    with open(solution, newline="", encoding="utf-8", errors="replace") as file:
-        rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
-    wnids = {name: answer.split()[0] for name, answer in rows}
-    ranks = {name: rank for rank, name in enumerate(classes)}
-    names = sorted(
-        name
-        for name in os.listdir(folder)
-        if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
-    )
-    for name in names:
-        if ranks.get(wnids.get(Path(name).stem)) is None:
-            raise UserError(
-                f"{folder / name}: {solution} gives it no class that {root / 'train'} has"
-            )
-    labels = np.array([ranks[wnids[Path(name).stem]] for name in names], np.int32)
-    return Pictures(folder, names, labels, _readable(root, classes), "Kaggle layout")
-
-
-def _listed(root: Path, part: str) -> Pictures:
-    """`train.txt` or `val.txt`: a line `filename label` for each picture."""
-    folder = root / f"2012_{part}"
-    if not folder.is_dir():
-        folder = _existing(root / part)
-    train, val = _read_list(root / "train.txt"), _read_list(root / "val.txt")
-    classes = 1 + max(label for _, label in train)
-    for path, label in val:
-        if label >= classes:
-            raise UserError(
-                f"{root / 'val.txt'}: {path} has label {label}, but the labels of "
-                f"{root / 'train.txt'} end with {classes - 1}"
-            )
-    listed = train if part == "train" else val
-    paths, labels = [path for path, _ in listed], np.array([n for _, n in listed], np.int32)
-    return Pictures(folder, paths, labels, _names_of_labels(root, train, classes), "list files")
-
-
-def _names_of_labels(root: Path, train: list[tuple[str, int]], classes: int) -> list[str]:
-    """From the file with a line a class, else the folders in the list, else the labels."""
-    file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file else []
-    names = [line.split(maxsplit=1)[-1] for line in lines if line.strip()]
-    if len(names) == classes:
-        return names
-    folders = {label: os.path.dirname(path) for path, label in train}
-    if len(folders) == len(set(folders.values())) == classes:
-        return [folders[label] for label in range(classes)]
-    return [str(label) for label in range(classes)]
-
-
-def _read_list(file: Path) -> list[tuple[str, int]]:
-    listed = []
-    for number, line in enumerate(os.fsdecode(file.read_bytes()).split("\n"), 1):
-        if not line.strip():
-            continue
-        match = re.fullmatch(r"\s*(.*\S)\s+([0-9]{1,6})\s*", line)
-        if not match:
-            raise UserError(f"{file}: line {number}: expected 'filename label', not {line!r}")
-        path, label = match.groups()
-        if os.path.isabs(path) or ".." in Path(path).parts:
-            raise UserError(f"{file}: line {number}: {path} lies outside the folder of pictures")
-        listed.append((path, int(label)))
-    if not listed:
-        raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
-    return listed
-
-
-CLASS_NAMES = "class_names.txt"
-"""Beside the validation crops and among the assets of a model: a name a line, by label."""
-
-
-def write_class_names(file: Path, names: list[str]) -> None:
-    write_text(file, "\n".join(map(one_line, names)) + "\n")
-
-
-def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
-    """Warns where a saved model has another name for a class: its labels may mean other things."""
-    file = model / "assets" / CLASS_NAMES
-    known = file.read_bytes().splitlines() if file.is_file() else []
-    for label, (its, name) in enumerate(zip(known, map(one_line, names), strict=False)):
-        if its != _as_written(name):
-            warn(
-                f"{model}: its class {label} is {os.fsdecode(its)}, but {name} in {where}; unless "
-                f"these are two names of the same thing, the labels do not fit"
-            )
-            return
-
-
-COPIES_OF = "copies_of.txt"
-"""Beside the resized copies: the folder of the pictures they were made from."""
-
-
-def copies_of_others(root: Path, pictures: Pictures) -> bool:
-    """Whether preprocess.py filled `root` from another dataset, in which names may be the same."""
-    note = root / COPIES_OF
-    return note.is_file() and note.read_bytes() != _as_written(str(pictures.folder))
-
-
-# --- opening pictures -----------------------------------------------------------------------
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-LONGEST = 100
-"""Pictures more than so many times as long as wide are refused: at 480 pixels of shorter side they
-would not fit into a JPEG file (65,535 pixels), and hardly into memory."""
-
-DECODING_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError,
-    struct.error, zlib.error, MemoryError, Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)  # fmt: skip
-"""What Pillow raises for broken files of its formats."""
-
-# Broken EXIF data is none of our business; a picture of over 89 million pixels is refused.
-warnings.filterwarnings("ignore", module="PIL")
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-
-
-def open_picture(path: str | Path) -> contextlib.AbstractContextManager[Image.Image]:
-    """`picture_in` the file. Raises OSError besides."""
-    return picture_in(read_file(path))
-
-
-@contextlib.contextmanager
-def picture_in(content: bytes) -> Iterator[Image.Image]:
-    """The picture in a file's content, not decoded yet. EXIF orientation is ignored, as in other
-    loaders.
-
-    Raises one of DECODING_ERRORS for what is no picture or of a shape beyond use.
-    """
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ValueError(f"is none of {', '.join(FORMATS)}") from None
-    with image:
-        if not size_is_fit(*image.size):
-            raise ValueError(f"{image.width}×{image.height} pixels is too long and thin")
-        yield image
-
-
-def size_is_fit(width: int, height: int) -> bool:
-    """Whether a picture has pixels, no more than Pillow allows, and is not too long and thin."""
-    shorter, longer = min(width, height), max(width, height)
-    return 0 < longer <= LONGEST * shorter and width * height <= Image.MAX_IMAGE_PIXELS
+# --- files that appear whole ----------------------------------------------------------------
 
 
 def read_file(path: str | Path) -> bytes:
@@ -668,25 +397,6 @@ def read_file(path: str | Path) -> bytes:
     finally:
         os.close(descriptor)
 
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB, decoded: grey, palette, CMYK, 16-bit and transparent ones too."""
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip, not scale
-        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
-        image = Image.fromarray(grey.astype(np.uint8))
-    return image.convert("RGB")
-
-
-def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
-    """Width and height after resizing the shorter side to `side`, aspect kept, in pixels."""
-    shorter = min(width, height)
-    return round(width * side / shorter), round(height * side / shorter)
-
-
-# --- files that appear whole ----------------------------------------------------------------
 
 _ASIDE = re.compile(r"\..+\.aside-(\d+)-\d+")
 
@@ -790,12 +500,52 @@ def is_leftover(name: str) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     with written_aside(path) as aside:
-        aside.write_bytes(_as_written(text))
+        aside.write_bytes(as_written(text))
 
 
-def _as_written(text: str) -> bytes:
+def as_written(text: str) -> bytes:
     """UTF-8, with escapes for what came from names that are not."""
     return text.encode("utf-8", "backslashreplace")
+
+
+def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
+    """The whole rows of a table, as text by column; none if there is no such file.
+
+    A row that was cut off or whose table lacks one of `columns` is left out.
+    """
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        row for row in rows if not {None} & {*row, *row.values()} and row.keys() >= set(columns)
+    ]
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """The table, written aside. Numbers that are not whole get six digits."""
+    with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
+
+
+def csv_cell(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+CLASS_NAMES = "class_names.txt"
+"""Beside the validation crops and among the assets of a model: a name a line, by label."""
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """A line for each text; line breaks within one are escaped."""
+    write_text(path, "".join(f"{one_line(line)}\n" for line in lines))
+
+
+def read_lines(path: Path) -> list[str]:
+    """What `write_lines` wrote; nothing if there is no such file."""
+    return os.fsdecode(path.read_bytes()).splitlines() if path.is_file() else []
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -834,38 +584,31 @@ def lock(path: Path, refusal: str, shared: bool = False) -> int:
     return descriptor
 
 
-# --- working through many pictures ----------------------------------------------------------
+def read_json(path: Path) -> dict | None:
+    """A JSON object from a file; None if the file is missing or holds anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
-class Failures:
-    """Names each picture that cannot be decoded once, and counts. Safe to use from threads."""
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on a file; not if there is no such file."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
 
-    def __init__(self, pictures: int):
-        """`pictures` is the size of the set: more than 1 in 100 of it may not fail."""
-        self.allowed = max(1, pictures // 100)
-        self.pictures = pictures
-        self.paths: set[str] = set()
-        self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def add(self, path: str, error: Exception) -> None:
-        """Raises UserError when too many have failed."""
-        with self._lock:
-            if path in self.paths:
-                return
-            self.paths.add(path)
-            reason = str(error) or type(error).__name__
-            warn(f"{path}: left out, cannot be decoded: {reason}")
-            if len(self.paths) > self.allowed or len(self.paths) == self.pictures:
-                raise UserError(
-                    f"{len(self.paths)} of {self.pictures} pictures could not be decoded, more "
-                    f"than 1 in 100; the last was {path}. Replace those warned of, or remove them"
-                )
-
-    def __str__(self) -> str:
-        return "all could be decoded" if not self.paths else f"{len(self)} could not be decoded"
+# --- working through many things ------------------------------------------------------------
 
 
 def cores() -> int:
@@ -955,116 +698,18 @@ def file_size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-# --- the buffer -----------------------------------------------------------------------------
-
-BUFFER_FORMAT = 1
-_BATCH_FILE = re.compile(r"([XY])_(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.npy")
-Position = tuple[int, int]
-"""(epoch, batch), both counted from 0."""
-
-
-def batch_files(folder: Path, position: Position) -> tuple[Path, Path]:
-    """Paths of the pictures and of the labels of a batch."""
-    epoch, batch = position
-    return folder / f"X_{epoch}_{batch}.npy", folder / f"Y_{epoch}_{batch}.npy"
-
-
-def parse_batch_name(name: str) -> tuple[str, Position] | None:
-    """("X" or "Y", position) of a batch file's name, None for any other name."""
-    match = _BATCH_FILE.fullmatch(name)
-    return (match[1], (int(match[2]), int(match[3]))) if match else None
-
-
-def is_batch_file(path: Path) -> bool:
-    """Whether a file of a batch's name begins as one does, whatever its size."""
-    dtype, rest = ("<f2", f", {CROP}, {CROP}, 3)") if path.name[0] == "X" else ("<i4", ",)")
-    with open(path, "rb") as file:
-        start = file.read(128)
-    return start.startswith(b"\x93NUMPY") and dtype.encode() in start and rest.encode() in start
-
-
-def write_progress(folder: Path, position: Position) -> None:
-    """Says which batch training needs next."""
-    write_text(folder / "training_progress.txt", f"{position[0]}\n{position[1]}\n")
-
-
-def read_progress(folder: Path) -> Position | None:
-    """The batch that training needs next; None if the file is missing or holds anything else."""
-    try:
-        text = (folder / "training_progress.txt").read_bytes()
-    except FileNotFoundError:
-        return None
-    match = re.fullmatch(rb"\s*(\d{1,9})\s+(\d{1,9})\s*", text)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def read_json(path: Path) -> dict | None:
-    """A JSON object from a file; None if the file is missing or holds anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def mu_sigma(config: SimpleNamespace) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the three channels, RGB, pixels scaled to 0…1."""
-    values = config.utils
-    return [values.mu_0, values.mu_1, values.mu_2], [values.sigma_0, values.sigma_1, values.sigma_2]
-
-
-def batches_per_epoch(pictures: int, batch_size: int, workers: int = 1) -> int:
-    """Raises UserError if the pictures do not make a single batch."""
-    if batch_size > pictures // workers:
-        share = f"a {workers}-th of " if workers > 1 else ""
-        raise UserError(
-            f"--batch_size={batch_size} is larger than {share}the {pictures} training pictures"
-        )
-    return pictures // workers // batch_size
-
-
-def worker() -> tuple[int, int]:
-    """This machine's index and the number of machines that train together, from TF_CONFIG.
-
-    (0, 1) where the variable is not set. The chief is worker 0. Raises UserError.
-    """
-    text = os.environ.get("TF_CONFIG", "")
-    if not text.strip():
-        return 0, 1
-    try:
-        settings = json.loads(text)
-        cluster, task = settings["cluster"], settings["task"]
-        chiefs, others = len(cluster.get("chief", [])), len(cluster.get("worker", []))
-        index = int(task["index"]) + (chiefs if task["type"] == "worker" else 0)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            'TF_CONFIG: expected {"cluster": {"worker": ["host:port", …]}, '
-            f'"task": {{"type": "worker", "index": 0}}}}, not {one_line(text)[:80]}'
-        ) from None
-    if task["type"] not in ("chief", "worker") or not 0 <= index < chiefs + others:
-        raise UserError(f"TF_CONFIG: task {task} is none of the cluster's {chiefs + others}")
-    return index, chiefs + others
-
-
-# --- runs, devices, events: what train.py and check_accuracy.py share -------------------------
-
-
-def run_folder(config: SimpleNamespace, name: str) -> Path:
-    """The folder of a run. Raises UserError for a name that would lead elsewhere."""
-    if not re.fullmatch(r"[\w][\w.+ -]*", name):
-        raise UserError(
-            f"--run_folder={name}: expected a plain name of letters, digits and . _ + -, which "
-            f"becomes a folder below path_for_saving"
-        )
-    return config.train.path_for_saving / name
+# --- TensorFlow's devices and events --------------------------------------------------------
 
 
 @contextlib.contextmanager
 def quiet_tensorflow() -> Iterator[None]:
     """Keeps what TensorFlow's libraries say while it is imported from the terminal.
 
-    With --verbose on the command line it is shown. Ctrl-C meanwhile ends the script without ado.
+    --verbose shows it. The flag is looked up here, before the command line is parsed, because
+    TensorFlow reads its environment when it is imported. Ctrl-C meanwhile just ends the script.
     """
+    # On processors without AVX-512 TensorFlow leaves oneDNN off, which makes a step a fifth slower.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     if "--verbose" in sys.argv:
         yield
         return
@@ -1111,17 +756,41 @@ def choose_gpus(wanted: list[int], required: bool) -> list:
     return chosen
 
 
-def write_event(name: str, value: float) -> None:
-    """A scalar for TensorBoard, to the default writer, without the tensorboard package.
+class EventFile:
+    """Scalars for TensorBoard, without the tensorboard package. An event file is a TFRecord file.
 
-    TensorBoard shows those of a group together, whose name stands before a slash.
+    Each start writes all scalars anew into one file, so that none appears twice after a resume.
+    Raises OSError or tf.errors.OpError where the folder cannot be written to.
     """
-    import tensorflow as tf
 
-    metadata = tf.compat.v1.SummaryMetadata(
-        plugin_data=tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars")
-    )
-    tf.summary.write(name, tf.constant(value, tf.float32), metadata=metadata)
+    def __init__(self, folder: Path):
+        import tensorflow as tf
+
+        self._tf = tf
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("events.out.tfevents.*.toolkit"):
+            old.unlink()
+        path = folder / f"events.out.tfevents.{time.time():.0f}.toolkit"
+        self._records = tf.io.TFRecordWriter(str(path))
+        self._write(tf.compat.v1.Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def add(self, step: int, scalars: dict[str, float], wall_time: float | None = None) -> None:
+        """TensorBoard groups the scalars by what stands before a slash in their names."""
+        value = self._tf.compat.v1.Summary.Value
+        summary = self._tf.compat.v1.Summary(
+            value=[value(tag=tag, simple_value=scalar) for tag, scalar in scalars.items()]
+        )
+        time_of_event = wall_time or time.time()
+        self._write(self._tf.compat.v1.Event(wall_time=time_of_event, step=step, summary=summary))
+
+    def _write(self, event: object) -> None:
+        self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
 
 
 def is_no_room(error: OSError) -> bool:

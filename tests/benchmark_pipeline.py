@@ -37,8 +37,9 @@ import preprocess
 import preprocess_val
 import runtime_preprocessing
 import utils
-from runtime_preprocessing import Buffer, Recipe
-from utils import CROP, SIDES, Pictures
+from preprocess import SIDES, Pictures
+from runtime_preprocessing import BatchSpec, Buffer, Recipe
+from utils import CROP
 
 BATCH = 64
 MU, SIGMA = [0.48180, 0.44969, 0.39839], [0.27336, 0.26435, 0.27563]
@@ -89,7 +90,24 @@ def pictures_below(folder: Path, most: int | None = None) -> Pictures:
 
 
 def recipe_of(pictures: Pictures, resized: dict[int, Path] | None = None) -> Recipe:
-    return Recipe(pictures, min(BATCH, len(pictures)), 0, MU, SIGMA, resized or {})
+    batch_size = min(BATCH, len(pictures))
+    spec = BatchSpec(
+        batch_size=batch_size,
+        seed=0,
+        dataset=str(pictures.folder),
+        N=len(pictures),
+        pictures=pictures.fingerprint,
+        classes=len(pictures.class_names),
+        class_names=pictures.class_names,
+        mu=MU,
+        sigma=SIGMA,
+        resized=sorted(resized or {}),
+        worker=0,
+        workers=1,
+        batches_per_epoch=len(pictures) // batch_size,
+        epochs=[0, 30],
+    )
+    return Recipe(spec, pictures, resized or {})
 
 
 @contextlib.contextmanager
@@ -176,7 +194,7 @@ def decoding_speed(pictures: Pictures, threads: int, seconds: float) -> Speed:
 
 def batch_speed(recipe: Recipe, folder: Path, threads: int, seconds: float) -> Speed:
     """Whole batches, written to the RAM disk as in training, and removed again."""
-    buffer, made = Buffer(folder, recipe, 0, 1, recipe.batches), []
+    buffer, made = Buffer(folder, recipe, recipe.spec.batches_per_epoch), []
 
     def make(number: int) -> None:
         runtime_preprocessing.make_and_remove(buffer, number)
@@ -184,7 +202,7 @@ def batch_speed(recipe: Recipe, folder: Path, threads: int, seconds: float) -> S
 
     cpu_start = time.process_time()
     rate = runtime_preprocessing.measure(make, threads, recipe, seconds)
-    return Speed(rate, len(made) * recipe.batch_size / (time.process_time() - cpu_start))
+    return Speed(rate, len(made) * recipe.spec.batch_size / (time.process_time() - cpu_start))
 
 
 def tf_data_speed(pictures: Pictures, threads: int, seconds: float, antialias: bool) -> Speed:
@@ -229,7 +247,7 @@ def measure_scale(pictures: Pictures, folder: Path) -> None:
     )
     measure_start_and_memory(config, folder / "buffer")
     recipe = measure_reading(config)
-    measure_rounds(Buffer(folder / "buffer", recipe, 0, 30, 1000))
+    measure_rounds(Buffer(folder / "buffer", recipe, 1000))
     measure_command_lines()
 
 
@@ -253,7 +271,7 @@ def measure_start_and_memory(config: Path, buffer: Path) -> None:
     )
     try:
         for epoch in range(6):
-            utils.write_progress(buffer, (epoch, 0))
+            utils.write_text(buffer / "training_progress.txt", f"{epoch}\n0\n")
             while not (buffer / f"X_{epoch}_3.npy").exists():
                 if process.poll() is not None:
                     sys.exit(config.with_name("log").read_text())
@@ -279,10 +297,10 @@ def peak_memory(process: int) -> float:
 def measure_reading(config: Path) -> Recipe:
     settings = utils.load_config(config)
     start = time.perf_counter()
-    pictures = utils.training_pictures(settings)
+    pictures = preprocess.training_pictures(settings)
     listed = time.perf_counter()
     recipe = recipe_of(pictures)
-    fingerprint = timed(lambda: recipe.description)
+    fingerprint = timed(lambda: pictures.fingerprint)
     permutation = statistics.median(timed(lambda e=e: recipe.order(e)) for e in range(5))
     print(
         f"listing the pictures {listed - start:.1f} s, their fingerprint {fingerprint:.2f} s, "
@@ -294,7 +312,7 @@ def measure_reading(config: Path) -> Recipe:
 def measure_rounds(buffer: Buffer, batches: int = 1000, written: int = 32) -> None:
     """Looking at a full buffer (files of the right length without content), and deleting it."""
     for number in range(batches):
-        x, y = utils.batch_files(buffer.folder, buffer.position(number))
+        x, y = buffer.spec.files(buffer.folder, number)
         for path, size in ((x, buffer.x_bytes), (y, buffer.y_bytes)):
             path.touch()
             os.truncate(path, size)
@@ -307,7 +325,7 @@ def measure_rounds(buffer: Buffer, batches: int = 1000, written: int = 32) -> No
     rounds = [timed(look) for _ in range(20)]
     emptying = timed(lambda: buffer.remove_all_but(range(0)))
     for number in range(written):
-        x, _ = utils.batch_files(buffer.folder, buffer.position(number))
+        x, _ = buffer.spec.files(buffer.folder, number)
         x.write_bytes(b"\1" * buffer.x_bytes)
     deleting = timed(lambda: buffer.remove_all_but(range(0))) / written
     print(
@@ -400,13 +418,13 @@ def skimage_copies(pixels: np.ndarray, sides: list[int]) -> Iterator[tuple[int, 
     from skimage.transform import resize
 
     for side in sides:
-        width, height = utils.resized_size(pixels.shape[1], pixels.shape[0], side)
+        width, height = preprocess.resized_size(pixels.shape[1], pixels.shape[0], side)
         yield side, resize(pixels, (height, width), anti_aliasing=True)
 
 
 def pillow_copies(image: Image.Image, sides: list[int]) -> Iterator[Image.Image]:
     for side in sides:
-        yield image.resize(utils.resized_size(*image.size, side), Image.Resampling.BILINEAR)
+        yield image.resize(preprocess.resized_size(*image.size, side), Image.Resampling.BILINEAR)
 
 
 def measure_resizing(pictures: Pictures, folder: Path, seconds: float) -> None:
@@ -441,7 +459,7 @@ def measure_resizing(pictures: Pictures, folder: Path, seconds: float) -> None:
 def measure_readers(pictures: Pictures, folder: Path, seconds: float) -> None:
     """get_mu_sigma.py and preprocess_val.py against decoding alone, on all cores."""
     cores = utils.cores()
-    failures = utils.Failures(len(pictures))
+    failures = preprocess.Failures(len(pictures))
     (folder / "val").mkdir()
 
     def repeated(work: Callable[[], object]) -> Callable[[float], Speed]:

@@ -21,10 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+import preprocess
 import toolkit
 import toy_dataset
 import utils
-from runtime_preprocessing import Recipe, crop_file
+from preprocess import crop_file
+from runtime_preprocessing import write_progress
 
 PATIENCE = 180
 
@@ -91,22 +93,20 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
     """SIGKILL to runtime_preprocessing.py while a stand-in for training reads batch after batch."""
     moments, lost = random.Random(0), 0
     with Place(10, train__buffer_size=6, runtime_preprocessing__sleep_time=0.02) as place:
-        settings = utils.load_config(place.config)
-        pictures = utils.training_pictures(settings)
-        recipe = Recipe(pictures, 4, settings.train.seed, *utils.mu_sigma(settings), {})
+        recipe = toolkit.recipe_of(place.config)
+        spec = recipe.spec
         number = 0
 
         def read_one() -> int:
             """Reads the batch that is next, if it is there. Returns how many were wrong."""
             nonlocal number
-            position = divmod(number, recipe.batches)
-            paths = utils.batch_files(place.buffer, position)
+            paths = spec.files(place.buffer, number)
             if not paths[0].exists():
                 return 0
             arrays = [np.load(path, allow_pickle=False) for path in paths]
-            right = recipe.make(position)
+            right = recipe.make(number)
             number += 1
-            utils.write_progress(place.buffer, divmod(number, recipe.batches))
+            write_progress(place.buffer, spec, number)
             return sum(not np.array_equal(a, b) for a, b in zip(arrays, right, strict=True))
 
         for _ in range(tries):
@@ -122,7 +122,7 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
         while number < goal and time.monotonic() < end:
             lost += read_one()
         lost += number < goal
-        utils.write_progress(place.buffer, (1000, 0))
+        write_progress(place.buffer, spec, spec.step(1000))
         lost += process.wait(timeout=PATIENCE) != 0
         lost += len(os.listdir(place.buffer))
         print(f"  {number} batches were read and compared")
@@ -251,7 +251,7 @@ def flip_bytes(tries: int = 2000) -> tuple[int, int]:
             try:
                 crop = crop_file(target, int(rng.choice(utils.SIDES)), rng.random(2))
                 lost += crop.size != (224, 224) or crop.mode != "RGB"
-            except utils.DECODING_ERRORS:
+            except preprocess.DECODING_ERRORS:
                 broken += 1
         print(f"  {broken} could not be decoded, {tries - broken} gave a crop")
     return tries, lost
@@ -313,14 +313,13 @@ def long_run(tries: int = 20_000) -> tuple[int, int]:
     """So many tiny batches: memory, open files and threads stay flat, files within the window."""
     lost, size = 0, 30
     with Place(10, train__buffer_size=size, runtime_preprocessing__sleep_time=0.01) as place:
-        epochs = tries // 40
+        epochs, spec = tries // 40, toolkit.recipe_of(place.config, 1).spec
         process = place.start("runtime_preprocessing.py", *span(epochs, 1))
         seen = []
         for number in range(epochs * 40):
-            position = divmod(number, 40)
-            x, _ = utils.batch_files(place.buffer, position)
+            x, _ = spec.files(place.buffer, number)
             wait_for(x.exists)
-            utils.write_progress(place.buffer, divmod(number + 1, 40))
+            write_progress(place.buffer, spec, number + 1)
             if number % 500 == 0:
                 seen.append(resources(process.pid))
             if number % 100 == 0:

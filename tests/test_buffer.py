@@ -4,6 +4,7 @@ The real command works on it; training is a stand-in that reads the batches in o
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -22,21 +23,25 @@ import pytest
 
 import toolkit
 import utils
-from runtime_preprocessing import Buffer, Recipe
-from utils import CROP, Position
+from runtime_preprocessing import (
+    BatchReader,
+    BatchSpec,
+    Buffer,
+    Recipe,
+    check_spec,
+    end_preprocessing,
+)
+from toolkit import recipe_of
+from utils import CROP
+
+Position = tuple[int, int]
+"""Epoch and batch."""
 
 BATCHES = 10
 """In an epoch: 40 pictures in batches of 4."""
 
 PATIENCE = 60
 """Seconds after which something that should happen counts as not happening."""
-
-
-def recipe_of(config: Path, batch_size: int = 4) -> Recipe:
-    """The recipe that the command has with this config.txt."""
-    settings = utils.load_config(config)
-    pictures = utils.training_pictures(settings)
-    return Recipe(pictures, batch_size, settings.train.seed, *utils.mu_sigma(settings), {})
 
 
 def span(epoch_start: int, epoch_end: int, batch_size: int = 4) -> list[str]:
@@ -80,8 +85,8 @@ def finish(process: subprocess.Popen) -> int:
 
 def there(folder: Path, kind: str = "X", batches: int = BATCHES) -> set[int]:
     """Numbers, counted through all epochs, of the batches with a file of this kind."""
-    found = [utils.parse_batch_name(name) for name in os.listdir(folder)]
-    return {epoch * batches + batch for k, (epoch, batch) in filter(None, found) if k == kind}
+    found = [re.fullmatch(rf"{kind}_(\d+)_(\d+)\.npy", name) for name in os.listdir(folder)]
+    return {int(match[1]) * batches + int(match[2]) for match in found if match}
 
 
 def settled(folder: Path, window: range, batches: int = BATCHES) -> Callable[[], bool]:
@@ -101,16 +106,28 @@ def settled(folder: Path, window: range, batches: int = BATCHES) -> Callable[[],
 
 
 def progress(folder: Path, number: int, batches: int = BATCHES) -> None:
-    utils.write_progress(folder, divmod(number, batches))
+    epoch, batch = divmod(number, batches)
+    utils.write_text(folder / "training_progress.txt", f"{epoch}\n{batch}\n")
+
+
+def needed(folder: Path) -> Position | None:
+    """The progress that training has written."""
+    path = folder / "training_progress.txt"
+    return tuple(map(int, path.read_text().split())) if path.exists() else None
+
+
+def files(folder: Path, position: Position) -> list[Path]:
+    epoch, batch = position
+    return [folder / f"{kind}_{epoch}_{batch}.npy" for kind in "XY"]
 
 
 def load(folder: Path, position: Position) -> tuple[np.ndarray, np.ndarray]:
-    x, y = (np.load(path, allow_pickle=False) for path in utils.batch_files(folder, position))
+    x, y = (np.load(path, allow_pickle=False) for path in files(folder, position))
     return x, y
 
 
 def assert_made_by(recipe: Recipe, position: Position, batch: tuple[np.ndarray, np.ndarray]):
-    expected = recipe.make(position)
+    expected = recipe.make(recipe.spec.step(*position))
     for array, right in zip(batch, expected, strict=True):
         assert array.dtype == right.dtype
         np.testing.assert_array_equal(array, right, err_msg=str(position))
@@ -124,13 +141,13 @@ def train(
     look: Callable[[int], None] = lambda number: None,
 ) -> None:
     """Reads the batches in order, checks each, calls `look`, and says that it needs the next."""
-    progress(folder, numbers.start, recipe.batches)
+    progress(folder, numbers.start, recipe.spec.batches_per_epoch)
     for number in numbers:
-        position = divmod(number, recipe.batches)
-        wait_until(utils.batch_files(folder, position)[0].exists, process, position)
+        position = divmod(number, recipe.spec.batches_per_epoch)
+        wait_until(files(folder, position)[0].exists, process, position)
         assert_made_by(recipe, position, load(folder, position))
         look(number)
-        progress(folder, number + 1, recipe.batches)
+        progress(folder, number + 1, recipe.spec.batches_per_epoch)
 
 
 # --- the window -------------------------------------------------------------------------------
@@ -193,7 +210,7 @@ def test_buffers_of_one_batch_and_larger_than_all(tmp_path, toy, ram, size, end)
 def test_one_batch_an_epoch(tmp_path, toy, ram):
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
     recipe = recipe_of(config, batch_size=40)
-    assert recipe.batches == 1
+    assert recipe.spec.batches_per_epoch == 1
     with preprocessor(config, *span(0, 4, 40)) as process:
         wait_until(settled(ram, range(3), batches=1), process, "buffer full")
         train(ram, recipe, range(4), process)
@@ -328,7 +345,7 @@ def test_batches_of_another_making_are_removed(tmp_path, toy, ram, change, named
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=4, **change)
     recipe = recipe_of(config)
     with preprocessor(config, *span(0, 1)) as process:
-        wait_until(lambda: utils.read_json(ram / "buffer.json") == recipe.description, process, "")
+        wait_until(lambda: BatchSpec.read(ram) == recipe.spec, process, "")
         train(ram, recipe, range(10), process)
         assert finish(process) == 0
     (line,) = [line for line in said(config).splitlines() if "removing" in line]
@@ -339,7 +356,7 @@ def test_batches_of_another_making_are_removed(tmp_path, toy, ram, change, named
 def test_batches_without_buffer_json_are_of_another_making(tmp_path, toy, ram):
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=2)
     recipe = recipe_of(config)
-    x, y = recipe.make((0, 0))
+    x, y = recipe.make(recipe.spec.step(0, 0))
     np.save(ram / "X_0_0.npy", x + 1)
     np.save(ram / "Y_0_0.npy", y)
     with preprocessor(config, *span(0, 1)) as process:
@@ -600,7 +617,7 @@ def test_waits_for_room_under_a_limit(tmp_path, toy, ram):
 
 def stock(config: Path, folder: Path, batches: int = 4) -> Buffer:
     """A buffer with the first batches, as the preprocessor leaves them."""
-    buffer = Buffer(folder, recipe_of(config), 0, 2, 20)
+    buffer = Buffer(folder, recipe_of(config, epochs=[0, 2]), 20)
     buffer.claim()
     for number in range(batches):
         buffer.make(number)
@@ -609,19 +626,10 @@ def stock(config: Path, folder: Path, batches: int = 4) -> Buffer:
 
 @contextlib.contextmanager
 def reading(buffer: Buffer, first: Position = (0, 0)):
-    """A train.Reader whose batches come out as NumPy arrays."""
-    import train
-
-    reader = train.Reader(
-        buffer.folder,
-        buffer.recipe.batches,
-        first,
-        2,
-        lambda: utils.read_json(buffer.folder / "buffer.json"),
-        0.05,
-        lambda images, labels: (images, labels),
-    )
-    with reader:
+    """A reader whose batches come out as NumPy arrays."""
+    spec = buffer.spec
+    steps = range(spec.step(*first), spec.step(2))
+    with BatchReader(buffer.folder, spec, steps, lambda *batch: batch, 0.05) as reader:
         yield reader
 
 
@@ -631,7 +639,7 @@ def next_batch(reader, patience: float = 20) -> tuple[np.ndarray, np.ndarray] | 
     timer = threading.Timer(patience, stop.set)
     timer.start()
     try:
-        return reader.next(stop, before_waiting=lambda: None)
+        return reader.next(stop)
     finally:
         timer.cancel()
 
@@ -642,11 +650,10 @@ def test_reader_hands_out_the_batches_in_order(config, ram):
         for number in range(8, 12):
             batch = next_batch(reader)
             assert_made_by(buffer.recipe, divmod(number, 10), batch)
-            needs = buffer.number(utils.read_progress(ram))
+            needs = buffer.spec.step(*needed(ram))
             assert number < needs <= number + 3  # one handed out, one waiting, one being read
         assert next_batch(reader, 0.3) is None
-        assert utils.read_progress(ram) == (1, 2)
-        assert reader.waited > 0.2
+        assert needed(ram) == (1, 2)
         buffer.make(12)
         assert_made_by(buffer.recipe, (1, 2), next_batch(reader))
 
@@ -672,9 +679,9 @@ def test_waiting_reader_says_again_what_it_needs(config, ram):
         assert next_batch(reader, 0.3) is None
         (ram / "training_progress.txt").unlink()
         deadline = time.monotonic() + 10
-        while utils.read_progress(ram) is None and time.monotonic() < deadline:
+        while needed(ram) is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert utils.read_progress(ram) == (0, 9)
+        assert needed(ram) == (0, 9)
 
 
 def test_reader_goes_on_without_room_for_the_progress_file(tmp_path, toy, small_disk):
@@ -687,9 +694,9 @@ def test_reader_goes_on_without_room_for_the_progress_file(tmp_path, toy, small_
             assert_made_by(buffer.recipe, (0, number), next_batch(reader))
         filler.unlink()
         deadline = time.monotonic() + 10
-        while utils.read_progress(disk) != (0, 4) and time.monotonic() < deadline:
+        while needed(disk) != (0, 4) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert utils.read_progress(disk) == (0, 4)
+        assert needed(disk) == (0, 4)
 
 
 def saved(save: Callable, *arrays: np.ndarray) -> bytes:
@@ -751,33 +758,35 @@ def test_reader_and_preprocessor_heal_a_batch_together(tmp_path, toy, ram):
         wait_until(settled(ram, range(5)), process, "buffer full")
         path = ram / "X_0_3.npy"
         path.write_bytes(b"\1" * path.stat().st_size)
-        with reading(Buffer(ram, recipe, 0, 2, 5)) as reader:
+        with reading(Buffer(ram, recipe_of(config, epochs=[0, 2]), 5)) as reader:
             for number in range(20):
                 assert_made_by(recipe, divmod(number, 10), next_batch(reader))
         assert process.poll() is None
-        reader.finish()
+        end_preprocessing(ram, 2)
         assert finish(process) == 0
     assert os.listdir(ram) == []
 
 
 def test_training_with_other_arguments_is_told_both_values(config, ram):
-    import train
-
     stock(config, ram, 0)
-    settings = utils.load_config(config)
-    assert train.check_buffer(settings, 4, 0, 1)["N"] == 40
-    settings.train.seed = 3
-    for arguments, words in (
-        ((8, 0, 1), ("batch_size = 4", "batch_size = 8")),
-        ((4, 0, 1), ("seed = 0", "seed = 3")),
+    settings, spec = utils.load_config(config), BatchSpec.read(ram)
+    check_spec(spec, settings, 4, ram)
+    for batch_size, seed, words in (
+        (8, 0, ("batch_size = 4", "batch_size = 8")),
+        (4, 3, ("seed = 0", "seed = 3")),
     ):
+        settings.train.seed = seed
         with pytest.raises(utils.UserError) as error:
-            train.check_buffer(settings, *arguments)
+            check_spec(spec, settings, batch_size, ram)
         assert all(word in str(error.value) for word in words), error.value
-    settings.train.seed = 0
-    before = train.check_buffer(settings, 4, 0, 1)
-    assert train.check_buffer(settings, 4, 0, 1, before) == before
-    with pytest.raises(utils.UserError, match="other class_names than when this training began"):
-        train.check_buffer(settings, 4, 0, 1, before | {"class_names": ["cats"]})
     (ram / "buffer.json").unlink()
-    assert train.check_buffer(settings, 4, 0, 1) is None
+    assert BatchSpec.read(ram) is None
+
+
+def test_a_buffer_that_becomes_another_stops_training(config, ram):
+    buffer = stock(config, ram, 1)
+    with reading(buffer) as reader:
+        assert next_batch(reader) is not None
+        dataclasses.replace(buffer.spec, class_names=["cats"] * 4).write(ram)
+        with pytest.raises(utils.UserError, match="other class_names than when this training"):
+            next_batch(reader)

@@ -595,7 +595,7 @@ def test_the_example_of_the_help_is_the_manuals_and_works(script, monkeypatch, c
 
 def test_the_config_beside_the_script_is_the_default(tmp_path):
     """From whatever folder the command is typed."""
-    for name in ("preprocess_val.py", "utils.py"):
+    for name in ("preprocess_val.py", "preprocess.py", "utils.py"):
         (tmp_path / name).write_bytes((toolkit.ROOT / name).read_bytes())
     (tmp_path / "config.txt").write_text(with_value(*IMAGENET, '"nowhere"'))
     result = subprocess.run(

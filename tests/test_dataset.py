@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import preprocess
 import toolkit
 import utils
-from utils import Pictures, UserError
+from preprocess import Pictures
+from utils import UserError
 
 WNIDS = ("n02", "n10", "n01")
 """Classes, deliberately not in sorted order: n01 has label 0, n02 label 1, n10 label 2."""
@@ -115,7 +117,7 @@ def test_each_layout_gives_the_same_pictures_and_labels(layout, tmp_path, settin
     make, below = LAYOUTS[layout]
     make(tmp_path / "data")
     config = settings(tmp_path / "data" / below, train__N=len(TRAIN), preprocess__N=len(VAL))
-    train, val = utils.training_pictures(config), utils.validation_pictures(config)
+    train, val = preprocess.training_pictures(config), preprocess.validation_pictures(config)
     assert labels_by_name(train) == {name: rank(wnid) for name, wnid in TRAIN.items()}
     assert labels_by_name(val) == {name: rank(wnid) for name, wnid in VAL.items()}
     for pictures in (train, val):
@@ -142,20 +144,20 @@ def test_the_order_does_not_depend_on_the_order_of_creation(tmp_path, settings):
     make_class_folders(tmp_path / "a")
     for path in sorted((tmp_path / "a").rglob("*.JPEG"), reverse=True):
         put(tmp_path / "b" / path.relative_to(tmp_path / "a"))
-    one, other = (utils.training_pictures(settings(tmp_path / name)) for name in "ab")
+    one, other = (preprocess.training_pictures(settings(tmp_path / name)) for name in "ab")
     assert one.paths == other.paths and one.fingerprint == other.fingerprint
 
 
 def test_the_fingerprint_tells_datasets_apart(tmp_path, settings):
     make_class_folders(tmp_path)
-    found = [utils.training_pictures(settings(tmp_path)).fingerprint]
+    found = [preprocess.training_pictures(settings(tmp_path)).fingerprint]
     picture = tmp_path / "train/n01/n01_1.JPEG"
     picture.rename(tmp_path / "train/n01/n01_9.JPEG")
-    found.append(utils.training_pictures(settings(tmp_path)).fingerprint)
+    found.append(preprocess.training_pictures(settings(tmp_path)).fingerprint)
     (tmp_path / "train/n01/n01_9.JPEG").rename(tmp_path / "train/n02/n01_9.JPEG")
-    found.append(utils.training_pictures(settings(tmp_path)).fingerprint)
+    found.append(preprocess.training_pictures(settings(tmp_path)).fingerprint)
     (tmp_path / "train/n02/n01_9.JPEG").unlink()
-    found.append(utils.training_pictures(settings(tmp_path)).fingerprint)
+    found.append(preprocess.training_pictures(settings(tmp_path)).fingerprint)
     assert len(set(found)) == 4
 
 
@@ -167,7 +169,7 @@ def test_the_fingerprint_tells_datasets_apart(tmp_path, settings):
 def test_class_names_come_from_the_mapping(file, layout, tmp_path, settings):
     LAYOUTS[layout][0](tmp_path / "data")
     (tmp_path / "data" / file).write_text(mapping_text(), encoding="utf-8")
-    for find in (utils.training_pictures, utils.validation_pictures):
+    for find in (preprocess.training_pictures, preprocess.validation_pictures):
         names = find(settings(tmp_path / "data")).class_names
         assert names == ["tench, Tinca tinca", "goldfish", "great white shark"]
 
@@ -175,24 +177,28 @@ def test_class_names_come_from_the_mapping(file, layout, tmp_path, settings):
 @pytest.mark.parametrize("below", [".", "ILSVRC", "ILSVRC/Data/CLS-LOC"])
 def test_class_names_come_with_kaggles_tree(below, tmp_path, settings):
     make_kaggle_tree(tmp_path / "data")
-    names = utils.validation_pictures(settings(tmp_path / "data" / below)).class_names
+    names = preprocess.validation_pictures(settings(tmp_path / "data" / below)).class_names
     assert names == ["tench, Tinca tinca", "goldfish", "great white shark"]
 
 
 def test_class_names_are_the_folders_where_no_mapping_is(tmp_path, settings):
     make_class_folders(tmp_path)
-    assert utils.training_pictures(settings(tmp_path)).class_names == ["n01", "n02", "n10"]
+    assert preprocess.training_pictures(settings(tmp_path)).class_names == ["n01", "n02", "n10"]
 
 
 def test_a_mapping_that_lacks_a_class_leaves_its_folder_name(tmp_path, settings):
     make_class_folders(tmp_path)
     (tmp_path / "synset_words.txt").write_text("n02 goldfish\nn99 unicorn\n\nn01\n")
-    assert utils.training_pictures(settings(tmp_path)).class_names == ["n01", "goldfish", "n10"]
+    assert preprocess.training_pictures(settings(tmp_path)).class_names == [
+        "n01",
+        "goldfish",
+        "n10",
+    ]
 
 
 def test_class_names_of_lists_without_mapping_are_their_folders(tmp_path, settings):
     make_list_files(tmp_path, "train", "val")
-    for pictures in (utils.training_pictures, utils.validation_pictures):
+    for pictures in (preprocess.training_pictures, preprocess.validation_pictures):
         assert pictures(settings(tmp_path)).class_names == ["n01", "n02", "n10"]
 
 
@@ -201,14 +207,14 @@ def test_class_names_of_lists_are_the_labels_where_folders_do_not_tell(folders, 
     make_list_files(tmp_path, "train", "val")
     lines = [f"{folder}{label}.JPEG {label}\n" for label, folder in enumerate(folders)]
     (tmp_path / "train.txt").write_text("".join(lines))
-    assert utils.training_pictures(settings(tmp_path)).class_names == ["0", "1", "2"]
+    assert preprocess.training_pictures(settings(tmp_path)).class_names == ["0", "1", "2"]
 
 
 def test_a_label_beyond_those_of_training_is_refused(tmp_path, settings):
     make_list_files(tmp_path, "train", "val")
     with open(tmp_path / "val.txt", "a") as file:
         file.write("more.JPEG 3\n")
-    for pictures in (utils.training_pictures, utils.validation_pictures):
+    for pictures in (preprocess.training_pictures, preprocess.validation_pictures):
         with pytest.raises(utils.UserError, match=r"val\.txt: more\.JPEG has label 3, .* with 2$"):
             pictures(settings(tmp_path))
 
@@ -218,7 +224,7 @@ def test_labels_counted_from_1_are_warned_of(tmp_path, settings, capsys):
     for name in ("train.txt", "val.txt"):
         lines = [line.split() for line in (tmp_path / name).read_text().splitlines()]
         (tmp_path / name).write_text("".join(f"{path} {int(n) + 1}\n" for path, n in lines))
-    utils.training_pictures(settings(tmp_path))
+    preprocess.training_pictures(settings(tmp_path))
     assert capsys.readouterr().err.endswith("1 class of 4 (labels count from 0), the first is 0\n")
 
 
@@ -229,9 +235,9 @@ def test_labels_counted_from_1_are_warned_of(tmp_path, settings, capsys):
 def test_a_wrong_n_is_refused_with_both_numbers(layout, tmp_path, settings):
     LAYOUTS[layout][0](tmp_path / "data")
     with pytest.raises(UserError, match=r"\[train\] N is 1281167\b.*\b9\b"):
-        utils.training_pictures(settings(tmp_path / "data", train__N=1281167))
+        preprocess.training_pictures(settings(tmp_path / "data", train__N=1281167))
     with pytest.raises(UserError, match=r"\[preprocess\] N is 50000\b.*\b6\b"):
-        utils.validation_pictures(settings(tmp_path / "data", preprocess__N=50000))
+        preprocess.validation_pictures(settings(tmp_path / "data", preprocess__N=50000))
 
 
 def test_real_commands_refuse_a_wrong_n(tmp_path):
@@ -262,22 +268,22 @@ def test_hidden_files_and_other_files_are_left_out(tmp_path, settings):
     put(tmp_path / "train" / "stray.JPEG")
     put(tmp_path / "val/n01/notes.csv")
     config = settings(tmp_path, train__N=len(TRAIN), preprocess__N=len(VAL))
-    assert set(labels_by_name(utils.training_pictures(config))) == set(TRAIN)
-    assert set(labels_by_name(utils.validation_pictures(config))) == set(VAL)
+    assert set(labels_by_name(preprocess.training_pictures(config))) == set(TRAIN)
+    assert set(labels_by_name(preprocess.validation_pictures(config))) == set(VAL)
 
 
 def test_all_usual_suffixes_count_in_any_case(tmp_path, settings):
     names = ["a.JPEG", "b.jpg", "c.PNG", "d.webp", "e.gif", "f.bmp", "g.tif", "h.tiff", "i.Jpg"]
     for name in names:
         put(tmp_path / "train" / "cat" / name)
-    assert set(labels_by_name(utils.training_pictures(settings(tmp_path)))) == set(names)
+    assert set(labels_by_name(preprocess.training_pictures(settings(tmp_path)))) == set(names)
 
 
 def test_folders_within_a_class_belong_to_it(tmp_path, settings):
     put(tmp_path / "train/cat/persian/kittens/a.jpg")
     put(tmp_path / "train/cat/b.jpg")
     put(tmp_path / "train/dog/poodle/c.jpg")
-    pictures = utils.training_pictures(settings(tmp_path))
+    pictures = preprocess.training_pictures(settings(tmp_path))
     assert labels_by_name(pictures) == {"a.jpg": 0, "b.jpg": 0, "c.jpg": 1}
     assert pictures.class_names == ["cat", "dog"]
     for path in pictures.paths:
@@ -288,10 +294,10 @@ def test_an_empty_class_is_warned_of_and_keeps_its_rank(tmp_path, settings, caps
     make_class_folders(tmp_path)
     (tmp_path / "train/n015").mkdir()
     config = settings(tmp_path)
-    train = utils.training_pictures(config)
+    train = preprocess.training_pictures(config)
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 and warnings[0].endswith("first is n015")
-    val = utils.validation_pictures(config)
+    val = preprocess.validation_pictures(config)
     expected = {"n01": 0, "n02": 2, "n10": 3}
     assert labels_by_name(train) == {name: expected[wnid] for name, wnid in TRAIN.items()}
     assert labels_by_name(val) == {name: expected[wnid] for name, wnid in VAL.items()}
@@ -317,7 +323,7 @@ def test_names_may_hold_any_character(tmp_path, settings):
     strange_bytes = os.fsencode(tmp_path / "train") + b"/caf\xe9"
     os.mkdir(strange_bytes)
     Path(os.fsdecode(strange_bytes + b"/\xff\xfe.jpg")).write_bytes(JPEG)
-    pictures = utils.training_pictures(settings(tmp_path))
+    pictures = preprocess.training_pictures(settings(tmp_path))
     assert len(pictures) == len(STRANGE) + 1 == len(pictures.class_names)
     assert re.fullmatch(r"[0-9a-f]{8}", pictures.fingerprint)
     for path, label in zip(pictures.paths, pictures.labels, strict=True):
@@ -356,20 +362,20 @@ def test_links_to_class_folders_and_pictures_are_followed(tmp_path, settings):
     (tmp_path / "data/train/dog").mkdir(parents=True)
     (tmp_path / "data/train/cat").symlink_to(tmp_path / "disk1/cats")
     (tmp_path / "data/train/dog/b.jpg").symlink_to(tmp_path / "disk2/b.jpg")
-    pictures = utils.training_pictures(settings(tmp_path / "data"))
+    pictures = preprocess.training_pictures(settings(tmp_path / "data"))
     assert labels_by_name(pictures) == {"a.jpg": 0, "b.jpg": 1}
 
 
 def test_a_linked_dataset_is_found(tmp_path, settings):
     make_class_folders(tmp_path / "disk")
     (tmp_path / "data").symlink_to(tmp_path / "disk")
-    assert len(utils.training_pictures(settings(tmp_path / "data"))) == len(TRAIN)
+    assert len(preprocess.training_pictures(settings(tmp_path / "data"))) == len(TRAIN)
 
 
 def test_a_link_to_the_pictures_of_kaggles_tree_is_enough(tmp_path, settings):
     make_kaggle_tree(tmp_path / "disk")
     (tmp_path / "data").symlink_to(tmp_path / "disk/ILSVRC/Data/CLS-LOC")
-    pictures = utils.validation_pictures(settings(tmp_path / "data"))
+    pictures = preprocess.validation_pictures(settings(tmp_path / "data"))
     assert labels_by_name(pictures) == {name: rank(wnid) for name, wnid in VAL.items()}
 
 
@@ -377,7 +383,7 @@ def test_loops_of_links_do_not_trap(tmp_path, settings):
     make_class_folders(tmp_path)
     (tmp_path / "train/n01/again").symlink_to(tmp_path / "train")
     (tmp_path / "train/n01/here").symlink_to(".")
-    pictures = utils.training_pictures(settings(tmp_path))
+    pictures = preprocess.training_pictures(settings(tmp_path))
     assert labels_by_name(pictures) == {name: rank(wnid) for name, wnid in TRAIN.items()}
     assert len(pictures) == len(TRAIN)
 
@@ -388,8 +394,8 @@ def test_links_that_lead_nowhere_are_no_classes(part, tmp_path, settings):
     (tmp_path / part / "itself").symlink_to("itself")
     (tmp_path / part / "gone").symlink_to("not there")
     config = settings(tmp_path, train__N=len(TRAIN), preprocess__N=len(VAL))
-    assert utils.training_pictures(config).class_names == ["n01", "n02", "n10"]
-    assert len(utils.validation_pictures(config)) == len(VAL)
+    assert preprocess.training_pictures(config).class_names == ["n01", "n02", "n10"]
+    assert len(preprocess.validation_pictures(config)) == len(VAL)
 
 
 def test_a_class_that_cannot_be_read_is_an_error(tmp_path, settings, monkeypatch):
@@ -404,7 +410,7 @@ def test_a_class_that_cannot_be_read_is_an_error(tmp_path, settings, monkeypatch
 
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises((OSError, UserError), match="n02"):
-        utils.training_pictures(settings(tmp_path))
+        preprocess.training_pictures(settings(tmp_path))
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -418,9 +424,9 @@ def test_the_devkits_ground_truth_is_refused_with_the_reason(place, tmp_path, se
     (tmp_path / "LOC_val_solution.csv").unlink()
     put(tmp_path / place, b"".join(b"%d\n" % (1 + i % 3) for i in range(len(VAL))))
     with pytest.raises(UserError, match="devkit's own order.*LOC_val_solution.csv") as error:
-        utils.validation_pictures(settings(tmp_path))
+        preprocess.validation_pictures(settings(tmp_path))
     assert str(tmp_path / place) in str(error.value)
-    assert len(utils.training_pictures(settings(tmp_path))) == len(TRAIN)
+    assert len(preprocess.training_pictures(settings(tmp_path))) == len(TRAIN)
 
 
 def test_a_flat_validation_folder_without_classes_is_refused(tmp_path):
@@ -442,14 +448,14 @@ def test_a_picture_without_a_known_class_in_the_solution_is_named(row, tmp_path,
     text = solution.read_text()
     solution.write_text(re.sub("ILSVRC2012_val_00000001.*\n", row, text))
     with pytest.raises(UserError, match=r"ILSVRC2012_val_00000001\.JPEG.*LOC_val_solution"):
-        utils.validation_pictures(settings(tmp_path))
+        preprocess.validation_pictures(settings(tmp_path))
 
 
 def test_a_validation_class_that_training_lacks_is_named(tmp_path, settings):
     make_class_folders(tmp_path)
     put(tmp_path / "val/n05/a.JPEG")
     with pytest.raises(utils.UserError, match=r"val/n05.*training"):
-        utils.validation_pictures(settings(tmp_path))
+        preprocess.validation_pictures(settings(tmp_path))
 
 
 def remove(root: Path, name: str) -> None:
@@ -473,17 +479,17 @@ def test_what_is_absent_is_named(name, tmp_path, settings):
     break_it, message = ABSENT[name]
     break_it(tmp_path / "data")
     with pytest.raises(UserError, match=message):
-        utils.validation_pictures(settings(tmp_path / "data"))
+        preprocess.validation_pictures(settings(tmp_path / "data"))
 
 
 def test_a_dataset_without_pictures_is_refused(tmp_path, settings):
     for part in ("train", "val"):
         (tmp_path / part).mkdir()
     with pytest.raises(UserError, match="no pictures"):
-        utils.training_pictures(settings(tmp_path))
+        preprocess.training_pictures(settings(tmp_path))
     put(tmp_path / "train/cat/README.txt")
     with pytest.raises(UserError, match="no pictures"):
-        utils.training_pictures(settings(tmp_path))
+        preprocess.training_pictures(settings(tmp_path))
 
 
 # --- list files -------------------------------------------------------------------------------
@@ -505,14 +511,14 @@ def test_a_bad_line_of_a_list_is_named_with_its_number(name, tmp_path, settings)
     lines = (tmp_path / "train.txt").read_text().splitlines()
     (tmp_path / "train.txt").write_text("\n".join([*lines[:2], BAD_LINES[name], *lines[3:]]))
     with pytest.raises(UserError, match=r"train\.txt.*\b3\b"):
-        utils.training_pictures(settings(tmp_path))
+        preprocess.training_pictures(settings(tmp_path))
 
 
 def test_an_empty_list_is_refused(tmp_path, settings):
     make_list_files(tmp_path, "train", "val")
     (tmp_path / "val.txt").write_text("\n")
     with pytest.raises(utils.UserError, match=r"val\.txt"):
-        utils.validation_pictures(settings(tmp_path))
+        preprocess.validation_pictures(settings(tmp_path))
 
 
 def test_lists_may_hold_spaces_windows_line_ends_and_any_bytes(tmp_path, settings):
@@ -523,7 +529,7 @@ def test_lists_may_hold_spaces_windows_line_ends_and_any_bytes(tmp_path, setting
     text = "".join(f"{name} {label}\r\n" for label, name in enumerate(names))
     for part in ("train", "val"):
         (tmp_path / f"{part}.txt").write_bytes(os.fsencode(text + "\r\n"))
-    pictures = utils.training_pictures(settings(tmp_path))
+    pictures = preprocess.training_pictures(settings(tmp_path))
     assert pictures.paths == names
     assert pictures.labels.tolist() == [0, 1, 2, 3]
 
@@ -534,5 +540,5 @@ def test_lists_may_separate_with_tabs_or_several_spaces(tmp_path, settings):
         file = tmp_path / f"{part}.txt"
         file.write_text(file.read_text().replace(" ", gap))
     config = settings(tmp_path)
-    assert set(labels_by_name(utils.training_pictures(config))) == set(TRAIN)
-    assert set(labels_by_name(utils.validation_pictures(config))) == set(VAL)
+    assert set(labels_by_name(preprocess.training_pictures(config))) == set(TRAIN)
+    assert set(labels_by_name(preprocess.validation_pictures(config))) == set(VAL)

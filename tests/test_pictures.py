@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
+import preprocess
 import toolkit
-import utils
 from utils import UserError
 
 # As in the scripts: utils sets these filters when it is imported, pytest resets them.
@@ -45,8 +45,8 @@ def opened(folder: Path, content: bytes) -> Image.Image:
     """The picture as the scripts see it, from a file whose name always says JPEG."""
     path = folder / "picture.JPEG"
     path.write_bytes(content)
-    with utils.open_picture(path) as image:
-        return utils.as_rgb(image)
+    with preprocess.open_picture(path) as image:
+        return preprocess.as_rgb(image)
 
 
 def pixels(folder: Path, content: bytes) -> np.ndarray:
@@ -110,12 +110,12 @@ def test_each_format_is_opened_by_its_content(name, tmp_path):
 def test_the_format_registry_knows_what_is_asked_for():
     """One that Pillow does not register makes it fail for every format listed behind it."""
     Image.init()
-    assert set(utils.FORMATS) <= set(Image.OPEN)
+    assert set(preprocess.FORMATS) <= set(Image.OPEN)
 
 
 def test_formats_beyond_pictures_are_refused(tmp_path):
     for kind in ("PDF", "EPS", "ICO", "PPM"):
-        with pytest.raises(utils.DECODING_ERRORS):
+        with pytest.raises(preprocess.DECODING_ERRORS):
             opened(tmp_path, encoded(PICTURE.resize((32, 32)), kind))
 
 
@@ -304,7 +304,7 @@ def test_odd_shapes_are_fine(size, tmp_path):
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (20000, 20)])
 def test_shapes_beyond_use_are_refused(size, tmp_path):
     for kind in ("JPEG", "PNG"):
-        with pytest.raises(utils.DECODING_ERRORS, match=f"{size[0]}.{size[1]}"):
+        with pytest.raises(preprocess.DECODING_ERRORS, match=f"{size[0]}.{size[1]}"):
             opened(tmp_path, encoded(Image.new("RGB", size, "red"), kind))
 
 
@@ -337,7 +337,7 @@ def never_decoded(monkeypatch):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
 @pytest.mark.parametrize("size", [(60000, 50000), (14000, 14000), (10000, 9500)])
 def test_enormous_pictures_are_refused_unseen(kind, size, tmp_path, never_decoded):
-    with pytest.raises(utils.DECODING_ERRORS):
+    with pytest.raises(preprocess.DECODING_ERRORS):
         opened(tmp_path, bomb(*size, kind))
 
 
@@ -367,7 +367,7 @@ SINGLE = [name for name in FORMATS if not name.startswith(("animated", "two"))]
 def test_a_truncated_picture_is_refused(name, tmp_path):
     content, _ = FORMATS[name]
     for sixteenth in range(16):
-        with pytest.raises(utils.DECODING_ERRORS):
+        with pytest.raises(preprocess.DECODING_ERRORS):
             opened(tmp_path, content[: len(content) * sixteenth // 16])
 
 
@@ -384,15 +384,18 @@ NO_PICTURES = {
 
 @pytest.mark.parametrize("name", NO_PICTURES)
 def test_what_is_no_picture_is_refused(name, tmp_path):
-    with pytest.raises(utils.DECODING_ERRORS):
+    with pytest.raises(preprocess.DECODING_ERRORS):
         opened(tmp_path, NO_PICTURES[name])
 
 
 def test_a_missing_file_counts_as_a_picture_that_cannot_be_decoded(tmp_path):
-    with pytest.raises(utils.DECODING_ERRORS), utils.open_picture(tmp_path / "gone.JPEG"):
+    with pytest.raises(preprocess.DECODING_ERRORS), preprocess.open_picture(tmp_path / "gone.JPEG"):
         pass
     (tmp_path / "folder.JPEG").mkdir()
-    with pytest.raises(utils.DECODING_ERRORS), utils.open_picture(tmp_path / "folder.JPEG"):
+    with (
+        pytest.raises(preprocess.DECODING_ERRORS),
+        preprocess.open_picture(tmp_path / "folder.JPEG"),
+    ):
         pass
 
 
@@ -409,12 +412,12 @@ def open_damaged(folder: Path, content: bytes, draft: bool) -> str:
     path = folder / "damaged.JPEG"
     path.write_bytes(content)
     try:
-        with utils.open_picture(path) as image:
+        with preprocess.open_picture(path) as image:
             if draft:
                 image.draft(image.mode, (20, 20))
-            assert utils.as_rgb(image).mode == "RGB"
+            assert preprocess.as_rgb(image).mode == "RGB"
         return "decoded"
-    except utils.DECODING_ERRORS:
+    except preprocess.DECODING_ERRORS:
         return "refused"
 
 
@@ -452,7 +455,7 @@ def warnings_of(capsys) -> list[str]:
 
 
 def test_each_failing_picture_is_named_once(capsys):
-    failures = utils.Failures(1000)
+    failures = preprocess.Failures(1000)
     for path in ("cat/a.JPEG", "cat/b.JPEG", "cat/a.JPEG", "cat/a.JPEG"):
         failures.add(path, OSError("image file is truncated"))
     lines = warnings_of(capsys)
@@ -464,7 +467,7 @@ def test_each_failing_picture_is_named_once(capsys):
 
 @pytest.mark.parametrize(("pictures", "allowed"), [(100, 1), (299, 2), (1000, 10), (50_000, 500)])
 def test_more_than_1_in_100_failing_is_the_end(pictures, allowed, capsys):
-    failures = utils.Failures(pictures)
+    failures = preprocess.Failures(pictures)
     for i in range(allowed):
         failures.add(f"{i}.JPEG", OSError("broken"))
         failures.add(f"{i}.JPEG", OSError("broken"))
@@ -473,14 +476,14 @@ def test_more_than_1_in_100_failing_is_the_end(pictures, allowed, capsys):
 
 
 def test_a_single_failure_does_not_stop_a_small_set(capsys):
-    failures = utils.Failures(8)
+    failures = preprocess.Failures(8)
     failures.add("a.JPEG", OSError("broken"))
     with pytest.raises(UserError):
         failures.add("b.JPEG", OSError("broken"))
 
 
 def test_threads_name_each_failing_picture_once(capsys):
-    failures = utils.Failures(10_000)
+    failures = preprocess.Failures(10_000)
 
     def add_all() -> None:
         for i in range(50):
@@ -500,9 +503,9 @@ def test_the_reason_is_for_people(name, tmp_path, capsys):
     """One line, and not the address of a Python object."""
     path = tmp_path / "line\nbreak.JPEG"
     path.write_bytes(NO_PICTURES[name])
-    with pytest.raises(utils.DECODING_ERRORS) as error, utils.open_picture(path) as image:
-        utils.as_rgb(image)
-    utils.Failures(1000).add("cat/line\nbreak.JPEG", error.value)
+    with pytest.raises(preprocess.DECODING_ERRORS) as error, preprocess.open_picture(path) as image:
+        preprocess.as_rgb(image)
+    preprocess.Failures(1000).add("cat/line\nbreak.JPEG", error.value)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "cat/line\\nbreak.JPEG" in lines[0]
@@ -516,7 +519,7 @@ def test_the_shorter_side_is_exact_and_the_longer_nearest():
     draw = np.random.default_rng(3)
     for width, height in draw.integers(1, 6000, (3000, 2)).tolist():
         for side in (256, 319, 480):
-            size = utils.resized_size(width, height, side)
+            size = preprocess.resized_size(width, height, side)
             assert min(size) == side
             exact = max(width, height) * side / min(width, height)
             assert abs(max(size) - exact) <= 0.5

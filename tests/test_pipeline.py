@@ -2,6 +2,7 @@
 each time. Held against Pillow's own resizing, NumPy in float64, and the real command's files.
 """
 
+import dataclasses
 import io
 import json
 import time
@@ -13,36 +14,27 @@ import pytest
 from PIL import Image
 
 import get_mu_sigma
+import preprocess
 import runtime_preprocessing
 import toolkit
 import utils
+from preprocess import SIDES, crop_any, crop_file, crop_jpeg, jpeg_frame
 from runtime_preprocessing import (
     GROUP,
     Recipe,
     colour_shifts,
-    crop_any,
-    crop_file,
-    crop_jpeg,
-    draw,
+    draw_choices,
     finish,
-    jpeg_frame,
 )
-from utils import CROP, SIDES
+from toolkit import recipe_of
+from utils import CROP
 
 MU, SIGMA = [0.48180, 0.44969, 0.39839], [0.27336, 0.26435, 0.27563]
 
 
-def recipe_of(config: Path, batch_size: int = 4, seed: int = 0, **keywords) -> Recipe:
-    """The recipe that the command has with this config.txt."""
-    settings = utils.load_config(config)
-    pictures = utils.training_pictures(settings)
-    resized = runtime_preprocessing.resized_folders(settings.preprocess.path_to_save, pictures)
-    return Recipe(pictures, batch_size, seed, *utils.mu_sigma(settings), resized, **keywords)
-
-
 def content(recipe: Recipe, epoch: int, batch: int) -> tuple[bytes, bytes]:
     """A batch as bytes, to compare to the last bit."""
-    x, y = recipe.make((epoch, batch))
+    x, y = recipe.make(recipe.spec.step(epoch, batch))
     return x.tobytes(), y.tobytes()
 
 
@@ -78,7 +70,7 @@ def test_files_do_not_depend_on_threads_and_are_what_the_recipe_makes(tmp_path, 
     assert made[1] == made[2] == made[5]
     recipe = recipe_of(config, 8)
     for epoch, batch in ((1, 4), (0, 0), (1, 0)):
-        x, y = recipe.make((epoch, batch))
+        x, y = recipe.make(recipe.spec.step(epoch, batch))
         for name, array in (("X", x), ("Y", y)):
             file = io.BytesIO()
             np.save(file, array)
@@ -135,7 +127,7 @@ def test_batches_and_epochs_draw_anew(config, monkeypatch):
     monkeypatch.setattr(runtime_preprocessing, "crop_file", note)
     recipe = recipe_of(config)
     for position in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        recipe.make(position)
+        recipe.make(recipe.spec.step(*position))
     assert len(set(drawn)) == 16
 
 
@@ -150,7 +142,12 @@ def test_each_epoch_is_a_permutation_of_its_own(config):
 
 def test_labels_follow_the_order(config):
     recipe = recipe_of(config)
-    labels = np.concatenate([recipe.make((3, batch))[1] for batch in range(recipe.batches)])
+    labels = np.concatenate(
+        [
+            recipe.make(recipe.spec.step(3, batch))[1]
+            for batch in range(recipe.spec.batches_per_epoch)
+        ]
+    )
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, recipe.pictures.labels[recipe.order(3)])
 
@@ -161,16 +158,16 @@ def test_workers_share_every_epoch(config, workers):
     for epoch in range(3):
         shares = [recipe.order(epoch) for recipe in recipes]
         assert sorted(np.concatenate(shares)) == list(range(40))
-    assert {recipe.batches for recipe in recipes} == {40 // workers // 4}
+    assert {recipe.spec.batches_per_epoch for recipe in recipes} == {40 // workers // 4}
 
 
 def test_the_last_batch_of_an_epoch_is_whole(config):
     """40 pictures make 3 batches of 12; the 4 that are left over are others in another epoch."""
     recipe = recipe_of(config, batch_size=12)
-    assert recipe.batches == 3
+    assert recipe.spec.batches_per_epoch == 3
     left_over = [frozenset(recipe.order(epoch)[36:]) for epoch in range(5)]
     assert len(set(left_over)) > 1
-    assert recipe.make((0, 2))[0].shape == (12, CROP, CROP, 3)
+    assert recipe.make(recipe.spec.step(0, 2))[0].shape == (12, CROP, CROP, 3)
 
 
 # --- steps 1 to 3: resize and crop ------------------------------------------------------------
@@ -194,7 +191,9 @@ def reference_crop(path: Path, side: int, corner) -> np.ndarray:
     with Image.open(path) as image:
         width, height = (round(pixels * side / min(image.size)) for pixels in image.size)
         assert min(width, height) == side
-        picture = np.asarray(utils.as_rgb(image).resize((width, height), Image.Resampling.BILINEAR))
+        picture = np.asarray(
+            preprocess.as_rgb(image).resize((width, height), Image.Resampling.BILINEAR)
+        )
     left, top = int(corner[0] * (width - CROP + 1)), int(corner[1] * (height - CROP + 1))
     return picture[top : top + CROP, left : left + CROP].astype(np.int64)
 
@@ -344,7 +343,7 @@ def test_a_crop_beyond_the_end_of_a_broken_file_is_refused(tmp_path, progressive
     path = tmp_path / "a.jpg"
     for share in (0.0, 0.1, 0.5, 0.8):
         path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(utils.DECODING_ERRORS):
+        with pytest.raises(preprocess.DECODING_ERRORS):
             crop_file(path, 480, np.array([0.5, 0.999999]))
 
 
@@ -402,7 +401,7 @@ def drawn(toy, tmp_path_factory) -> dict[str, np.ndarray]:
         patch.setattr(runtime_preprocessing, "finish", finish_and_note)
         recipe = recipe_of(config, batch_size=40)
         for epoch in range(160):
-            recipe.make((epoch, 0))
+            recipe.make(recipe.spec.step(epoch, 0))
     return {name: np.array(values) for name, values in seen.items()}
 
 
@@ -447,7 +446,7 @@ def test_alpha_is_normal_with_deviation_a_tenth(drawn):
 
 
 def test_pictures_of_a_batch_get_draws_of_their_own():
-    draws = draw(np.random.default_rng(0), 64)
+    draws = draw_choices(np.random.default_rng(0), 64)
     assert len(np.unique(draws.side)) > 15
     assert len(np.unique(draws.corner)) == 128
     assert 10 < draws.flip.sum() < 54
@@ -459,7 +458,7 @@ def test_crops_reach_every_place_and_both_ends(tmp_path):
     y, x = np.mgrid[0:256, 0:300]
     pixels = np.stack([x % 256, y, x // 256], axis=2).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.bmp")
-    corners = draw(np.random.default_rng(4), 4000).corner
+    corners = draw_choices(np.random.default_rng(4), 4000).corner
     first = np.array([crop_file(tmp_path / "a.bmp", 256, c).getpixel((0, 0)) for c in corners])
     left, top = first[:, 0] + 256 * first[:, 2], first[:, 1]
     assert_uniform(left, 300 - CROP + 1)
@@ -509,7 +508,7 @@ def test_colour_shifts_have_the_stated_covariance(crops):
 
 def test_colour_shifts_of_many_draws(crops):
     """The same from the draws themselves: 2,000 of them know a covariance to about 5%."""
-    alpha = draw(np.random.default_rng(6), 2000).alpha
+    alpha = draw_choices(np.random.default_rng(6), 2000).alpha
     for crop in crops[:3]:
         shifts = np.concatenate([shifts_of(crop, part) for part in np.split(alpha, 20)])
         expected = 0.01 * shift_covariance(crop)
@@ -519,7 +518,7 @@ def test_colour_shifts_of_many_draws(crops):
 
 
 def test_colour_shifts_are_each_crops_own(crops):
-    alpha = draw(np.random.default_rng(7), len(crops)).alpha
+    alpha = draw_choices(np.random.default_rng(7), len(crops)).alpha
     together = colour_shifts(crops, alpha, SIGMA)
     assert together.shape == (len(crops), 3)
     for i in (0, 7, 39):
@@ -532,7 +531,7 @@ def test_colour_shifts_are_each_crops_own(crops):
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 33])
 def test_finish_is_the_float_formula(crops, count):
     """Half a unit in the last place of float16, which has 11 bits."""
-    alpha = draw(np.random.default_rng(8), count).alpha
+    alpha = draw_choices(np.random.default_rng(8), count).alpha
     out = np.empty((count, CROP, CROP, 3), np.float16)
     finish(crops[:count], alpha, MU, SIGMA, out=out)
     expected = (crops[:count].astype(np.float64) / 255 - MU) / SIGMA
@@ -550,7 +549,7 @@ def test_a_batch_is_the_six_steps(config, monkeypatch):
         return crop_file(path, side, corner)
 
     monkeypatch.setattr(runtime_preprocessing, "crop_file", note)
-    x, _ = recipe.make((1, 2))
+    x, _ = recipe.make(recipe.spec.step(1, 2))
     order = recipe.order(1)[20:30]
     assert [path for path, _, _ in calls] == [
         recipe.pictures.folder / recipe.pictures.paths[index] for index in order
@@ -571,8 +570,9 @@ def test_a_batch_is_the_six_steps(config, monkeypatch):
 def test_normalised_pictures_have_mean_0_and_deviation_1(config):
     recipe = recipe_of(config, batch_size=40)
     values = get_mu_sigma.mu_sigma(recipe.pictures, recipe.failures)
-    recipe.mu, recipe.sigma = ([float(v) for v in value] for value in values)
-    x = np.concatenate([recipe.make((epoch, 0))[0].astype(np.float32) for epoch in range(3)])
+    mu, sigma = ([float(v) for v in value] for value in values)
+    recipe.spec = dataclasses.replace(recipe.spec, mu=mu, sigma=sigma)
+    x = np.concatenate([recipe.make(epoch)[0].astype(np.float32) for epoch in range(3)])
     assert np.isfinite(x).all()
     assert np.abs(x.mean(axis=(0, 1, 2))).max() < 0.1
     assert np.abs(x.std(axis=(0, 1, 2)) - 1).max() < 0.1
@@ -603,7 +603,7 @@ def test_a_broken_picture_is_replaced_with_one_warning(tmp_path, own_toy, ram):
     for epoch in range(3):
         for batch in range(5):
             x, y = (np.load(io.BytesIO(files[f"{n}_{epoch}_{batch}.npy"])) for n in "XY")
-            expected = recipe.make((epoch, batch))
+            expected = recipe.make(recipe.spec.step(epoch, batch))
             np.testing.assert_array_equal(x, expected[0])
             np.testing.assert_array_equal(y, expected[1])
 
@@ -618,7 +618,7 @@ def test_the_substitute_is_a_picture_of_the_epoch_with_its_own_label(own_toy, tm
     recipe = recipe_of(toolkit.write_config(tmp_path, own_toy, Path("unused")), batch_size=40)
     replaced = []
     for epoch in range(4):
-        x, y = recipe.make((epoch, 0))
+        x, y = recipe.make(recipe.spec.step(epoch, 0))
         shown = np.rint((x[:, 0, 0, 0].astype(float) * SIGMA[0] + MU[0]) * 255)
         np.testing.assert_allclose(shown, np.array(list(levels.values()))[y], atol=1)
         (slot,) = [
@@ -680,8 +680,8 @@ def test_nothing_but_broken_pictures_ends_it(tmp_path, ram):
 def test_a_file_that_vanishes_is_a_broken_picture(tmp_path, own_toy, capsys):
     recipe = recipe_of(toolkit.write_config(tmp_path, own_toy, Path("unused")), batch_size=40)
     (own_toy / "train/discs/discs_1.JPEG").unlink()
-    recipe.make((0, 0))
-    recipe.make((1, 0))
+    recipe.make(recipe.spec.step(0, 0))
+    recipe.make(recipe.spec.step(1, 0))
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -699,7 +699,7 @@ def test_resized_copies_are_used_where_they_are(tmp_path, toy):
     for side in SIDES[:-1]:
         (tmp_path / "preprocessed" / str(side)).symlink_to(tmp_path / "copies")
     recipe, calls = recipe_of(config, batch_size=40), []
-    assert list(recipe.resized) == list(SIDES[:-1])
+    assert list(recipe.copies) == list(SIDES[:-1])
 
     def note(path, side, corner):
         crop = crop_file(path, side, corner)
@@ -708,7 +708,7 @@ def test_resized_copies_are_used_where_they_are(tmp_path, toy):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime_preprocessing, "crop_file", note)
-        labels = np.concatenate([recipe.make((epoch, 0))[1] for epoch in range(6)])
+        labels = np.concatenate([recipe.make(recipe.spec.step(epoch, 0))[1] for epoch in range(6)])
     assert len(calls) == len(labels) == 240
     red_sides = set()
     for (path, side, crop), label in zip(calls, labels, strict=True):
@@ -728,7 +728,7 @@ def test_a_broken_copy_is_no_broken_picture(tmp_path, toy):
         for i in range(10):
             (tmp_path / "preprocessed" / str(side) / "discs" / f"discs_{i}.JPEG").write_bytes(b"")
     recipe = recipe_of(config, 40)
-    assert len(recipe.resized) == 33
+    assert len(recipe.copies) == 33
     assert content(recipe, 0, 0) == plain
     assert not recipe.failures
 
@@ -763,7 +763,7 @@ def test_preview_shows_the_batch(tmp_path, config, batch_size, shown):
     columns, rows = min(8, shown), -(-shown // 8)
     assert columns * CROP <= sheet.shape[1] <= columns * CROP * 1.1 + 40
     assert rows * (CROP + 16) <= sheet.shape[0] <= rows * CROP * 1.25 + 80
-    x, _ = recipe_of(config, batch_size).make((1, 0))
+    x, _ = recipe_of(config, batch_size).make(40 // batch_size)
     pixels = np.rint((x[:shown].astype(np.float64) * SIGMA + MU).clip(0, 1) * 255).astype(np.int16)
     corners = sorted({0, columns - 1, shown // 2, shown - 1})  # some in reading order
     found = [places(sheet, pixels[i]) for i in corners]
@@ -786,30 +786,33 @@ def test_preview_into_no_folder_is_one_line(tmp_path, config):
 def test_description_changes_with_everything_a_batch_depends_on(tmp_path, own_toy):
     config = toolkit.write_config(tmp_path, own_toy, Path("unused"))
     descriptions = [
-        recipe_of(config).description,
-        recipe_of(config, seed=1).description,
-        recipe_of(config, batch_size=5).description,
-        recipe_of(config, worker=1, workers=2).description,
+        recipe_of(config).spec,
+        recipe_of(config, seed=1).spec,
+        recipe_of(config, batch_size=5).spec,
+        recipe_of(config, worker=1, workers=2).spec,
     ]
     (tmp_path / "preprocessed/256").mkdir(parents=True)
-    descriptions.append(recipe_of(config).description)
+    descriptions.append(recipe_of(config).spec)
     (own_toy / "train/tiles/tiles_9.JPEG").rename(own_toy / "train/tiles/tiles_99.JPEG")
-    descriptions.append(recipe_of(config).description)
+    descriptions.append(recipe_of(config).spec)
     (own_toy / "train/tiles/tiles_99.JPEG").rename(own_toy / "train/stars/tiles_99.JPEG")
-    descriptions.append(recipe_of(config).description)
+    descriptions.append(recipe_of(config).spec)
     toolkit.write_config(tmp_path, own_toy, Path("unused"), utils__mu_1=0.5)
-    descriptions.append(recipe_of(config).description)
-    assert len({json.dumps(each, sort_keys=True) for each in descriptions}) == len(descriptions)
+    descriptions.append(recipe_of(config).spec)
+    assert len(
+        {json.dumps(dataclasses.asdict(each), sort_keys=True) for each in descriptions}
+    ) == len(descriptions)
     for each in descriptions:
-        assert json.loads(json.dumps(each)) == each
+        each.write(tmp_path)
+        assert runtime_preprocessing.BatchSpec.read(tmp_path) == each
 
 
 def test_batches_under_way_at_the_same_time_do_not_mix(config):
     """A batch's parts are made in memory that its next part uses again, but never another batch."""
     recipe, epochs = recipe_of(config, batch_size=GROUP + 4), range(2)
-    expected = [recipe.make((epoch, 0)) for epoch in epochs]
+    expected = [recipe.make(recipe.spec.step(epoch, 0)) for epoch in epochs]
     parts = [[], []]
-    for both in zip(*(recipe.parts((epoch, 0)) for epoch in epochs), strict=True):
+    for both in zip(*(recipe.parts(recipe.spec.step(epoch)) for epoch in epochs), strict=True):
         for epoch, (x, y) in enumerate(both):
             parts[epoch].append((x.copy(), y))
     for (x, y), made in zip(expected, parts, strict=True):

@@ -578,16 +578,17 @@ def test_the_printed_section_can_be_pasted(settings):
     text = settings.read_text(encoding="utf-8")
     start, end = text.index("[utils]"), text.index("[l2]")
     settings.write_text(text[:start] + section + "\n" + text[end:], encoding="utf-8")
-    mu, sigma = utils.mu_sigma(utils.load_config(settings))
+    values = utils.load_config(settings).utils
+    mu, sigma = values.mu, values.sigma
     assert np.array_equal([mu, sigma], values_of(section))
 
 
 def test_any_number_of_cores_gives_the_same_bits(settings, mixed, monkeypatch):
-    pictures = utils.training_pictures(utils.load_config(settings))
+    pictures = preprocess.training_pictures(utils.load_config(settings))
     results = []
     for cores in (1, 2, 5):
         monkeypatch.setattr(utils, "cores", lambda cores=cores: cores)
-        results.append(get_mu_sigma.mu_sigma(pictures, utils.Failures(len(pictures))))
+        results.append(get_mu_sigma.mu_sigma(pictures, preprocess.Failures(len(pictures))))
     for result in results:
         assert np.array_equal(result, results[0])
         assert np.allclose(result, numpy_mu_sigma(mixed / "train"), rtol=1e-10, atol=0)

@@ -1,11 +1,13 @@
 """What the tests share: settings for a toy dataset, and running the scripts as a user would."""
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -44,6 +46,22 @@ def write_config(folder: Path, dataset: Path, buffer: Path, **values: object) ->
     config = folder / "config.txt"
     config.write_text("\n".join(lines) + "\n")
     return config
+
+
+def recipe_of(config: Path, batch_size: int = 4, **changes: object):
+    """The runtime_preprocessing.Recipe that the command has with this config.txt."""
+    import preprocess
+    import runtime_preprocessing
+    import utils
+
+    settings = utils.load_config(config)
+    pictures = preprocess.training_pictures(settings)
+    copies = runtime_preprocessing.resized_folders(settings.preprocess.path_to_save, pictures)
+    args = SimpleNamespace(batch_size=batch_size, epoch_start=0, epoch_end=3)
+    spec = runtime_preprocessing.spec_of(settings, pictures, copies, args)
+    share = len(pictures) // changes.get("workers", 1)
+    changes["batches_per_epoch"] = share // batch_size
+    return runtime_preprocessing.Recipe(dataclasses.replace(spec, **changes), pictures, copies)
 
 
 def command(script: str, config: Path | None, *arguments: str) -> list[str]:
@@ -89,13 +107,14 @@ def assert_one_line_error(result: subprocess.CompletedProcess, script: str, *wor
 
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
-    """What TensorBoard shows of the event files in a folder, by name and step."""
+    """The scalars in the event files of a folder, by name and step. None may appear twice."""
     import tensorflow as tf
 
     seen = {}
     for file in folder.iterdir():
         for event in tf.compat.v1.train.summary_iterator(str(file)):
             for value in event.summary.value:
-                assert value.metadata.plugin_data.plugin_name == "scalars"
-                seen[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+                assert value.HasField("simple_value")
+                assert (value.tag, event.step) not in seen
+                seen[value.tag, event.step] = value.simple_value
     return seen
