@@ -112,44 +112,49 @@ class Saved:
     """The optimizer's momentum, by the name of the weight."""
     updates: int
     """Steps taken."""
-    loss_scale: float | None
-    """Only with float16."""
+    loss_scale: float = 2.0**15
+    """That of float16; the others keep the initial one."""
 
 
 def read_state(folder: Path) -> Saved:
-    """The state within a model's or a rolling state's folder.
+    """The state within the folder of a model, or of a state saved within an epoch."""
+    state = folder / "training_state"
+    apart = state / "weights"  # a model has them in its SavedModel
+    files = apart if apart.with_suffix(".index").exists() else folder / "variables" / "variables"
+    weights = read_checkpoint(files, "network")
+    rest = read_checkpoint(state / "state")
+    trained = sorted((name for name in weights if "moving" not in name), key=place_of_momentum)
+    return Saved(
+        weights=weights,
+        velocity={name: rest[f"momentum/{place}"] for place, name in enumerate(trained)},
+        updates=int(rest["updates"]),
+        loss_scale=float(rest["loss_scale"]),
+    )
 
-    The names of a tf.train.Checkpoint's arrays depend on which of its objects is met first, so
-    the objects are followed from the root by their attributes' names.
+
+def place_of_momentum(name: str) -> tuple:
+    """Sorts names as tf.Module lists variables: a module's own, then its parts, by name."""
+    first, second, *_ = f"{name}//".split("/")
+    return "/" in name, first, int(second) if first == "blocks" else 0, name
+
+
+def read_checkpoint(path: Path, root: str | None = None) -> State:
+    """The arrays of a tf.train.Checkpoint by their attributes' names, from `root` on.
+
+    The names in the file depend on which object was met first, so the objects are followed.
     """
-    reader = tf.train.load_checkpoint(str(folder / "training_state" / "checkpoint"))
+    reader = tf.train.load_checkpoint(str(path))
     nodes = TrackableObjectGraph.FromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")).nodes
 
-    def children(node: int) -> dict[str, int]:
-        return {child.local_name: child.node_id for child in nodes[node].children}
-
-    def value(node: int) -> np.ndarray:
-        return reader.get_tensor(nodes[node].attributes[0].checkpoint_key)
-
-    def arrays(node: int, name: str = "") -> Iterator[tuple[str, int]]:
+    def arrays(node: int, name: str) -> Iterator[tuple[str, np.ndarray]]:
         if nodes[node].attributes:
-            yield name.removeprefix("/"), node
-        for child, below in children(node).items():
-            yield from arrays(below, f"{name}/{child}")
+            yield name[1:], reader.get_tensor(nodes[node].attributes[0].checkpoint_key)
+        for child in nodes[node].children:
+            if child.local_name != "save_counter":
+                yield from arrays(child.node_id, f"{name}/{child.local_name}")
 
-    root = children(0)
-    names = dict(arrays(root["network"]))
-    optimizer = children(root["optimizer"])
-    scale = optimizer.get("dynamic_scale")
-    slots = children(optimizer["inner_optimizer"]) if scale else optimizer
-    trained, slots = children(slots["_trainable_variables"]), children(slots["momentums"])
-    by_node = {node: name for name, node in names.items()}
-    return Saved(
-        weights={name: value(node) for name, node in names.items()},
-        velocity={by_node[trained[index]]: value(node) for index, node in slots.items()},
-        updates=int(value(root["updates"])),
-        loss_scale=float(value(scale)) if scale else None,
-    )
+    first = {child.local_name: child.node_id for child in nodes[0].children}
+    return dict(arrays(first[root] if root else 0, ""))
 
 
 def rolling_state(run: Path) -> tuple[int, int, Path]:
@@ -168,9 +173,6 @@ def read_log(run: Path) -> list[dict[str, float]]:
     with open(run / "training_log.csv", newline="") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
-
-LIMITS_SHOWN_ARE_THE_NEXT = 1
-"""The log shows r_max and d_max as they are after the step."""
 
 # --- the second trainer ---------------------------------------------------------------------
 
@@ -303,10 +305,9 @@ class Trainer:
         self.sgd.apply([tf.add_n(each) / replicas for each in zip(*gradients, strict=True)])
         self.steps += 1
         loss, plain, top1 = np.mean(values, axis=0)
-        shown = self.steps - 1 + LIMITS_SHOWN_ARE_THE_NEXT
         return {
             "loss": loss, "loss_without_l2": plain, "top1": top1, "learning_rate": rate,
-            "r_max": self.recipe.r_max(shown), "d_max": self.recipe.d_max(shown),
+            "r_max": r_max, "d_max": d_max,
             "clipped": clipped(before, moved[0], momentum, r_max, d_max),
         }  # fmt: skip
 
@@ -337,7 +338,7 @@ class Trainer:
         trained = {name: variable.numpy() for name, variable in self.network.trained.items()}
         slots = [slot.numpy() for slot in self.sgd.momentums]
         velocity = dict(zip(trained, slots, strict=True))
-        return Saved(trained | self._averages(), velocity, self.steps, None)
+        return Saved(trained | self._averages(), velocity, self.steps)
 
 
 def clipped(before: State, after: State, momentum: float, r_max: float, d_max: float) -> tuple:

@@ -17,7 +17,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,7 +202,7 @@ def test_weights_averages_and_momentum_of_the_real_commands(both, beginnings, mo
 def test_every_row_of_the_log(both):
     for step, (logged, expected) in enumerate(both.rows):
         assert (logged["epoch"], logged["batch"]) == divmod(step, RECIPE.batches)
-        assert logged["batches"] == 1
+        assert logged["steps"] == 1
         for name in ("learning_rate", "r_max", "d_max"):
             assert logged[name] == pytest.approx(expected[name], rel=1e-5), (step, name)
         tolerance = 5e-5 if step < RECIPE.batches else 3e-4
@@ -308,30 +307,31 @@ WAYS = {
 class ScriptsTrainer:
     """train.py's Trainer in this process, where two replicas fit on one processor."""
 
-    def __init__(self, recipe: Recipe, folder: Path, way: Way):
+    def __init__(self, recipe: Recipe, folder: Path, way: Way, monkeypatch: pytest.MonkeyPatch):
         import train
         import utils
         from test_training import two_replicas
 
         self.folder = folder
         config = toolkit.write_config(folder, folder, folder, **recipe.settings())
-        args = SimpleNamespace(
-            label_smoothing=recipe.label_smoothing,
-            jit_compile=way.xla,
-            batch_size=recipe.batch_size,
-        )
+        flags = ["--run_folder=run", *recipe.flags(), f"--precision={way.precision}"]
+        flags += ["--jit_compile"] if way.xla else []
+        monkeypatch.setattr("sys.argv", ["train.py", *flags])
         strategy = two_replicas() if way.replicas > 1 else tf.distribute.get_strategy()
         self.trainer = train.Trainer(
-            strategy, utils.load_config(config), recipe.classes, way.precision, args
+            strategy, utils.load_config(config), recipe.classes, train.parse_arguments()
         )
 
     def state(self) -> Saved:
-        self.trainer.checkpoint.write(str(self.folder / "training_state" / "checkpoint"))
+        state = self.folder / "training_state"
+        self.trainer.state.write(str(state / "state"))
+        tf.train.Checkpoint(network=self.trainer.network).write(str(state / "weights"))
         return oracle.read_state(self.folder)
 
-    def step(self, images: np.ndarray, labels: np.ndarray, rate: float) -> tuple[float, ...]:
-        """Loss, loss without L2, share classified right."""
-        return tuple(self.trainer.step(*self.trainer.put(images, labels), rate).numpy().tolist())
+    def step(self, images: np.ndarray, labels: np.ndarray, rate: float) -> Row:
+        """The values of the log that a step has."""
+        values = self.trainer.step(*self.trainer.put(images, labels), rate).numpy()
+        return dict(zip(("loss", "loss_without_l2", "top1"), values.tolist(), strict=False))
 
 
 @functools.cache
@@ -344,19 +344,19 @@ def test_steps_of_a_small_network(way, beginnings, tmp_path, monkeypatch):
     """Weights, averages, momentum and losses, with each replica's own batch statistics."""
     stages = [(count, channels, 4 * channels, stride) for count, channels, stride in SMALL]
     monkeypatch.setattr("resnet50.STAGES", stages)
-    trainer, second = ScriptsTrainer(RECIPE, tmp_path, way), small_second_trainer()
+    trainer, second = ScriptsTrainer(RECIPE, tmp_path, way, monkeypatch), small_second_trainer()
     start = trainer.state()
     second.start(start.weights)
     for step, (images, labels) in enumerate(beginnings[0].batches[:STEPS]):
         batch = np.ascontiguousarray(images[:, :128, :128]), labels
-        loss, plain, top1 = trainer.step(*batch, RECIPE.rate(step))
-        row = second.step(*batch, RECIPE.rate(step), way.replicas)
-        assert plain == pytest.approx(row["loss_without_l2"], rel=way.loss_tolerance()), step
-        assert loss == pytest.approx(row["loss"], rel=way.loss_tolerance()), step
-        assert top1 == row["top1"], step
+        real = trainer.step(*batch, RECIPE.rate(step))
+        expected = second.step(*batch, RECIPE.rate(step), way.replicas)
+        for name in ("loss", "loss_without_l2"):
+            assert real[name] == pytest.approx(expected[name], rel=way.loss_tolerance()), step
+        assert real["top1"] == expected["top1"], step
     real, expected = trainer.state(), second.state()
     assert real.updates == expected.updates == STEPS
-    assert real.loss_scale == start.loss_scale
+    assert real.loss_scale == start.loss_scale == 2**15
     moved = oracle.apart(real.weights, expected.weights, start.weights)
     assert_close(moved, way.tolerances(), "weights and averages")
     assert_close(oracle.apart(real.velocity, expected.velocity), way.tolerances(), "momentum")
