@@ -889,8 +889,8 @@ class BatchReader:
     def _read(self, step: int) -> object:
         """The batch, waiting for it if need be; None once the reader is closed."""
         say_at = time.monotonic() + min(1, self.sleep_time)
+        self._tell(step)
         while not self._closed.is_set():
-            self._tell(step)  # also while waiting: the file may have been lost
             try:
                 self._check()
                 return self.put(*read_batch(self.folder, self.spec, step, self._free_memory()))
@@ -905,6 +905,8 @@ class BatchReader:
                 print(f"waiting for {file}: {why_missing(self.folder, step, self.args)}")
                 self._say_at = time.monotonic() + self.sleep_time
             self._closed.wait(LOOK)
+            if read_progress(self.folder, self.spec) != step:  # lost, or there was no room for it
+                self._tell(step)
         return None
 
     def _free_memory(self) -> np.ndarray:
@@ -942,8 +944,7 @@ class BatchReader:
     def _tell(self, step: int) -> None:
         """Says which batch is needed next; without room for that, it is said while waiting."""
         try:
-            if read_progress(self.folder, self.spec) != step:
-                write_progress(self.folder, self.spec, step)
+            write_progress(self.folder, self.spec, step)
         except OSError as error:
             if not utils.is_no_room(error):
                 raise
