@@ -702,7 +702,7 @@ def looks_like_a_ram_disk(folder: Path) -> bool:
     words = [re.sub("[^a-z]", "", part.lower()) for part in folder.parts]
     names = ("ramdisk", "ramfs", "tmpfs")
     close = any(difflib.get_close_matches(word, names, 1, 0.8) for word in words)
-    meant = close or {"shm", "ram"} & {*words} or words[1] == "run"
+    meant = close or {"shm", "ram"} & {*words} or words[1:2] == ["run"]
     return sys.platform == "linux" and bool(meant)
 
 
