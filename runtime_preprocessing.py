@@ -13,21 +13,31 @@ cases; its colours are shifted a little. The first three are one: only the windo
 resized, straight from as much of the JPEG as the window needs.
 """
 
+import contextlib
 import dataclasses
+import difflib
 import functools
 import json
+import math
+import mmap
 import os
 import re
+import shlex
 import shutil
+import signal
+import sys
 import threading
 import time
 import unicodedata
+import weakref
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_origin
 
 import utils
 from utils import CROP, UserError, plural
@@ -70,13 +80,14 @@ def main() -> None:
         return
     buffer = Buffer(folder, recipe, config.train.buffer_size)
     buffer.check_room()
-    buffer.claim()
-    made = keep_full(
-        buffer,
-        config.runtime_preprocessing.num_of_threads,
-        config.runtime_preprocessing.sleep_time,
-    )
-    buffer.leave()
+    with stopping_says_what_stays(folder):
+        buffer.claim()
+        made = keep_full(
+            buffer,
+            config.runtime_preprocessing.num_of_threads,
+            config.runtime_preprocessing.sleep_time,
+        )
+        buffer.leave()
     print(
         f"training has passed epoch {args.epoch_end - 1}; {folder} is empty again. "
         f"Batches made: {made:,}; {recipe.failures}"
@@ -120,6 +131,44 @@ def describe(recipe: "Recipe", epochs: int) -> str:
     )
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that asks the script to stop. Its argument is the signal's number."""
+
+
+@contextlib.contextmanager
+def stopping_says_what_stays(folder: Path) -> Iterator[None]:
+    """Makes Ctrl-C, SIGTERM and SIGHUP say how much the buffer still takes, and how to free it.
+
+    A second signal ends the process at once.
+    """
+    signals, process = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), os.getpid()
+    caught = [each for each in signals if signal.getsignal(each) != signal.SIG_IGN]  # nohup
+
+    def stop(number: int, _frame: object) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_DFL)
+        if os.getpid() != process:  # forked since
+            os.kill(os.getpid(), number)
+        raise Stopped(number)
+
+    for each in caught:
+        signal.signal(each, stop)
+    try:
+        yield
+    except Stopped as stopped:
+        with os.scandir(folder) as entries:
+            size = sum(max(_size(each), 0) for each in entries if BATCH_FILE.fullmatch(each.name))
+        if size:
+            print(
+                f"{utils.file_size(size)} of batches stay in {folder} for the next start; to free "
+                f"them: rm {shlex.quote(str(folder))}/[XY]_[0-9]*.npy"
+            )
+        if stopped.args[0] == signal.SIGINT:
+            raise  # Python's own
+        print(f"{utils.script_name()}: stopped", file=sys.stderr)
+        sys.exit(128 + stopped.args[0])
+
+
 # --- what a buffer holds ---------------------------------------------------------------------
 
 BATCH_FILE = re.compile(r"([XY])_(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.npy")
@@ -129,8 +178,8 @@ BATCH_FILE = re.compile(r"([XY])_(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.npy")
 class BatchSpec:
     """What the batches of a buffer are, and all that they depend on: the content of buffer.json.
 
-    Batches are counted by steps, from 0 through all epochs; only file names and messages say epoch
-    and batch.
+    It also tells a reader of another framework what to expect. Steps count the batches from 0
+    through all epochs; only file names and messages say epoch and batch.
     """
 
     batch_size: int
@@ -140,23 +189,28 @@ class BatchSpec:
     N: int
     """Training pictures."""
     pictures: str
-    """Fingerprint of their names and labels."""
+    """Fingerprint of the training pictures."""
     classes: int
+    """Labels are 0 … classes - 1."""
     class_names: list[str]
+    """By label."""
     mu: list[float]
     sigma: list[float]
     """Mean and standard deviation that the pixels are normalised with; R, G, B, scaled to 0…1."""
     resized: list[int]
-    """Shorter sides that have resized copies, which stand in for the originals."""
+    """Shorter sides whose resized copies are used instead of the originals."""
     worker: int
     workers: int
     """Of several machines each makes its own part of every epoch."""
     batches_per_epoch: int
     epochs: list[int] = field(compare=False)
-    """First epoch, and the one to stop before."""
+    """The first epoch, and the one to stop before."""
     dtype: str = "float16"
+    """Of the pictures."""
     layout: str = "NHWC, RGB, normalised; labels int32"
+    """Of X: pictures, rows, columns, channels."""
     format: int = 1
+    """Of the files. Another version's batches are never read."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -187,14 +241,26 @@ class BatchSpec:
         """Names of the fields that are not as expected."""
         return [name for name, value in expected.items() if getattr(self, name) != value]
 
+    def changes(self, new: "BatchSpec") -> str:
+        """What differs in another description, in words; epochs aside."""
+        words = []
+        for name in self.differences(dataclasses.asdict(new)):
+            values = f"{getattr(self, name)}, now {getattr(new, name)}"
+            if name in IN_WORDS:
+                words.append(f"other {IN_WORDS[name]}")
+            elif name != "epochs":
+                words.append(f"{name} was {values}")
+        return "; ".join(words)
+
     def write(self, folder: Path) -> None:
         utils.write_text(folder / BUFFER_JSON, json.dumps(dataclasses.asdict(self), indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> "BatchSpec | None":
         """The buffer's description; None if there is none, or one of another version."""
-        content = utils.read_json(folder / BUFFER_JSON)
-        if content is None or set(content) != {each.name for each in dataclasses.fields(cls)}:
+        content = utils.read_json(folder / BUFFER_JSON) or {}
+        types = {each.name: get_origin(each.type) or each.type for each in dataclasses.fields(cls)}
+        if {name: type(value) for name, value in content.items()} != types:
             return None
         return cls(**content)
 
@@ -202,9 +268,14 @@ class BatchSpec:
 BUFFER_JSON = "buffer.json"
 PROGRESS = "training_progress.txt"
 LOCK = ".preprocessor.lock"
+TRAINER_LOCK = ".trainer.lock"
 
-MEANING = {"resized": "set of resized copies", "pictures": "list of pictures"}
-"""What fields of BatchSpec stand for that do not speak for themselves."""
+IN_WORDS = {
+    "class_names": "class names",
+    "pictures": "pictures",
+    "resized": "resized copies",
+}
+"""Fields of BatchSpec whose values are too long for a message."""
 
 
 def spec_of(config: SimpleNamespace, pictures: Pictures, copies: Iterable[int], args) -> BatchSpec:
@@ -258,6 +329,10 @@ def worker_of_workers() -> tuple[int, int]:
     return index, chiefs + others
 
 
+POSITION = re.compile(rb"\s*(\d{1,9})\s+(\d{1,9})\s*")
+"""Epoch and batch in training_progress.txt."""
+
+
 def write_progress(folder: Path, spec: BatchSpec, step: int) -> None:
     """Says which batch training needs next."""
     epoch, batch = divmod(step, spec.batches_per_epoch)
@@ -270,16 +345,25 @@ def read_progress(folder: Path, spec: BatchSpec) -> int | None:
         text = (folder / PROGRESS).read_bytes()
     except FileNotFoundError:
         return None
-    match = re.fullmatch(rb"\s*(\d{1,9})\s+(\d{1,9})\s*", text)
+    match = POSITION.fullmatch(text)
     return spec.step(int(match[1]), int(match[2])) if match else None
 
 
-def is_batch_file(path: Path) -> bool:
-    """Whether a file of a batch's name begins as one does, whatever its size."""
-    dtype, rest = ("<f2", f", {CROP}, {CROP}, 3)") if path.name[0] == "X" else ("<i4", ",)")
+def is_own(path: Path) -> bool:
+    """Whether this toolkit wrote a file of one of the buffer's names, as far as its start tells.
+
+    What a power failure leaves, zeros or nothing, may be anybody's and is no loss.
+    """
     with open(path, "rb") as file:
-        start = file.read(128)
-    return start.startswith(b"\x93NUMPY") and dtype.encode() in start and rest.encode() in start
+        start = file.read(4096)
+    if not start.strip(b"\0"):
+        return True
+    if path.name == BUFFER_JSON:
+        return b'"batch_size"' in start
+    if path.name == PROGRESS:
+        return POSITION.fullmatch(start) is not None
+    dtype, shape = ("<f2", f", {CROP}, {CROP}, 3)") if path.name[0] == "X" else ("<i4", ",)")
+    return start.startswith(b"\x93NUMPY") and dtype.encode() in start and shape.encode() in start
 
 
 # --- what a batch is made of ----------------------------------------------------------------
@@ -437,6 +521,8 @@ class Buffer:
     Only files of the toolkit's own names are ever looked at or removed.
     """
 
+    _said_too_early = False
+
     def __init__(self, folder: Path, recipe: Recipe, size: int):
         self.folder, self.recipe, self.spec = folder, recipe, recipe.spec
         self.start, self.end = (self.spec.step(epoch) for epoch in self.spec.epochs)
@@ -448,56 +534,79 @@ class Buffer:
     def claim(self) -> None:
         """Makes the folder this recipe's: removes batches of another making and leftovers.
 
-        Raises UserError if files that are no batches have names of batches: somebody else's.
+        Raises UserError if somebody else's files have the names of the toolkit's.
         """
-        names = self._batch_names()
-        there = (self.folder / BUFFER_JSON).exists()
-        old = BatchSpec.read(self.folder)
-        if not there:
-            for name in names:
-                if not is_batch_file(self.folder / name):
+        names, old = self._batch_names(), BatchSpec.read(self.folder)
+        if old != self.spec:
+            for name in (*names, BUFFER_JSON, PROGRESS):
+                path = self.folder / name
+                if path.exists() and not is_own(path):
                     raise UserError(
-                        f"{self.folder / name}: not a batch of this toolkit, and would be "
-                        f"overwritten; give the buffer a folder of its own"
+                        f"{path}: not written by this toolkit, and would be overwritten; give the "
+                        f"buffer a folder of its own ([train] buffer_folder)"
                     )
-        if old != self.spec and names:
-            making = "of unknown making" if old is None else self._difference(old)
-            print(f"{self.folder}: removing {plural(len(names), 'file')} {making}")
+            if names:
+                making = old.changes(self.spec) if old else "it is not known how they were made"
+                print(f"{self.folder}: removing {plural(len(names), 'file')}: {making}")
             self._remove(names)
         utils.remove_leftovers(self.folder)
         self.spec.write(self.folder)
         # A position outside of this run's epochs was left by an older run.
-        if not self.start <= self.wanted_first() < self.end:
+        step = read_progress(self.folder, self.spec)
+        if step is not None and not self.start <= step < self.end:
             self._remove([PROGRESS])
         first = self.wanted_first()
         if ready := [n for n in self.ready() if first <= n < first + self.size]:
             print(f"{self.folder}: {plural(len(ready), 'batch')} ready since an earlier start")
 
     def check_room(self) -> None:
-        """Says how much room the window needs. Raises UserError if it is not there."""
+        """Says how much room the window needs and how much there is. Raises UserError if less."""
         own = sum(on_disk((self.folder / name).stat().st_size) for name in self._batch_names())
-        there = shutil.disk_usage(self.folder).free + own - ROOM_FOR_SMALL_FILES
+        there = max(shutil.disk_usage(self.folder).free + own - ROOM_FOR_SMALL_FILES, 0)
         batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
-        needed = batch * self.size
+        needed, place, free = batch * self.size, "", None
+        if is_ram_disk(self.folder):
+            place, free = ", a RAM disk", getattr(utils, "available_memory", lambda: None)()
+        elif looks_like_a_ram_disk(self.folder):
+            utils.warn(
+                f"[train] buffer_folder {self.folder} looks like a RAM disk, but is on a disk; "
+                f"training may have to wait for it. Is a file system mounted there?"
+            )
+        memory = "" if free is None else f"; free memory: {utils.file_size(free)}"
         print(
-            f"buffer: {plural(self.size, 'batch')} of {utils.file_size(batch)} in {self.folder}, "
-            f"{utils.file_size(needed)} of the {utils.file_size(there)} there"
+            f"buffer: {plural(self.size, 'batch')} of {utils.file_size(batch)} in {self.folder}"
+            f"{place}: needs {utils.file_size(needed)}, has room for {utils.file_size(there)}"
+            f"{memory}"
         )
-        if needed > there:
+        room, why = there, f"{self.folder} has room for {utils.file_size(there)}"
+        if free is not None and (limit := free + own - memory_for_training(free)) < there:
+            room = limit
+            why = (
+                f"{self.folder} is a RAM disk and may take {utils.file_size(limit)} of memory: "
+                f"{utils.file_size(free)} is free, and training needs some"
+            )
+        if needed > room:
+            way_out = f"the largest buffer_size that fits is {room // batch}"
+            if room < batch:
+                way_out = "not even one batch fits: take another folder or a smaller --batch_size"
             raise UserError(
                 f"[train] buffer_size = {self.size} needs {utils.file_size(needed)}, but "
-                f"buffer_folder {self.folder} has room for {utils.file_size(max(there, 0))}; "
-                + (
-                    f"the largest buffer_size that fits is {there // batch}"
-                    if there >= batch
-                    else "not even one batch fits: take another folder or a smaller --batch_size"
-                )
+                f"buffer_folder {why}; {way_out}"
             )
 
     def wanted_first(self) -> int:
-        """Number of the batch that training needs next."""
-        progress = read_progress(self.folder, self.spec)
-        return self.start if progress is None else progress
+        """Number of the batch that training needs next. Says so, once, if nobody will make it."""
+        step = read_progress(self.folder, self.spec)
+        if step is None:
+            return self.start
+        if step < self.start and not self._said_too_early:
+            utils.warn(
+                f"training needs {self.spec.position(step)}, before --epoch_start="
+                f"{self.spec.epochs[0]}; start this script again with "
+                f"--epoch_start={step // self.spec.batches_per_epoch}"
+            )
+        self._said_too_early = step < self.start
+        return step
 
     def ready(self) -> set[int]:
         """Steps of the batches that are there, both files complete."""
@@ -539,17 +648,11 @@ class Buffer:
         self.remove_all_but(range(0))
         utils.remove_leftovers(self.folder)
         self._remove([PROGRESS, BUFFER_JSON])
-        for name in (".trainer.lock", LOCK):
+        for name in (TRAINER_LOCK, LOCK):
             utils.remove_lock(self.folder / name)
 
     def _batch_names(self) -> list[str]:
         return [name for name in os.listdir(self.folder) if BATCH_FILE.fullmatch(name)]
-
-    def _difference(self, old: BatchSpec) -> str:
-        """How batches of another description were made, in words."""
-        names = old.differences(dataclasses.asdict(self.spec))
-        names = [MEANING.get(name, name) for name in names if name != "epochs"]
-        return f"made with another {', another '.join(names)}"
 
     def _remove(self, names) -> None:
         for name in names:
@@ -558,6 +661,31 @@ class Buffer:
 
 ROOM_FOR_SMALL_FILES = 4096
 """Bytes left free for training_progress.txt while it is replaced."""
+
+
+def memory_for_training(free: int) -> int:
+    """Bytes of the free memory that the buffer leaves to training."""
+    return min(max(10**9, free // 10), free // 2)
+
+
+def is_ram_disk(folder: Path) -> bool:
+    """Whether the folder's file system is kept in memory, as Linux tells; False elsewhere."""
+    mounts, device = Path("/proc/self/mountinfo"), os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in mounts.read_bytes().splitlines() if mounts.exists() else []:
+        mount, _, kind = line.decode(errors="replace").partition(" - ")
+        if mount.split()[2] == number:
+            return kind.split()[0] in ("tmpfs", "ramfs", "devtmpfs")
+    return False
+
+
+def looks_like_a_ram_disk(folder: Path) -> bool:
+    """Whether a part of the path is named as RAM disks are, or almost."""
+    words = [re.sub("[^a-z]", "", part.lower()) for part in folder.parts]
+    names = ("ramdisk", "ramfs", "tmpfs")
+    close = any(difflib.get_close_matches(word, names, 1, 0.8) for word in words)
+    meant = close or {"shm", "ram"} & {*words} or words[1:2] == ["run"]
+    return sys.platform == "linux" and bool(meant)
 
 
 def on_disk(size: int) -> int:
@@ -618,7 +746,7 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
 def take_buffer(config: SimpleNamespace) -> Path:
     """The buffer's folder, this process's own from here on. Raises UserError if another has it."""
     folder = utils.make_folder(config.train.buffer_folder)
-    utils.lock(folder / ".trainer.lock", f"{folder}: another train.py takes batches from here")
+    utils.lock(folder / TRAINER_LOCK, f"{folder}: another train.py takes batches from here")
     return folder
 
 
@@ -647,43 +775,74 @@ def check_spec(spec: BatchSpec, config: SimpleNamespace, batch_size: int, folder
         )
 
 
-def wait_for_buffer(config: SimpleNamespace, batch_size: int) -> BatchSpec:
+LOOK = 0.02
+"""Seconds between two looks of a waiting trainer."""
+
+
+def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
     """Takes the buffer for this process and returns what it holds, waiting for it if need be.
 
-    Raises UserError if another training uses the buffer, or if it does not fit this one.
+    `args`: the trainer's epoch_start, epoch_end, batch_size and config. Raises UserError if another
+    training uses the buffer, or if it does not fit this one.
     """
-    folder = take_buffer(config)
-    waiting = False
+    folder, say_at = take_buffer(config), 0.0
     while (spec := BatchSpec.read(folder)) is None:
-        if not waiting:
-            print(
-                f"no batches in {folder} yet; waiting for runtime_preprocessing.py, to be started "
-                f"with the same epochs, --batch_size and --config"
-            )
-        waiting = True
-        time.sleep(min(config.train.sleep_time, 5))
-    check_spec(spec, config, batch_size, folder)
+        if time.monotonic() >= say_at:
+            state = "runtime_preprocessing.py is starting"
+            if not utils.is_locked(folder / LOCK):
+                state = f"start {preprocessor_command(args)}"
+            print(f"no batches in {folder} yet; {state}")
+            say_at = time.monotonic() + config.train.sleep_time
+        time.sleep(LOOK)
+    check_spec(spec, config, args.batch_size, folder)
     return spec
+
+
+def preprocessor_command(args: Namespace) -> str:
+    """The command that makes the batches of a training with these arguments."""
+    return (
+        f"python3 runtime_preprocessing.py --epoch_start={args.epoch_start} "
+        f"--epoch_end={args.epoch_end} --batch_size={args.batch_size} "
+        f"--config={shlex.quote(str(args.config))}"
+    )
 
 
 class BatchReader:
     """Reads batch after batch, two ahead of training, in a thread of its own.
 
     A context manager; `next` returns the batches in order.
+
+    Pictures are read into memory that is used again as soon as no array or tensor uses it. Fresh
+    memory would cost three times as much as the reading, because the system clears every page. A
+    read does not hold Python's lock, so the training thread runs on meanwhile.
     """
 
     def __init__(
-        self, folder: Path, spec: BatchSpec, steps: range, put: Callable, sleep_time: float
+        self,
+        config: SimpleNamespace,
+        spec: BatchSpec,
+        steps: range,
+        put: Callable[[np.ndarray, np.ndarray], object],
+        args: Namespace,
     ):
-        """`put` takes a batch's images and labels to where they are trained on."""
-        self.folder, self.spec, self.sleep_time, self.put = folder, spec, sleep_time, put
-        self._steps = iter(steps)
+        """`put` takes a batch's images and labels to where they are trained on; it may go on using
+        the images' memory instead of copying it. `args`: as for `wait_for_buffer`.
+        """
+        self.folder, self.sleep_time = config.train.buffer_folder, config.train.sleep_time
+        self.spec, self.steps, self.put, self.args = spec, steps, put, args
+        self._to_read = iter(steps)
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(1)
         self._ahead: deque[Future] = deque()
-        self._tell(steps.start)
+        self._memory: list[tuple[mmap.mmap, weakref.ref]] = []
+        self._checked: tuple[int, ...] = ()
+        self._say_at = 0.0
 
     def __enter__(self) -> "BatchReader":
+        self._tell(self.steps.start)
+        first, last = (out_of_reach(self.spec, n) for n in (self.steps.start, self.steps.stop - 1))
+        if first or last:
+            utils.warn(first or last)
         self._read_ahead()
         return self
 
@@ -706,35 +865,53 @@ class BatchReader:
         return batch.result()
 
     def _read_ahead(self) -> None:
-        while len(self._ahead) < 2 and (step := next(self._steps, None)) is not None:
+        while len(self._ahead) < 2 and (step := next(self._to_read, None)) is not None:
             self._ahead.append(self._pool.submit(self._read, step))
 
     def _read(self, step: int) -> object:
         """The batch, waiting for it if need be; None once the reader is closed."""
+        say_at = time.monotonic() + min(1, self.sleep_time)
         self._tell(step)
-        say_again = 0.0
         while not self._closed.is_set():
             try:
                 self._check()
-                return self.put(*read_batch(self.folder, self.spec, step))
+                return self.put(*read_batch(self.folder, self.spec, step, self._free_memory()))
             except FileNotFoundError:
                 pass  # not made yet
             except ValueError as error:
                 utils.warn(f"{error}; removed, to be made again")
                 for path in self.spec.files(self.folder, step):
                     path.unlink(missing_ok=True)
-            if time.monotonic() >= say_again:
-                print(
-                    f"waiting for {self.spec.files(self.folder, step)[0]}; is "
-                    f"runtime_preprocessing.py running, and with an --epoch_end beyond it?"
-                )
-                say_again = time.monotonic() + self.sleep_time
-            self._tell(step)  # again: the file may have been lost
-            self._closed.wait(min(self.sleep_time, 1))
+            if time.monotonic() >= max(say_at, self._say_at):
+                file = self.spec.files(self.folder, step)[0]
+                print(f"waiting for {file}: {why_missing(self.folder, step, self.args)}")
+                self._say_at = time.monotonic() + self.sleep_time
+            self._closed.wait(LOOK)
+            if read_progress(self.folder, self.spec) != step:  # lost, or there was no room for it
+                self._tell(step)
         return None
+
+    def _free_memory(self) -> np.ndarray:
+        """float16 [batch_size, 224, 224, 3] in memory that nothing else uses, aligned to a page."""
+        shape, free = self.spec.shape, len(self._memory)
+        for i, (_, user) in enumerate(self._memory):
+            if user() is None:
+                free = i
+        if free == len(self._memory):
+            memory = mmap.mmap(-1, 2 * math.prod(shape))
+        else:
+            memory, _ = self._memory.pop(free)
+        # Every view of this array keeps it alive, those that TensorFlow holds included.
+        array = np.frombuffer(memory, np.float16)
+        self._memory.append((memory, weakref.ref(array)))
+        return array.reshape(shape)
 
     def _check(self) -> None:
         """Raises UserError if the buffer has become another one than when training began."""
+        status = os.stat(self.folder / BUFFER_JSON)
+        version = (status.st_ino, status.st_mtime_ns, status.st_size)
+        if version == self._checked:  # for every batch: it holds all the names of the classes
+            return
         spec = BatchSpec.read(self.folder)
         if spec is None:
             raise FileNotFoundError
@@ -744,6 +921,7 @@ class BatchReader:
                     f"{self.folder}: its batches are of other {key} than when this training began; "
                     f"stop runtime_preprocessing.py, or start this training again"
                 )
+        self._checked = version
 
     def _tell(self, step: int) -> None:
         """Says which batch is needed next; without room for that, it is said while waiting."""
@@ -754,17 +932,65 @@ class BatchReader:
                 raise
 
 
-def read_batch(folder: Path, spec: BatchSpec, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """float16 [batch_size, 224, 224, 3] and int32 [batch_size].
+def why_missing(folder: Path, step: int, args: Namespace) -> str:
+    """Why a batch is not there, as far as the files tell, and what to do."""
+    if not utils.is_locked(folder / LOCK):
+        return f"no runtime_preprocessing.py is running; start {preprocessor_command(args)}"
+    spec = BatchSpec.read(folder)
+    if spec is None:
+        return "runtime_preprocessing.py is starting"
+    if line := out_of_reach(spec, step):
+        return line
+    if read_progress(folder, spec) != step:
+        return (
+            f"there is no room for {PROGRESS}, so runtime_preprocessing.py cannot know; make room"
+        )
+    return "runtime_preprocessing.py is at work; what it says tells why it takes so long"
+
+
+def out_of_reach(spec: BatchSpec, step: int) -> str | None:
+    """What to do if the preprocessor that described the buffer was not started for this step."""
+    epoch, (start, end) = step // spec.batches_per_epoch, spec.epochs
+    if start <= epoch < end:
+        return None
+    flag = f"--epoch_start={start}" if epoch < start else f"--epoch_end={end}"
+    better = f"--epoch_start={epoch}" if epoch < start else f"--epoch_end={epoch + 1} or more"
+    return (
+        f"runtime_preprocessing.py was started with {flag}, but this training needs epoch {epoch}; "
+        f"stop it and start it again with {better}"
+    )
+
+
+def read_batch(
+    folder: Path, spec: BatchSpec, step: int, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fills `images`, float16 [batch_size, 224, 224, 3]. Returns it and int32 [batch_size].
 
     Raises FileNotFoundError, and ValueError for anything else than such a batch.
     """
     x_path, y_path = spec.files(folder, step)
-    images = utils.load_array(x_path, np.float16, spec.shape)
+    read_array(x_path, images)
     labels = utils.load_array(y_path, np.int32, spec.shape[:1])
     if labels.min() < 0 or labels.max() >= spec.classes:
         raise ValueError(f"{y_path}: labels outside 0 … {spec.classes - 1}")
     return images, labels
+
+
+def read_array(path: Path, array: np.ndarray) -> None:
+    """Fills a contiguous array from a .npy file. Raises ValueError as `utils.load_array` does."""
+    header = utils.npy_header(array.dtype, array.shape)
+    start, content = bytearray(len(header)), array.reshape(-1).view(np.uint8).data
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
+    try:
+        if os.fstat(descriptor).st_size != len(header) + len(content):
+            raise ValueError(f"{path}: is cut off, or longer than its array")
+        count = os.readv(descriptor, [start, content]) - len(start)
+        while 0 <= count < len(content) and (more := os.readv(descriptor, [content[count:]])):
+            count += more
+    finally:
+        os.close(descriptor)
+    if start != header or count < len(content):
+        raise ValueError(f"{path}: does not hold {array.dtype} {list(array.shape)}")
 
 
 # --- benchmark and preview ------------------------------------------------------------------

@@ -15,8 +15,10 @@ import shutil
 import subprocess
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import toolkit
 import utils
@@ -630,7 +632,10 @@ def reading(buffer: Buffer, first: Position = (0, 0)):
     """A reader whose batches come out as NumPy arrays."""
     spec = buffer.spec
     steps = range(spec.step(*first), spec.step(2))
-    with BatchReader(buffer.folder, spec, steps, lambda *batch: batch, 0.05) as reader:
+    train = SimpleNamespace(buffer_folder=buffer.folder, sleep_time=0.05)
+    args = Namespace(epoch_start=0, epoch_end=2, batch_size=spec.batch_size, config="config.txt")
+    config = SimpleNamespace(train=train)
+    with BatchReader(config, spec, steps, lambda *batch: batch, args) as reader:
         yield reader
 
 

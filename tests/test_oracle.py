@@ -18,12 +18,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import toolkit
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import oracle
-import toolkit
 import toy_dataset
 from oracle import Recipe, Saved, State
 
@@ -308,8 +309,9 @@ class ScriptsTrainer:
     """train.py's Trainer in this process, where two replicas fit on one processor."""
 
     def __init__(self, recipe: Recipe, folder: Path, way: Way, monkeypatch: pytest.MonkeyPatch):
-        import train
         import utils
+
+        import train
         from test_training import two_replicas
 
         self.folder = folder
