@@ -83,6 +83,11 @@ def finish(process: subprocess.Popen) -> int:
     return process.wait(timeout=PATIENCE)
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def there(folder: Path, kind: str = "X", batches: int = BATCHES) -> set[int]:
     """Numbers, counted through all epochs, of the batches with a file of this kind."""
     found = [re.fullmatch(rf"{kind}_(\d+)_(\d+)\.npy", name) for name in os.listdir(folder)]
@@ -599,13 +604,17 @@ def test_waits_for_room_under_a_limit(tmp_path, toy, ram):
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with preprocessor(config, *span(0, 1)) as process:
         wait_until(settled(ram, range(3)), process, "buffer full")
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000_000, hard))
+        workers = children(process.pid)
+        assert len(workers) == 2
+        for pid in workers:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (1_000_000, hard))
         progress(ram, 3)
         wait_until(lambda: "no room" in said(config), process, "says that there is no room")
         time.sleep(1.5)
         assert process.poll() is None
         assert not there(ram) - {0, 1, 2}
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        for pid in workers:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
         train(ram, recipe_of(config), range(3, 10), process)
         assert finish(process) == 0
     assert said(config).count("no room") == 1, said(config)
