@@ -23,6 +23,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import sys
@@ -79,11 +80,13 @@ def main() -> None:
     buffer = Buffer(folder, recipe, config.train.buffer_size)
     buffer.check_room()
     buffer.claim()
-    made = keep_full(
-        buffer,
-        config.runtime_preprocessing.num_of_threads,
-        config.runtime_preprocessing.sleep_time,
-    )
+    settings = config.runtime_preprocessing
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        made = keep_full(buffer, settings.num_of_threads, settings.sleep_time)
+    except KeyboardInterrupt:
+        print(buffer.what_stays())
+        raise
     buffer.leave()
     print(
         f"training has passed epoch {args.epoch_end - 1}; {folder} is empty again. "
@@ -593,6 +596,15 @@ class Buffer:
             utils.warn(f"{self.folder}: no room for another batch; waiting for room")
         self._said_no_room = True
 
+    def what_stays(self) -> str:
+        """What lies in the folder when it is left before the end, and how to free it."""
+        count = len(self.ready())
+        size = utils.file_size(count * (self.x_bytes + self.y_bytes))
+        return (
+            f"{plural(count, 'batch')}, {size}, stay in {self.folder} for the next start; "
+            f"to free them: rm -r {shlex.quote(str(self.folder))}"
+        )
+
     def leave(self) -> None:
         """Leaves the folder clean."""
         self.remove_all_but(range(0))
@@ -786,6 +798,7 @@ class Workers:
         self._results, self._running = [], []
         gc.freeze()  # so that the processes go on sharing what is there
         count = min(threads, utils.cores()) if FORK else 1
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process
         for share in [len(range(i, threads, count)) for i in range(count)]:
             ours, theirs = multiprocessing.Pipe(duplex=False)
             self._results.append(ours)
@@ -797,6 +810,7 @@ class Workers:
                 theirs.close()
             else:
                 self._running += self._threads(buffer, share, theirs)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def __enter__(self) -> "Workers":
         return self
@@ -838,7 +852,6 @@ class Workers:
 
     def _process(self, buffer: Buffer, threads: int, results: Connection) -> None:
         """What a process does. It ends when the pipe of jobs hangs up."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         close_all_but(self._jobs, results.fileno())
 
