@@ -64,15 +64,15 @@ def parse_arguments() -> argparse.Namespace:
 class Filled(Buffer):
     """A large buffer, three quarters full, whose training takes a batch whenever one is made."""
 
-    def __init__(self, folder: Path, recipe: Recipe, size: int, seconds: float):
+    def __init__(self, folder: Path, recipe: Recipe, size: int):
         super().__init__(folder, recipe, size)
         self.start, self.end, self.size = 0, sys.maxsize, size
-        self.first, self.ahead, self.until = 0, 3 * size // 4, time.monotonic() + seconds
+        self.first, self.ahead, self.until = 0, 3 * size // 4, 0.0
         for step in range(self.ahead):
             x, y = self.spec.files(folder, step)
             for path, length in ((x, self.x_bytes), (y, self.y_bytes)):
-                path.touch()
-                os.truncate(path, length)
+                with open(path, "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, length)  # with pages of its own
 
     def wanted_first(self) -> int:
         while self.spec.files(self.folder, self.first + self.ahead)[0].exists():
@@ -82,52 +82,65 @@ class Filled(Buffer):
 
 def measure_upkeep(recipe: Recipe, args: argparse.Namespace) -> float:
     """Prints and returns pictures per second, made alone; beside them those of a kept buffer."""
-    alone, kept = [], []
-    for _ in range(max(3, args.rounds)):
-        alone.append(rate_of(lambda: make_alone(recipe, args), recipe))
-        kept.append(rate_of(lambda: fill(recipe, max(args.sizes), args), recipe))
-    rates = [
-        [statistics.median(each) for each in zip(*turns, strict=True)] for turns in (alone, kept)
-    ]
-    (rate, cpu_rate), (kept_rate, kept_cpu_rate) = rates
+    turns = {alone: [], kept: []}
+    for turn in range(max(3, args.rounds)):
+        for system in list(turns)[:: -1 if turn % 2 else 1]:
+            with tempfile.TemporaryDirectory(prefix="benchmark-", dir=ram_disk()) as name:
+                turns[system].append(system(recipe, Path(name), args))
+    (rate, cpu_rate), (kept_rate, kept_cpu_rate) = (
+        [statistics.median(each) for each in zip(*speeds, strict=True)] for speeds in turns.values()
+    )
+    ratios = [after[0] / before[0] for before, after in zip(*turns.values(), strict=True)]
     print(
         f"batch {recipe.spec.batch_size}: {rate:,.0f} pictures/s made alone, {kept_rate:,.0f} into "
-        f"a buffer of {max(args.sizes):,}: {kept_rate / rate:.3f} of it "
-        f"({', '.join(f'{b[0] / a[0]:.3f}' for a, b in zip(alone, kept, strict=True))}); "
-        f"{kept_cpu_rate / cpu_rate:.3f} per second of processor",
+        f"a buffer of {max(args.sizes):,}: {kept_rate / rate:.3f} of it, turn by turn "
+        f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}; {kept_cpu_rate / cpu_rate:.3f} of it "
+        f"per second of processor",
         flush=True,
     )
     return rate
 
 
-def rate_of(work: Callable[[], int], recipe: Recipe) -> tuple[float, float]:
+def rate_of(work: Callable[[float], int], recipe: Recipe, seconds: float) -> tuple[float, float]:
     """Pictures per second, and per second of processor, of what returns its number of batches."""
     start, cpu_start = time.perf_counter(), sum(os.times()[:4])
-    pictures = work() * recipe.spec.batch_size
+    pictures = work(time.monotonic() + seconds) * recipe.spec.batch_size
     return pictures / (time.perf_counter() - start), pictures / (sum(os.times()[:4]) - cpu_start)
 
 
-def make_alone(recipe: Recipe, args: argparse.Namespace) -> int:
-    """The threads make and remove batches, two each ahead of them, and nothing else happens."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=ram_disk()) as name:
-        buffer, made = Buffer(Path(name), recipe, 1), 0
+def alone(recipe: Recipe, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
+    """The threads make batches as above, an old one removed for each, and nothing else happens.
+
+    In the same memory: a small part of it, used again and again, is faster.
+    """
+    buffer = Filled(folder, recipe, max(args.sizes))
+
+    def work(until: float) -> int:
+        made, ahead = 0, buffer.ahead + 2 * args.threads
         with Workers(buffer, args.threads) as workers:
-            for step in range(2 * args.threads):
+            for step in range(buffer.ahead, ahead):
                 workers.submit(step)
-            until = time.monotonic() + args.seconds
             while time.monotonic() < until:
-                for step, _ in workers.results(1):
-                    buffer.remove([step])
+                for _ in workers.results(1):
+                    buffer.remove([made])
+                    workers.submit(ahead + made)
                     made += 1
-                    workers.submit(made + 2 * args.threads)
         return made
 
+    return rate_of(work, recipe, args.seconds)
 
-def fill(recipe: Recipe, size: int, args: argparse.Namespace) -> int:
-    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=ram_disk()) as name:
-        buffer = Filled(Path(name), recipe, size, args.seconds)
-        keep_full(buffer, args.threads, SLEEP_TIME)
+
+def kept(recipe: Recipe, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
+    """The same threads, and all that keeps the largest buffer."""
+    buffer = Filled(folder, recipe, max(args.sizes))
+
+    def work(until: float) -> int:
+        buffer.until = until
+        with contextlib.redirect_stdout(io.StringIO()):
+            keep_full(buffer, args.threads, SLEEP_TIME)
         return buffer.first
+
+    return rate_of(work, recipe, args.seconds)
 
 
 # --- waiting for batches ----------------------------------------------------------------------
@@ -136,7 +149,7 @@ def fill(recipe: Recipe, size: int, args: argparse.Namespace) -> int:
 def measure_waiting(recipe: Recipe, size: int, rate: float, args: argparse.Namespace) -> float:
     """Share of its time that a training which takes so many pictures per second waits.
 
-    It begins with a full buffer and goes on for `args.seconds`, but takes at least three buffers.
+    It begins with a full buffer and goes on for `args.seconds`, but takes at least one and a half buffers.
     """
     recipe = without_end(recipe)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=ram_disk()) as name:
@@ -167,7 +180,7 @@ def train(buffer: Buffer, pause: float, seconds: float) -> float:
     """Needs a batch every `pause` seconds. Returns the share of the time that it waited."""
     start, waited, step = time.perf_counter(), 0.0, 0
     due = start
-    while (now := time.perf_counter()) < start + seconds or step < 3 * buffer.size:
+    while (now := time.perf_counter()) < start + seconds or step < 1.5 * buffer.size:
         write_progress(buffer.folder, buffer.spec, step)
         while not buffer.spec.files(buffer.folder, step)[0].exists():
             time.sleep(0.001)
