@@ -17,27 +17,33 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
 import json
 import math
 import mmap
+import multiprocessing
 import os
+import random
 import re
+import select
 import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 import weakref
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_origin
+from typing import NamedTuple, get_origin
 
 import utils
 from utils import CROP, UserError, plural
@@ -80,13 +86,10 @@ def main() -> None:
         return
     buffer = Buffer(folder, recipe, config.train.buffer_size)
     buffer.check_room()
+    settings = config.runtime_preprocessing
     with stopping_says_what_stays(folder):
         buffer.claim()
-        made = keep_full(
-            buffer,
-            config.runtime_preprocessing.num_of_threads,
-            config.runtime_preprocessing.sleep_time,
-        )
+        made = keep_full(buffer, settings.num_of_threads, settings.sleep_time)
         buffer.leave()
     print(
         f"training has passed epoch {args.epoch_end - 1}; {folder} is empty again. "
@@ -403,15 +406,24 @@ class Recipe:
         """`copies`: the folders of resized copies, by shorter side."""
         self.spec, self.pictures, self.copies = spec, pictures, copies
         self.failures = Failures(len(pictures))
-        self.order = functools.lru_cache(maxsize=3)(self._order)
+        self.report: Callable[[str, Exception], None] = self.failures.add
+        """Is told of each picture that cannot be decoded."""
+        self._paths = Texts(pictures.paths)
+        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
+        self._one_at_a_time = threading.Lock()
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.spec.seed, spawn_key=key))
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         """int32 [N / workers]: this worker's part of the epoch's permutation of all pictures."""
-        permutation = self._generator(0, epoch).permutation(len(self.pictures)).astype(np.int32)
-        return permutation[self.spec.worker :: self.spec.workers]
+        with self._one_at_a_time:  # not every thread its own
+            return self._order(epoch)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        order = np.arange(len(self.pictures), dtype=np.int32)
+        self._generator(0, epoch).shuffle(order)
+        return order[self.spec.worker :: self.spec.workers]
 
     def make(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """X: float16 [batch_size, 224, 224, 3], Y: int32 [batch_size]; see `parts`."""
@@ -450,7 +462,7 @@ class Recipe:
 
     def _crop(self, index: int, side: int, corner: list[float]) -> Image.Image | None:
         """The crop of a picture, from its resized copy if there is one. None if it is broken."""
-        path = self.pictures.paths[index]
+        path = self._paths[index]
         try:
             if side in self.copies:
                 try:
@@ -459,8 +471,23 @@ class Recipe:
                     pass  # not resized yet, or broken: the original decides
             return crop_file(f"{self.pictures.folder}/{path}", side, corner)
         except BrokenPicture as error:
-            self.failures.add(path, error)
+            self.report(path, error)
             return None
+
+
+class Texts:
+    """A list of texts in one piece of memory, which forked processes go on sharing.
+
+    A list's own strings count their users, so a process that reads them gets copies of their pages.
+    """
+
+    def __init__(self, texts: Sequence[str]):
+        pieces = [os.fsencode(text) for text in texts]
+        self._bytes = b"".join(pieces)
+        self._ends = np.cumsum([0, *map(len, pieces)])
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
 
 
 # --- the six steps --------------------------------------------------------------------------
@@ -529,7 +556,7 @@ class Buffer:
         self.size = min(size, self.end - self.start)
         self.x_bytes = utils.array_file_size(np.float16, self.spec.shape)
         self.y_bytes = utils.array_file_size(np.int32, self.spec.shape[:1])
-        self._said_no_room = threading.Event()
+        self._said_no_room = False
 
     def claim(self) -> None:
         """Makes the folder this recipe's: removes batches of another making and leftovers.
@@ -623,8 +650,13 @@ class Buffer:
         """Removes the batches that are not in the window: used ones and those of an older run."""
         self._remove(name for name in self._batch_names() if self.spec.step_of(name) not in window)
 
+    def remove(self, steps: Iterable[int]) -> None:
+        """Removes these batches; none of them need be there."""
+        for step in steps:
+            self._remove(path.name for path in self.spec.files(self.folder, step))
+
     def make(self, step: int) -> bool:
-        """Makes a batch, labels first. Without room it says so, once, and returns False."""
+        """Makes a batch, labels first. Without room it waits a moment and returns False."""
         x_path, y_path = self.spec.files(self.folder, step)
         labels = []
         try:
@@ -636,12 +668,15 @@ class Buffer:
         except OSError as error:
             if not utils.is_no_room(error):
                 raise
-            if not self._said_no_room.is_set():
-                self._said_no_room.set()
-                utils.warn(f"{self.folder}: no room for another batch; waiting for room")
             time.sleep(1)
             return False
         return True
+
+    def no_room(self) -> None:
+        """Says, once, that a batch could not be made."""
+        if not self._said_no_room:
+            utils.warn(f"{self.folder}: no room for another batch; waiting for room")
+        self._said_no_room = True
 
     def leave(self) -> None:
         """Leaves the folder clean."""
@@ -700,44 +735,265 @@ def _size(entry: os.DirEntry) -> int:
         return -1
 
 
+# --- keeping it full ------------------------------------------------------------------------
+
+POLL = 0.01
+"""Seconds between two looks at the progress of training. A look takes a hundred-thousandth."""
+
+LOOK_AGAIN = 1.0
+"""Seconds after which the folder is listed anew, in case somebody else has changed it. Listing
+1,000 batches takes about a hundredth."""
+
+
 def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
     """Follows training until it has passed the last epoch. Returns the number of batches made.
 
-    Looks at progress and folder anew before each batch, so whatever happens to either, the next
-    batch made is the nearest one missing.
+    Whatever happens to the progress or to the folder, the next batch made is the nearest missing.
     """
-    total, made, filling, started = 0, 0, False, time.monotonic()
-    under_way: dict[Future, int] = {}
-    with ThreadPoolExecutor(threads) as pool:
+    stock, diary, filling = Stock(buffer, min(LOOK_AGAIN, sleep_time)), Diary(sleep_time), False
+    with Workers(buffer, threads) as workers:
         while (first := buffer.wanted_first()) < buffer.end:
-            window = range(max(first, buffer.start), min(first + buffer.size, buffer.end))
-            ready = buffer.ready()
-            ahead = next((i for i, n in enumerate(window) if n not in ready), len(window))
-            enough = min(REFILL_BELOW * buffer.size, len(window))
-            if not filling and ahead < enough:
-                filling, made, started = True, 0, time.monotonic()
+            window = stock.follow(first)
+            if not filling and stock.ahead() < min(REFILL_BELOW * buffer.size, len(window)):
+                filling = True
+                diary.begin()
             if filling:
-                buffer.remove_all_but(window)
-            missing = [n for n in window if n not in ready and n not in under_way.values()]
-            if filling and not missing and not under_way:
-                filling = False
-                rate = made * buffer.spec.batch_size / (time.monotonic() - started)
-                print(
-                    f"{buffer.spec.position(first)}: "
-                    f"{plural(len(window), 'batch')} ready ahead of training, {made:,} just made "
-                    f"at {rate:,.0f} pictures/s"
-                )
-            if not filling:
-                time.sleep(sleep_time)
-                continue
-            for number in missing[: threads - len(under_way)]:
-                under_way[pool.submit(buffer.make, number)] = number
-            done, _ = wait(under_way, timeout=sleep_time, return_when=FIRST_COMPLETED)
-            for future in done:
-                del under_way[future]
-                done_well = future.result()
-                made, total = made + done_well, total + done_well
-    return total
+                stock.remove_used()
+                # One job for each thread to turn to, so that none waits for this loop.
+                for step in stock.missing(2 * threads - len(stock.under_way)):
+                    stock.under_way.add(step)
+                    workers.submit(step)
+                if not stock.under_way:
+                    filling = False
+                    diary.end(f"{buffer.spec.position(first)}: {plural(len(window), 'batch')}")
+            for step, done in workers.results(min(POLL, sleep_time)):
+                stock.made(step, done)
+                diary.add(done, buffer.spec.batch_size)
+    return diary.total
+
+
+class Stock:
+    """Which batches of the window lie ready. It is known, and the folder seldom listed."""
+
+    def __init__(self, buffer: Buffer, look_again: float):
+        self.buffer, self.look_again = buffer, look_again
+        self.window = range(0)
+        self.ready: set[int] = set()
+        self.under_way: set[int] = set()
+        self._look_at = 0.0  # when to list the folder again
+        self._ahead = self._next = 0  # all before is ready; all before is ready or under way
+        self._used: list[int] = []
+        self._sweep = False
+
+    def follow(self, first: int) -> range:
+        """Moves the window to begin with step `first`, if all there is left may begin there."""
+        buffer, old = self.buffer, self.window
+        first = max(first, buffer.start)
+        self.window = range(first, min(first + buffer.size, buffer.end))
+        jumped = not old.start <= first <= old.stop
+        lost = first in self.ready and not buffer.spec.files(buffer.folder, first)[0].exists()
+        if jumped or lost or time.monotonic() >= self._look_at:
+            self._look()
+        else:
+            self._used += range(old.start, first)
+            self._ahead, self._next = max(self._ahead, first), max(self._next, first)
+        return self.window
+
+    def _look(self) -> None:
+        self.ready = self.buffer.ready()
+        self._ahead = self._next = self.window.start
+        self._used, self._sweep = [], True
+        self._look_at = time.monotonic() + self.look_again
+
+    def ahead(self) -> int:
+        """How many batches lie ready for training without a gap."""
+        while self._ahead in self.ready and self._ahead < self.window.stop:
+            self._ahead += 1
+        return self._ahead - self.window.start
+
+    def missing(self, most: int) -> list[int]:
+        """The nearest steps that are neither ready nor under way, no more than so many."""
+        found: list[int] = []
+        while len(found) < most and self._next < self.window.stop:
+            if self._next not in self.ready and self._next not in self.under_way:
+                found.append(self._next)
+            self._next += 1
+        return found
+
+    def made(self, step: int, done: bool) -> None:
+        """Takes note of a job's end; `done` is False if there was no room."""
+        self.under_way.discard(step)
+        if not done:
+            self._next = self.window.start
+            self.buffer.no_room()
+        elif step in self.window:
+            self.ready.add(step)
+        else:
+            self._used.append(step)
+
+    def remove_used(self) -> None:
+        """Removes the batches outside of the window, those of an older run included."""
+        if self._sweep:
+            self.buffer.remove_all_but(self.window)
+            self.ready.intersection_update(self.window)
+        self.buffer.remove(self._used)
+        self.ready.difference_update(self._used)
+        self._used, self._sweep = [], False
+
+
+class Diary:
+    """Counts what was made, and says so when the buffer is full, but not too often."""
+
+    def __init__(self, pause: float):
+        """`pause`: seconds between two lines, at least."""
+        self.total = self._batches = self._pictures = 0
+        self._seconds, self._say_at, self._pause = 0.0, 0.0, pause
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+
+    def add(self, batches: int, batch_size: int) -> None:
+        self.total += batches
+        self._batches += batches
+        self._pictures += batches * batch_size
+
+    def end(self, what: str) -> None:
+        now = time.monotonic()
+        self._seconds += now - self._began
+        if now >= self._say_at:
+            rate = self._pictures / self._seconds
+            print(
+                f"{what} ready ahead of training, {self._batches:,} just made at {rate:,.0f} "
+                f"pictures/s"
+            )
+            self._batches = self._pictures = 0
+            self._seconds, self._say_at = 0.0, now + self._pause
+
+
+FORK = sys.platform == "linux"
+"""Whether processes may be forked; macOS's own libraries do not bear it, so threads do there."""
+
+
+class Workers:
+    """Threads that make batches, spread over processes: in one, Python lets one at a time run.
+
+    A context manager. All wait at one pipe for jobs, the nearest batch first. It hangs up when
+    this process ends, however it ends, and then the others end at once.
+    """
+
+    def __init__(self, buffer: Buffer, threads: int):
+        self.folder, self.failures = buffer.folder, buffer.recipe.failures
+        self._jobs, self._submit = os.pipe()
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._results, self._running = [], []
+        gc.freeze()  # so that the processes go on sharing what is there
+        count = min(threads, utils.cores()) if FORK else 1
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process
+        for share in [len(range(i, threads, count)) for i in range(count)]:
+            ours, theirs = multiprocessing.Pipe(duplex=False)
+            self._results.append(ours)
+            if FORK:
+                job = (buffer, share, theirs)
+                fork = multiprocessing.get_context("fork")
+                self._running.append(fork.Process(target=self._process, args=job, daemon=True))
+                self._running[-1].start()
+                theirs.close()
+            else:
+                self._running += self._threads(buffer, share, theirs)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        os.close(self._submit)
+        for each in self._running:
+            each.join()
+        os.close(self._jobs)
+        for connection in self._results:
+            connection.close()
+        utils.remove_leftovers(self.folder)
+
+    def submit(self, step: int) -> None:
+        os.write(self._submit, step.to_bytes(JOB))
+
+    def results(self, timeout: float) -> list[tuple[int, bool]]:
+        """Steps that have been tried since, and whether there was room for them.
+
+        Raises what a thread has raised, and UserError for too many broken pictures.
+        """
+        done = []
+        for connection in multiprocessing.connection.wait(self._results, timeout):
+            try:
+                message = connection.recv()
+            except EOFError:
+                raise UserError(
+                    "a process that made batches was killed, perhaps for want of memory; start "
+                    "again, with a smaller num_of_threads if it happens again"
+                ) from None
+            if isinstance(message, Exception):
+                raise message
+            if isinstance(message, Broken):
+                self.failures.add(message.path, ValueError(message.reason))
+            else:
+                done.append(message)
+        return done
+
+    def _process(self, buffer: Buffer, threads: int, results: Connection) -> None:
+        """What a process does. It ends when the pipe of jobs hangs up."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        close_all_but(self._jobs, results.fileno())
+
+        def report(path: str, error: Exception) -> None:
+            self._send(results, Broken(path, str(error) or type(error).__name__))
+
+        buffer.recipe.report = report
+        self._threads(buffer, threads, results)
+        hung_up = select.poll()
+        hung_up.register(self._jobs, 0)
+        hung_up.poll()
+        os._exit(0)
+
+    def _threads(self, buffer: Buffer, count: int, results: Connection) -> list[threading.Thread]:
+        job = (buffer, results)
+        threads = [threading.Thread(target=self._make, args=job, daemon=True) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _make(self, buffer: Buffer, results: Connection) -> None:
+        """What a thread does: one job after the other. Whatever it raises is the parent's."""
+        try:
+            while not self._stopped.is_set() and (job := os.read(self._jobs, JOB)):
+                step = int.from_bytes(job)
+                self._send(results, (step, buffer.make(step)))
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            self._send(results, error)
+
+    def _send(self, results: Connection, message: object) -> None:
+        with self._lock:
+            results.send(message)
+
+
+JOB = 8
+"""Bytes of a job: the step. A pipe never cuts so little in two."""
+
+
+class Broken(NamedTuple):
+    """What a process says of a picture that cannot be decoded."""
+
+    path: str
+    reason: str
+
+
+def close_all_but(*kept: int) -> None:
+    """Closes all other files but the standard ones: a lock, say, lives as long as one is open."""
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        if descriptor > 2 and descriptor not in kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 # --- taking batches from the buffer ----------------------------------------------------------
@@ -997,55 +1253,70 @@ def read_array(path: Path, array: np.ndarray) -> None:
 
 
 def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
-    """Prints pictures per second for 1, 2, 4 … threads, batches written and removed again.
+    """Prints pictures per second for 1, 2, 4 … threads, in a buffer kept full as for training.
 
-    Raises UserError if there is no room for a batch a thread.
+    Slow storage needs more threads than there are cores. Raises UserError without room.
     """
     utils.remove_leftovers(folder)
-    cores = utils.cores()
-    counts = sorted({2**i for i in range(cores.bit_length())} | {cores})
-    rates = {}
-    for threads in counts:
-        aside = utils.aside_name(folder / "benchmark")
-        aside.mkdir()
-        try:
-            buffer = Buffer(aside, recipe, recipe.spec.batches_per_epoch)
-            make = functools.partial(make_and_remove, buffer)
-            rates[threads] = measure(make, threads, recipe, seconds)
-        finally:
-            shutil.rmtree(aside)
+    most, rates = max(4 * utils.cores(), 8), {}
+    # What an earlier benchmark or count has read lies in memory, so each goes on to other pictures.
+    step = recipe.spec.step(random.randrange(1000, 1_000_000))
+    for threads in [2**i for i in range(most.bit_length())]:
+        rates[threads], step = measure(recipe, folder, threads, step, seconds)
         print(
             f"{plural(threads, 'thread'):>10} {rates[threads]:8,.0f} pictures/s "
             f"{rates[threads] / threads:8,.0f} a thread   x{rates[threads] / rates[1]:.2f}"
         )
-    best = max(rates, key=rates.get)
+    best = next(n for n in rates if rates[n] > 0.98 * max(rates.values()))
     print(
         f"this machine feeds {rates[best]:,.0f} pictures/s with num_of_threads = {best}; if "
         f"`train.py --synthetic` trains fewer than that, the GPU will not wait for data"
     )
 
 
-def measure(make: Callable[[int], None], threads: int, recipe: Recipe, seconds: float) -> float:
-    """Pictures per second of `threads` threads that make batches for so many seconds."""
+def measure(
+    recipe: Recipe, folder: Path, threads: int, step: int, seconds: float
+) -> tuple[float, int]:
+    """Pictures per second of so many threads, from this step on, and the step they came to."""
+    aside = utils.aside_name(folder / "benchmark")
+    aside.mkdir()
+    try:
+        buffer = TakenBuffer(aside, recipe, threads, step, seconds)
+        keep_full(buffer, threads, POLL)
+        return buffer.rate, buffer.first + buffer.size
+    finally:
+        shutil.rmtree(aside)
 
-    def work(thread: int) -> float:
-        number, count, start = thread, 0, time.perf_counter()
-        while time.perf_counter() < start + seconds:
-            make(number % recipe.spec.batches_per_epoch)
-            number, count = number + threads, count + 1
-        return count * recipe.spec.batch_size / (time.perf_counter() - start)
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(make, (i % recipe.spec.batches_per_epoch for i in range(threads))))  # warm up
-        return sum(pool.map(work, range(threads)))
+class TakenBuffer(Buffer):
+    """A buffer with a stand-in for training that takes each batch as soon as it is there."""
 
+    def __init__(self, folder: Path, recipe: Recipe, threads: int, step: int, seconds: float):
+        super().__init__(folder, recipe, 3 * threads)
+        self.start, self.end, self.size = step, sys.maxsize, 3 * threads
+        self.first, self.threads, self.seconds = step, threads, seconds
+        self._count = 0
+        self._began = self.rate = 0.0
 
-def make_and_remove(buffer: Buffer, step: int) -> None:
-    """What training does to a batch, for measuring. Raises UserError without room."""
-    if not buffer.make(step):
-        raise UserError(f"{buffer.folder.parent}: no room for a batch of each thread")
-    for path in buffer.spec.files(buffer.folder, step):
-        path.unlink(missing_ok=True)
+    def wanted_first(self) -> int:
+        """The next step to take, or the end when the time is up.
+
+        Threads that began together end together, so whole rounds of them are counted, the first
+        left out.
+        """
+        while self.spec.files(self.folder, self.first)[0].exists():
+            self.first += 1
+            taken, now = self.first - self.start - self.threads, time.perf_counter()
+            if taken == 0:
+                self._began = now
+            elif taken > 0 and taken % self.threads == 0:
+                self.rate = taken * self.spec.batch_size / (now - self._began)
+                if now >= self._began + self.seconds:
+                    return self.end
+        return self.first
+
+    def no_room(self) -> None:
+        raise UserError(f"{self.folder.parent}: no room for three batches of each thread")
 
 
 def draw_preview(recipe: Recipe, file: Path, step: int, most: int = 32) -> None:
