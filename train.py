@@ -649,7 +649,8 @@ class Run:
     def _remove_if_empty(self) -> None:
         """After a start that was refused."""
         if self._names() == [LOCK]:
-            shutil.rmtree(self.folder)
+            utils.remove_lock(self.folder / LOCK)
+            self.folder.rmdir()
 
     def _check_position(self, args: argparse.Namespace) -> None:
         """Raises UserError where models would be overwritten or are missing."""
@@ -883,10 +884,7 @@ class Saver:
         best = max(top1, key=top1.get, default=None)
         for epoch in self.run.epochs()[:-keep]:
             if epoch != best and (epoch in top1 or not checked):
-                doomed = self.run.folder / str(epoch)
-                aside = utils.aside_name(doomed)  # never half there under its own name
-                doomed.rename(aside)
-                shutil.rmtree(aside)
+                utils.remove_folder(self.run.folder / str(epoch))
 
 
 # --- the log --------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -200,12 +199,12 @@ def test_waiting_says_whether_training_is_at_work_and_ends_with_it(tmp_path, mon
     def sleep(_: float) -> None:
         naps.append(0)
         if len(naps) == 1:
-            os.close(trainer)  # the training stops
+            utils.remove_lock(run / ".train.lock")  # the training stops
         elif len(naps) == 2:  # it went on, and was asked for two epochs, which are there
             (run / "1" / "assets" / "recipe.json").write_text('{"epoch_end": 2}')
 
     monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
-    trainer = utils.lock(run / ".train.lock", "")
+    utils.lock(run / ".train.lock", "")
     assert not check_accuracy.wait_for(run / "2")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2

@@ -247,9 +247,9 @@ def test_keep_last_keeps_the_newest_and_the_best(run):
 
 
 def test_keep_last_waits_for_a_checker_at_work(run):
-    descriptor = utils.lock(run.folder / ".check_accuracy.lock", "")
+    utils.lock(run.folder / ".check_accuracy.lock", "")
     assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 2, 3, 4, 5]
-    os.close(descriptor)
+    utils.remove_lock(run.folder / ".check_accuracy.lock")
     assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 4, 5]
 
 
