@@ -186,8 +186,7 @@ def he_normal(shape: list[int]) -> tf.Tensor:
 # --- a trained network as a SavedModel --------------------------------------------------------
 
 SHORTER_SIDE = 256
-"""What the `jpeg` signature resizes a picture to, as preprocess_val.py does, before it cuts out the
-centre."""
+"""Of a picture when its centre is cut out, in pixels, as in preprocess_val.py."""
 
 RECIPE = "recipe.json"
 """Among the assets of a model: how it was trained."""
@@ -198,8 +197,8 @@ CROPS = tf.TensorSpec([None, CROP, CROP, 3], tf.uint8, "images")
 class Classifier(tf.Module):
     """What a SavedModel holds: network, normalisation, names of the classes, recipe.
 
-    The three functions are its signatures. Their arguments are checked when they run, not only
-    when they are called from Python: TensorFlow would take crops of any size.
+    The three functions are its signatures. They check the size of the crops themselves, because a
+    loaded signature would take any.
     """
 
     def __init__(self, network: ResNet50, folder: Path):
@@ -241,8 +240,8 @@ class Classifier(tf.Module):
 def centre_crop(content: tf.Tensor) -> tf.Tensor:
     """The content of a JPEG or PNG file, string [], to its centre crop, uint8 [224, 224, 3], RGB.
 
-    The same pixels as crop 8 of preprocess_val.py, within a level: Pillow rounds to 8 bits once
-    more, between rows and columns.
+    The same pixels as the centre crop of preprocess_val.py, within one of 256 levels: Pillow
+    resizes columns and rows one after the other, and rounds in between.
     """
     picture = tf.io.decode_jpeg(content, 3, dct_method="INTEGER_ACCURATE")  # reads PNG, too
     size = tf.shape(picture)[:2]
@@ -458,7 +457,7 @@ def best_classes(classify: Callable, content: bytes) -> str:
 
 
 def as_png(content: bytes) -> bytes:
-    """A picture of any format that Pillow opens, as PNG. Raises one of PICTURE_ERRORS."""
+    """A picture of any format that Pillow opens, converted to PNG. Raises one of PICTURE_ERRORS."""
     png = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
