@@ -27,7 +27,7 @@ from preprocess_val import Crops
 with utils.quiet_tensorflow():
     import tensorflow as tf
 
-    from resnet50 import load_model, model_recipe, warn_of_other_classes
+    from resnet50 import epochs_in, load_model, model_recipe, warn_of_other_classes
 
 ACCURACIES = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre")
 COLUMNS = ("epoch", "step", *ACCURACIES, "loss_centre", "pictures", "model")
@@ -154,8 +154,7 @@ def wait_for(folder: Path) -> bool:
 
 def has_ended_before(folder: Path) -> bool:
     """Whether the run's last model is that of the last epoch its training was asked for."""
-    epochs = [int(path.name) for path in folder.parent.iterdir() if path.name.isdecimal()]
-    last = max(epochs, default=-1)
+    last = max(epochs_in(folder.parent), default=-1)
     wanted = model_recipe(folder.parent / str(last)).get("epoch_end")
     return wanted is not None and wanted <= last + 1 <= int(folder.name)
 

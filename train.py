@@ -48,7 +48,13 @@ with utils.quiet_tensorflow():
     import tensorflow as tf
 
     from batch_renorm import limits_at, momentum_at
-    from resnet50 import ResNet50, export_model, read_weights, warn_of_other_classes
+    from resnet50 import (
+        ResNet50,
+        epochs_in,
+        export_model,
+        read_weights,
+        warn_of_other_classes,
+    )
 
 
 def main() -> None:
@@ -619,7 +625,7 @@ class Run:
 
     def epochs(self) -> list[int]:
         """Epochs that have a model."""
-        return sorted(int(name) for name in self._names() if re.fullmatch(r"0|[1-9]\d*", name))
+        return epochs_in(self.folder)
 
     def rolling(self) -> list[tuple[int, int, Path]]:
         """Epoch, batch and folder of the states saved within epochs, oldest first."""
