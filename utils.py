@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, NamedTuple, NoReturn
 
 # --- what a script needs --------------------------------------------------------------------
 
@@ -447,29 +447,28 @@ def _quoting_hint(text: str, error: str) -> str:
 PAUSES = (0.1, 0.5, 2.0, 5.0)
 """Seconds before a read is tried again, after an error of the storage that may pass."""
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-_Result = TypeVar("_Result")
 
 
-def patiently(function: Callable[[str | Path], _Result], path: str | Path) -> _Result:
+def patiently(function: Callable, path: str | Path) -> Any:
     """`function(path)`, tried again where the storage fails for a moment (a disk, a network).
 
     Raises UserError if the storage keeps failing. That is no OSError, so code that skips broken
     files does not take this one for broken. Other errors are raised at once.
     """
-    for pause in (*PAUSES, None):
+    pauses = iter(PAUSES)
+    while True:
         try:
             return function(path)
         except OSError as error:
             if error.errno not in _PASSING:
                 error.filename = error.filename or str(path)
                 raise
-            if pause is None:
+            if (pause := next(pauses, None)) is None:
                 raise UserError(
                     f"{path}: cannot be read, tried {len(PAUSES) + 1} times: {error.strerror}; "
                     f"check the disk or the network, then start again"
                 ) from error
             time.sleep(pause)
-    raise AssertionError("unreachable")
 
 
 def read_file(path: str | Path) -> bytes:
@@ -775,8 +774,6 @@ def make_folder(folder: Path) -> Path:
 # machines. A lock ends with its holder, however that ends. Only the holder of a lock removes its
 # file, and after taking a lock one checks that the file is still there.
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What a file system without locks answers."""
 _locks: dict[Path, int] = {}
 """The descriptors that hold this process's locks."""
 
@@ -798,7 +795,7 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
                 _locks[path] = os.dup(descriptor)  # has the same lock
                 return
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             raise UserError(
                 f"{path}: this file system has no locks ({error.strerror}); put {path.parent} on "
