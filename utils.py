@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, NamedTuple, NoReturn
 
 # --- what a script needs --------------------------------------------------------------------
 
@@ -50,10 +50,10 @@ def _die(message: str) -> None:
 
 
 def _die_without(error: ModuleNotFoundError) -> None:
-    """Says what to install or where to go. Raises what is no lack of the user's."""
+    """Ends the script with what to install. Raises the error again if it is about anything else."""
     package = {"PIL": "pillow"}.get(error.name, error.name)
     if error.name == "fcntl":
-        _die(f"needs Linux or macOS, this is {platform.system()}; WSL and containers will do")
+        _die(f"needs Linux or macOS, this is {platform.system()}; use WSL or a container")
     if error.name == "tomllib":
         _die(
             f"needs Python 3.11 or newer, this is {platform.python_version()}; install a newer one "
@@ -77,9 +77,9 @@ except ModuleNotFoundError as _error:
 
 
 def _open_closed_streams() -> None:
-    """Opens what the shell has closed (`>&-`), to nowhere.
+    """Opens what the shell has closed (`>&-`) to nowhere.
 
-    Else the next file to be opened gets its number, and with it all that libraries say.
+    Otherwise the next file to be opened gets its number, and what libraries print goes into it.
     """
     for descriptor in range(3):
         try:
@@ -126,7 +126,7 @@ def run(main: Callable[[], None]) -> None:
 class _Output(io.FileIO):
     """A file that never fails to be written: a closed pipe or a full disk must not stop a script.
 
-    What cannot be written is lost; the state of a training is not.
+    What cannot be written is lost, but the work goes on.
     """
 
     def write(self, data: bytes) -> int:
@@ -168,11 +168,11 @@ MEANT = {
     "[train] seed": "seed", "[train] buffer_size": "buffer_size prefetch",
     "[preprocess] ImageNet_folder": "data data_path data_dir dataset root",
 }  # fmt: skip
-"""What is meant by the flags of other trainers: a flag here, or a section and key of config.txt."""
+"""Flags of other trainers by what they are here: a flag, or a section and key of config.txt."""
 
 
 def _meant(flag: str, known: Sequence[str]) -> str | None:
-    """What an unknown flag should be; None without a guess."""
+    """What was probably meant by an unknown flag, or None."""
     plain = flag.lstrip("-").replace("-", "_").lower()
     for ours, theirs in MEANT.items():
         if plain in theirs.split():
@@ -198,7 +198,7 @@ class Parser(argparse.ArgumentParser):
         self.add("--config", Path, "settings (default: the config.txt beside the script)", default)
 
     def error(self, message: str) -> NoReturn:
-        # A misspelt flag says more than what is then missing.
+        # A misspelt flag comes first: that another one is missing often follows from it.
         known = [flag for action in self._actions for flag in action.option_strings]
         for flag in re.findall(r"^(--[^=\s]+|-[a-zA-Z])", "\n".join(sys.argv[1:]), re.MULTILINE):
             if flag not in known and (meant := _meant(flag, known)):
@@ -449,36 +449,35 @@ def _quoting_hint(text: str, error: str) -> str:
 PAUSES = (0.1, 0.5, 2.0, 5.0)
 """Seconds before a read is tried again, after an error of the storage that may pass."""
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-_Result = TypeVar("_Result")
 
 
-def patiently(function: Callable[[str | Path], _Result], path: str | Path) -> _Result:
+def patiently(function: Callable, path: str | Path) -> Any:
     """`function(path)`, tried again where the storage fails for a moment (a disk, a network).
 
-    Raises UserError if it goes on failing: that says nothing about the file, so whoever catches
-    OSError to skip a broken file does not catch it. Other errors are raised as they are.
+    Raises UserError if the storage keeps failing. That is no OSError, so code that skips broken
+    files does not take this one for broken. Other errors are raised at once.
     """
-    for pause in (*PAUSES, None):
+    pauses = iter(PAUSES)
+    while True:
         try:
             return function(path)
         except OSError as error:
             if error.errno not in _PASSING:
                 error.filename = error.filename or str(path)
                 raise
-            if pause is None:
+            if (pause := next(pauses, None)) is None:
                 raise UserError(
                     f"{path}: cannot be read, tried {len(PAUSES) + 1} times: {error.strerror}; "
-                    f"see to the disk or the network, then start again"
+                    f"check the disk or the network, then start again"
                 ) from error
             time.sleep(pause)
-    raise AssertionError("unreachable")
 
 
 def read_file(path: str | Path) -> bytes:
-    """The file's content. Storage that fails is tried again, see `patiently`.
+    """The file's content. A failing storage is tried again, see `patiently`.
 
-    Raises UserError if it goes on failing, and OSError otherwise: no such file, or no file handles
-    (EMFILE, ENFILE) or memory (ENOMEM) left, which say nothing about the file either.
+    Raises UserError if it keeps failing. Raises OSError otherwise: there is no such file, or no
+    file handle (EMFILE, ENFILE) or memory (ENOMEM) is left. None of these means a broken file.
     """
     return patiently(_read_once, path)
 
@@ -509,24 +508,23 @@ def aside_name(path: Path, suffix: str = "") -> Path:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name is only being made, or was left half-made."""
+    """Whether this is the name of something that is being written, or was left half-written."""
     return _ASIDE.fullmatch(name) is not None
 
 
 def _make_held(path: Path, suffix: str = "") -> tuple[Path, int]:
-    """A new file of a temporary name beside `path`, and the descriptor that holds its lock.
+    """A new file with a temporary name beside `path`, and the descriptor that holds its lock.
 
-    The lock ends with the process. (Where a forked child inherits the descriptor, with both.)
+    The lock ends with the process; if that has forked, with the last one to have the descriptor.
     """
     while True:
         aside = aside_name(path, suffix)
         with _errors_name(path):
             descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            held = _try_lock(descriptor) and aside.exists()
-        except OSError as error:
-            held = error.errno in NO_LOCKS  # without locks nobody removes leftovers either
-        if held:
+            if _try_lock(descriptor) and aside.exists():
+                return aside, descriptor
+        except OSError:  # no locks here, so nobody removes leftovers either
             return aside, descriptor
         os.close(descriptor)  # `remove_leftovers` was faster
 
@@ -621,14 +619,12 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left half-made here, and nothing that is being made.
+    """Removes what killed processes left half-written here, and nothing that is being written.
 
-    The lock tells which, whatever machine or container its holder runs on. What another user left
-    stays.
+    The lock tells which is which, whatever machine or container its holder runs on. What another
+    user left stays.
     """
-    with os.scandir(folder) as entries:
-        found = [entry for entry in entries if is_leftover(entry.name) and not entry.is_symlink()]
-    for path in (Path(entry.path) for entry in found):
+    for path in [path for path in folder.iterdir() if is_leftover(path.name)]:
         holds_another = path.suffix == ".lock"
         if not holds_another and path.with_name(f"{path.name}.lock").exists():
             continue
@@ -776,12 +772,10 @@ def make_folder(folder: Path) -> Path:
 
 
 # --- locks ----------------------------------------------------------------------------------
-# A lock is on a file that is open for writing, never on a folder: on NFS only such a lock is known
-# to all machines. It ends with its holder, however that ends. A lock file is removed only by who
-# holds its lock, and who has taken a lock looks whether its file is still there.
+# Locks are on files that are open for writing, never on folders: on NFS only those are known to all
+# machines. A lock ends with its holder, however that ends. Only the holder of a lock removes its
+# file, and after taking a lock one checks that the file is still there.
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What a file system without locks answers."""
 _locks: dict[Path, int] = {}
 """The descriptors that hold this process's locks."""
 
@@ -789,8 +783,9 @@ _locks: dict[Path, int] = {}
 def lock(path: Path, refusal: str, shared: bool = False) -> None:
     """Takes the lock on a file until the process ends; makes the file where it is missing.
 
-    Several may share a lock that nobody has alone; a shared one needs no right to write. Raises
-    UserError with `refusal` if another process has it, and where the file system has no locks.
+    Several processes may have a shared lock at once, but not beside one that is not shared; it
+    needs a file that is there, and may be read. Raises UserError with `refusal` if another process
+    has the lock, and where the file system has no locks.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
@@ -802,7 +797,7 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
                 _locks[path] = os.dup(descriptor)  # has the same lock
                 return
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             raise UserError(
                 f"{path}: this file system has no locks ({error.strerror}); put {path.parent} on "
@@ -825,9 +820,9 @@ def remove_lock(path: Path) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on a file; not if there is no such file.
+    """Whether a process holds the lock on a file; False if there is no such file.
 
-    Also if that cannot be told: another user's file, or a file system without locks.
+    True where that cannot be told: another user's file, or a file system without locks.
     """
     with _unless_held(path) as free:
         return not free and path.exists()
@@ -835,7 +830,7 @@ def is_locked(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _unless_held(path: Path) -> Iterator[bool]:
-    """Whether the file is there and nobody holds its lock. If so, nobody else can take it here."""
+    """Whether the file is there and nobody holds its lock. If so, the lock is held meanwhile."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:  # gone, or another user's
@@ -878,7 +873,7 @@ def cores(root: Path = Path("/")) -> int:
     count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     for group in _control_groups(root, "cpu"):
         old = f"{_content(group / 'cpu.cfs_quota_us')} {_content(group / 'cpu.cfs_period_us')}"
-        for text in (_content(group / "cpu.max"), old):  # microseconds of every so many
+        for text in (_content(group / "cpu.max"), old):  # quota and period
             if match := re.fullmatch(r"(\d+) (\d+)", text):
                 count = min(count, -(-int(match[1]) // int(match[2])))
     return max(count, 1)
@@ -887,8 +882,7 @@ def cores(root: Path = Path("/")) -> int:
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes of memory that this process may still take, a container's limit included.
 
-    What the system only caches of files counts as free; what lies in a RAM disk does not. None
-    where it cannot be told (macOS).
+    The cache of files counts as free, the files of a RAM disk do not. None if unknown (macOS).
     """
     free = []
     if match := re.search(r"MemAvailable:\s+(\d+) kB", _content(root / "proc/meminfo")):

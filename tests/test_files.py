@@ -478,6 +478,12 @@ def test_other_errors_are_raised_at_once(number, storage):
     assert error.value.errno == number and storage.pauses == []
 
 
+def test_an_error_names_its_file(tmp_path):
+    with pytest.raises(IsADirectoryError) as error:
+        utils.read_file(tmp_path)
+    assert error.value.filename == str(tmp_path)
+
+
 def test_no_descriptor_is_lost_while_trying(storage):
     before = len(os.listdir("/proc/self/fd"))
     storage.fail(errno.EIO, 4)
