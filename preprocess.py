@@ -66,7 +66,7 @@ def main() -> None:
         say_room(pictures, folders, wanted, total)
         note_copies(root, folders, pictures, complete=False)
         write_all(pictures, folders, wanted, failures)
-    os.sync()  # the note below must not survive a power failure that the copies do not
+        os.sync()  # the note below must not survive a power failure that the copies do not
     note_copies(root, folders, pictures, complete=True)
     print(
         f"resized copies of {plural(len(pictures) - len(failures), 'picture')} in "
@@ -175,8 +175,9 @@ SAMPLED = 2000
 def beginning(path: str, count: int = 1024) -> bytes:
     """A file's size and first bytes; nothing if it is missing."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return struct.pack("<q", os.fstat(file.fileno()).st_size) + file.read(count)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
+        with open(descriptor, "rb", buffering=0) as file:
+            return struct.pack("<q", os.fstat(descriptor).st_size) + (file.read(count) or b"")
     except OSError as error:
         if error.errno in NO_FILE:
             return b""
@@ -445,9 +446,9 @@ class LeftOut:
     """Counts the files that are not used although they are pictures."""
 
     SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2", ".nef")
-    BEGINNINGS = (
-        b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ",
-    )  # fmt: skip
+    BEGINNING = re.compile(
+        rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cjP", re.DOTALL
+    )
 
     def __init__(self):
         self.count, self.first, self._looks = 0, "", 1000
@@ -458,7 +459,8 @@ class LeftOut:
         is_picture = suffix in self.SUFFIXES or (even_usual and suffix in PICTURE_SUFFIXES)
         if not is_picture and self._looks and suffix not in PICTURE_SUFFIXES:
             self._looks -= 1
-            is_picture = beginning(str(path))[8:].startswith(self.BEGINNINGS)
+            with contextlib.suppress(OSError):  # it is not needed
+                is_picture = self.BEGINNING.match(beginning(str(path)), 8) is not None
         if is_picture:
             self.count += 1
             self.first = self.first or str(path)
@@ -818,8 +820,8 @@ COPIES_OF = "copies_of.txt"
 """Beside the resized copies: the folder of the pictures they were made from."""
 
 COPIES = "copies.json"
-"""Beside them, too: by shorter side, the fingerprint of the pictures that have copies, and whether
-all of them have (those that cannot be decoded aside)."""
+"""Also beside them: for each shorter side, the fingerprint of the pictures, and whether all of them
+have a copy, apart from those that cannot be decoded."""
 
 QUALITY = {"quality": 95, "subsampling": 0}
 """JPEG settings: a mean error of 1.1 levels of 256 on photographs (44 dB), which nobody sees.
@@ -836,28 +838,27 @@ def copies_of_others(root: Path, pictures: Pictures) -> bool:
 
 
 def claim(root: Path, pictures: Pictures, wanted: list[int]) -> None:
-    """Notes in `root` which pictures its copies are of.
+    """Writes down in `root` which pictures its copies are of.
 
-    Raises UserError if they are of others, of pictures that were replaced since, or somebody else's
-    files.
+    Raises UserError if what lies there are copies of other pictures, of pictures that have been
+    replaced since, or somebody else's files.
     """
     note = root / COPIES_OF
     if copies_of_others(root, pictures):
         others = utils.one_line(note.read_text(errors="replace"))[:200]
         raise UserError(
             f"{root} holds copies of pictures in {others}, not in {pictures.folder}; take another "
-            f"path_to_save, or remove {note} and {root / COPIES} if the pictures have only moved"
+            f"path_to_save, or remove {note} if the pictures have only moved"
         )
-    if (root / COPIES).exists() and not all(
-        isinstance(state, dict) for state in (utils.read_json(root / COPIES) or {"": 0}).values()
-    ):
+    if (root / COPIES).exists() and not states_of(root):
         raise UserError(f"{root / COPIES}: not written by preprocess.py; take another path_to_save")
     for side in wanted:
         folder = root / str(side)
-        if not note.exists() and folder.exists() and not (folder.is_dir() and is_empty(folder)):
+        is_ours = note.exists() or side in states_of(root)
+        if not is_ours and folder.exists() and not (folder.is_dir() and is_empty(folder)):
             raise UserError(
-                f"{folder}: was not made by preprocess.py, which would have left {note}; take "
-                f"another path_to_save, or remove it"
+                f"{folder}: not made by preprocess.py, which would have left {note}; take another "
+                f"path_to_save, or remove it"
             )
         if folder.exists() and "replaced" in (reason := why_unused(root, side, pictures)):
             raise UserError(f"{folder}: {reason}; remove that folder and start again")
@@ -870,29 +871,40 @@ def is_empty(folder: Path) -> bool:
         return next(entries, None) is None
 
 
+def states_of(root: Path) -> dict[int, tuple[str, bool]]:
+    """By shorter side what COPIES says: fingerprint of the pictures, and whether all have copies.
+
+    Empty if the file is missing or holds anything else.
+    """
+    try:
+        states = (utils.read_json(root / COPIES) or {}).items()
+        return {int(side): (str(s["pictures"]), s["complete"] is True) for side, s in states}
+    except (ValueError, TypeError, KeyError):
+        return {}
+
+
 def note_copies(root: Path, sides: Iterable[int], pictures: Pictures, complete: bool) -> None:
-    """Writes down that these sides have all copies of the pictures, or not yet."""
-    states = utils.read_json(root / COPIES) or {}
-    state = {"pictures": pictures.fingerprint, "complete": complete}
-    states |= {str(side): state for side in sides}
-    utils.write_text(root / COPIES, json.dumps(states, indent=1))
+    """Writes down that these sides have copies of all the pictures, or not yet."""
+    states = states_of(root) | dict.fromkeys(sides, (pictures.fingerprint, complete))
+    content = {side: {"pictures": p, "complete": c} for side, (p, c) in sorted(states.items())}
+    utils.write_text(root / COPIES, json.dumps(content, indent=1))
 
 
 def why_unused(root: Path, side: int, pictures: Pictures) -> str:
     """Why the copies at this shorter side cannot stand for all the pictures; "" if they can."""
-    state = (utils.read_json(root / COPIES) or {}).get(str(side), {})
-    names, content = str(state.get("pictures", "-")).split("-")
-    if names == pictures.fingerprint.split("-")[0] and content not in pictures.fingerprint:
+    copied, complete = states_of(root).get(side, ("", False))
+    if copied == pictures.fingerprint and complete:
+        return ""
+    if copied != pictures.fingerprint and copied[:9] == pictures.fingerprint[:9]:
         return "pictures were replaced since these copies were made"
-    done = state.get("complete") and state.get("pictures") == pictures.fingerprint
-    return "" if done else "copies incomplete"
+    return "copies incomplete"
 
 
 def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
     """The folders with resized copies of all these pictures, by shorter side.
 
-    Says why a folder is not used. While folders are used preprocess.py may not add to them: what a
-    batch holds would depend on when it is made.
+    Says why a folder is not used. preprocess.py may not add to folders that are used: otherwise the
+    content of a batch would depend on when it is made.
     """
     folders = {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
     unused = None
@@ -939,9 +951,9 @@ def missing(pictures: Pictures, folders: dict[int, Path]) -> np.ndarray:
 
 
 def finished(folder: Path) -> np.ndarray:
-    """int64: hashes of the names of the files that are not empty, as a power failure leaves them.
+    """int64: hashes of the names of the files in a folder. Empty files do not count.
 
-    Only older versions left such files: now a copy is on the disk before it has its name.
+    A power failure may have left them before copies were flushed to the disk before their renaming.
     """
     hashes = array("q")
     if folder.is_dir():

@@ -742,6 +742,8 @@ def test_a_picture_that_is_not_used_is_named(kind, tmp_path, settings, capsys):
     put(tmp_path / "train/cat/a.jpg")
     put(tmp_path / "train/cat/a.txt", b"a caption")
     put(tmp_path / "train/cat/a.xml", b"<object/>")
+    put(tmp_path / "train/cat/a.wav", b"RIFF\x10\0\0\0WAVEfmt ")
+    os.mkfifo(tmp_path / "train/cat/pipe")
     put(tmp_path / name, content)
     assert len(preprocess.training_pictures(settings(tmp_path))) == 1
     warnings = capsys.readouterr().err.splitlines()

@@ -372,7 +372,8 @@ def test_it_says_how_many_copies_are_missing(settings, tmp_path, mixed):
     assert preview(settings, tmp_path).stderr == ""
     shutil.copytree(mixed, tmp_path / "more")
     more = toolkit.write_config(tmp_path, tmp_path / "more", tmp_path / "buffer")
-    (tmp_path / "preprocessed/copies_of.txt").write_text(str(tmp_path / "more/train"))
+    (tmp_path / "preprocessed/copies_of.txt").unlink()  # as the refusal says
+    assert "0 of 9 resized" in run_well("preprocess.py", more, "--shorter_side=256").stdout
     assert preview(more, tmp_path).stderr == ""  # the same pictures in another place
     for i in range(3):
         save_picture(tmp_path / f"more/train/a/new{i}.JPEG", picture(i, (300, 300)))
@@ -470,7 +471,7 @@ STRANGERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [b"", b"somebody's", b"[1, 2]", b'{"key": 1}'])
+@pytest.mark.parametrize("content", [b"", b'{"key": 1}'])
 @pytest.mark.parametrize(
     ("script", "name"), [(script, name) for script, names in STRANGERS.items() for name in names]
 )
