@@ -83,6 +83,7 @@ def main() -> None:
     )
     if args.benchmark:
         benchmark(recipe, folder)
+        utils.remove_lock(folder / LOCK)
         return
     buffer = Buffer(folder, recipe, config.train.buffer_size)
     buffer.check_room()
@@ -593,7 +594,7 @@ class Buffer:
         batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
         needed, place, free = batch * self.size, "", None
         if is_ram_disk(self.folder):
-            place, free = ", a RAM disk", getattr(utils, "available_memory", lambda: None)()
+            place, free = ", a RAM disk", utils.available_memory()
         elif looks_like_a_ram_disk(self.folder):
             utils.warn(
                 f"[train] buffer_folder {self.folder} looks like a RAM disk, but is on a disk; "
@@ -1222,10 +1223,11 @@ def read_batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fills `images`, float16 [batch_size, 224, 224, 3]. Returns it and int32 [batch_size].
 
-    Raises FileNotFoundError, and ValueError for anything else than such a batch.
+    Raises FileNotFoundError, ValueError for anything else than such a batch, and UserError if the
+    storage goes on failing.
     """
     x_path, y_path = spec.files(folder, step)
-    read_array(x_path, images)
+    utils.patiently(lambda path: read_array(path, images), x_path)
     labels = utils.load_array(y_path, np.int32, spec.shape[:1])
     if labels.min() < 0 or labels.max() >= spec.classes:
         raise ValueError(f"{y_path}: labels outside 0 … {spec.classes - 1}")

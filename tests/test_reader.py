@@ -5,7 +5,9 @@ The protocol itself is held by test_buffer.py.
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import re
 import signal
 import time
@@ -133,6 +135,23 @@ def test_a_buffer_json_with_values_of_other_types_is_none(config, ram):
         assert BatchSpec.read(ram) is None
 
 
+def test_storage_that_fails_for_a_moment_is_read_again(config, ram, monkeypatch):
+    """Not taken for a broken batch, which would be removed."""
+    buffer, failures, readv = stock(config, ram, 3), [errno.EIO, errno.ESTALE], os.readv
+
+    def failing(descriptor: int, buffers: list) -> int:
+        if failures:
+            raise OSError(failures.pop(), "fails for a moment")
+        return readv(descriptor, buffers)
+
+    monkeypatch.setattr(os, "readv", failing)
+    monkeypatch.setattr(utils, "PAUSES", (0, 0, 0))
+    with reading(buffer, lambda *batch: batch) as reader:
+        for number in range(3):
+            assert_made_by(buffer.recipe, (0, number), next_batch(reader))
+    assert not failures and len(there(ram)) == 3
+
+
 # --- why a batch is not there -----------------------------------------------------------------
 
 
@@ -174,7 +193,7 @@ def test_a_waiting_trainer_says_which_flag_is_wrong(
 
 def test_a_waiting_trainer_says_that_the_preprocessor_is_at_work(config, ram):
     buffer = stock(config, ram, 1)
-    lock = utils.lock(ram / ".preprocessor.lock", "")
+    utils.lock(ram / ".preprocessor.lock", "")
     progress(ram, 1)
     assert "at work" in why_missing(ram, 1, ARGS)
     progress(ram, 5)
@@ -182,7 +201,8 @@ def test_a_waiting_trainer_says_that_the_preprocessor_is_at_work(config, ram):
     assert "--epoch_end=2" in why_missing(ram, 20, ARGS)
     buffer.folder.joinpath("buffer.json").unlink()
     assert "starting" in why_missing(ram, 1, ARGS)
-    del lock
+    utils.remove_lock(ram / ".preprocessor.lock")
+    assert "no runtime_preprocessing.py is running" in why_missing(ram, 1, ARGS)
 
 
 def test_slow_batches_are_not_each_said_to_be_late(config, ram, capsys):
@@ -210,7 +230,7 @@ def test_the_preprocessors_lock_tells_whether_it_is_at_work(tmp_path, toy, ram):
 def test_a_window_too_large_for_the_free_memory_is_refused(config, ram, monkeypatch, capsys):
     """A RAM disk may be larger than the memory that is left."""
     monkeypatch.setattr(runtime_preprocessing, "is_ram_disk", lambda folder: True)
-    monkeypatch.setattr(utils, "available_memory", lambda: 24_000_000, raising=False)
+    monkeypatch.setattr(utils, "available_memory", lambda: 24_000_000)
     buffer = stock(config, ram, 3)
     large = Buffer(ram, buffer.recipe, 20)
     batch = large.x_bytes + large.y_bytes
@@ -223,7 +243,7 @@ def test_a_window_too_large_for_the_free_memory_is_refused(config, ram, monkeypa
     Buffer(ram, buffer.recipe, size).check_room()
     with pytest.raises(utils.UserError):
         Buffer(ram, buffer.recipe, size + 1).check_room()
-    monkeypatch.setattr(utils, "available_memory", lambda: None, raising=False)
+    monkeypatch.setattr(utils, "available_memory", lambda: None)
     large.check_room()
 
 
