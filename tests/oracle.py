@@ -35,7 +35,7 @@ class Recipe:
     warmup_epochs: int = 1
     label_smoothing: float = 0.2
     sgd_momentum: float = 0.6
-    l2_penalty: float = 0.005
+    l2_penalty: float = 0.02
     moving_avgs_momentum: float = 0.35
     start_relaxing_rmax: int = 2
     reach_rmax_max: int = 9
