@@ -138,7 +138,7 @@ def learning_rate(step: int, args: argparse.Namespace, batches_per_epoch: int) -
     """
     epoch = step / batches_per_epoch
     if epoch < args.warmup_epochs:
-        return args.learning_rate * (step + 1) / (args.warmup_epochs * batches_per_epoch)
+        return args.learning_rate * min(1, (step + 1) / (args.warmup_epochs * batches_per_epoch))
     if args.lr_schedule == "step":
         return args.learning_rate * 0.1 ** sum(epoch >= drop for drop in args.lr_drop_epochs)
     if args.lr_schedule == "cosine":

@@ -514,6 +514,8 @@ def test_learning_rate_schedules():
     np.testing.assert_allclose(steps, [0.1] * 20 + [0.01] * 20 + [0.001] * 20)
     cosine = rates(lr_schedule="cosine")
     np.testing.assert_allclose(cosine, 0.05 * (1 + np.cos(np.pi * np.arange(60) / 60)))
+    half = rates(batches=7, epochs=2, warmup_epochs=0.5)
+    np.testing.assert_allclose(half[:4], [0.1 / 3.5, 0.2 / 3.5, 0.3 / 3.5, 0.1])  # never above
     warm = rates(lr_schedule="cosine", warmup_epochs=2)
     np.testing.assert_allclose(warm[:20], np.arange(1, 21) / 20 * 0.1)
     np.testing.assert_allclose(warm[20:], 0.05 * (1 + np.cos(np.pi * np.arange(40) / 40)))
