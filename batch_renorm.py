@@ -17,6 +17,8 @@ With r_max = 1 and d_max = 0 it is batch normalization. Inside the limits it com
 inference computes, which is why small or unbalanced batches do it much less harm.
 """
 
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -120,41 +122,86 @@ def _renormalize(x, gamma, beta, moving_mean, moving_std, limits):
     count as constants, the gradient with respect to x is batch normalization's with scale
     gamma * r, and one call of its fused kernel yields every gradient.
     """
+    prepare = _moments_first if _moments_come_first(x) else _normalize_first
 
     @tf.custom_gradient
     def renormalize(x, gamma, beta):
-        ones, zeros = tf.ones_like(gamma), tf.zeros_like(gamma)
-        normalized, mean, variance, *reserve = tf.raw_ops.FusedBatchNormV3(
-            x=x, scale=ones, offset=zeros, mean=[], variance=[], epsilon=EPSILON
-        )
-        # The kernel returns the unbiased variance, for inference; here the batch's own is meant.
-        count = tf.cast(tf.size(x) // tf.size(gamma), tf.float32)
-        variance = tf.math.multiply_no_nan(variance, (count - 1) / count)
+        inputs, mean, variance, reserve = prepare(x)
         std = tf.sqrt(variance + EPSILON)
         r = tf.clip_by_value(std / moving_std, 1 / limits.r_max, limits.r_max)
         d = tf.clip_by_value((mean - moving_mean) / moving_std, -limits.d_max, limits.d_max)
         y, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=normalized,
+            **inputs,
             scale=gamma * r,
             offset=gamma * d + beta,
-            mean=zeros,
-            variance=ones - EPSILON,
             epsilon=EPSILON,
             is_training=False,
         )
 
         def gradient(dy, *_):
             dx, dscale, doffset, *_ = tf.raw_ops.FusedBatchNormGradV3(
-                y_backprop=dy,
-                x=x,
-                scale=gamma * r,
-                reserve_space_1=reserve[0],
-                reserve_space_2=reserve[1],
-                reserve_space_3=reserve[2],
-                epsilon=EPSILON,
+                y_backprop=dy, x=x, scale=gamma * r, **reserve, epsilon=EPSILON
             )
             return dx, dscale * r + doffset * d, doffset
 
         return (y, mean, std), gradient
 
     return renormalize(x, gamma, beta)
+
+
+def _moments_come_first(x: tf.Tensor) -> bool:
+    """Which of the two ways below computes the layer; both compute the same.
+
+    float32 on a processor without AVX-512: `_moments_first`. Forward and backward its speed was
+    0.8 of the fused batch norm's there, for 0.75 of `_normalize_first`; with AVX-512 0.7 for 0.8.
+    Where there is a GPU, the way that leaves the statistics to cuDNN; this was not measured.
+    """
+    on_cpu = not tf.config.get_visible_devices("GPU")
+    return x.dtype == tf.float32 and on_cpu and not _has_avx512()
+
+
+@cache
+def _has_avx512() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "avx512f" in cpuinfo.read_text()
+
+
+def _normalize_first(x: tf.Tensor) -> tuple:
+    """Normalises with the fused kernel, which has the statistics as by-products.
+
+    Returns what the inference form of FusedBatchNormV3 takes to come to y, the mean and variance
+    of the batch, and what FusedBatchNormGradV3 takes.
+    """
+    channels = x.shape[-1]
+    ones, zeros = tf.ones([channels]), tf.zeros([channels])
+    normalized, mean, variance, *reserve = tf.raw_ops.FusedBatchNormV3(
+        x=x, scale=ones, offset=zeros, mean=[], variance=[], epsilon=EPSILON
+    )
+    # The kernel returns the unbiased variance, for inference; here the batch's own is meant.
+    count = tf.cast(tf.size(x) // channels, tf.float32)
+    variance = tf.math.multiply_no_nan(variance, (count - 1) / count)
+    # Mean 0 and variance 1 - epsilon leave of the inference form a product and a sum,
+    # normalized * scale + offset, in one pass over the memory and in the type of x.
+    inputs = {"x": normalized, "mean": zeros, "variance": ones - EPSILON}
+    return inputs, mean, variance, _reserve(*reserve[:3])
+
+
+def _moments_first(x: tf.Tensor) -> tuple:
+    """The statistics by matrix products, then a single fused pass. Returns as above.
+
+    A row of 1/n times the rows of x is the mean; TensorFlow multiplies faster than it reduces. The
+    variance comes from differences to the mean. Mean square minus squared mean would be faster,
+    but cancels: at n = 200,704 and a mean of 4 deviations its deviation is off by 1e-4, not 1e-5.
+    """
+    rows = tf.cast(tf.reshape(x, [-1, x.shape[-1]]), tf.float32)
+    count = tf.shape(rows)[0]
+    weights = tf.fill([1, count], 1 / tf.cast(count, tf.float32))
+    mean = tf.matmul(weights, rows)[0]
+    variance = tf.matmul(weights, tf.math.squared_difference(rows, mean))[0]
+    inputs = {"x": x, "mean": mean, "variance": variance}
+    # On a CPU the gradient's kernel takes mean and variance; on a GPU the inverse deviation.
+    return inputs, mean, variance, _reserve(mean, variance, tf.zeros([0]))
+
+
+def _reserve(first: tf.Tensor, second: tf.Tensor, third: tf.Tensor) -> dict[str, tf.Tensor]:
+    return {"reserve_space_1": first, "reserve_space_2": second, "reserve_space_3": third}

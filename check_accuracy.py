@@ -1,75 +1,76 @@
-"""Evaluates the model of each epoch on ten crops a picture, while training goes on.
+"""Evaluates the model of each epoch on the validation pictures, while training goes on.
 
     python3 check_accuracy.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30
 
-takes `saved_models/mytestrun/<epoch>/` one after the other, waiting where one is not there yet,
-prints top-1 and top-5 of the average over ten crops and of the centre crop alone, adds them to
-`accuracy.csv` in the run's folder (a restart skips what is done there), and draws `accuracy.png`
-and `training.png` anew.
+takes `saved_models/mytestrun/<epoch>/` one after the other and waits where one is not there yet. It
+prints top-1 and top-5 of the average over ten crops and of the centre crop alone, and the centre
+crop's loss, adds them to `accuracy.csv` in the run's folder (a restart skips what is done there),
+and draws `accuracy.png` and `training.png` anew.
 """
 
-import collections
-import csv
+import argparse
 import math
+import os
 import time
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
+
+import utils
+from utils import UserError, whole
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import utils
 from preprocess_val import Crops
-from utils import UserError
 
 with utils.quiet_tensorflow():
     import tensorflow as tf
 
-    from resnet50 import load_model, warn_of_other_classes
+    from resnet50 import epochs_in, load_model, model_recipe, warn_of_other_classes
 
-COLUMNS = ["epoch", "top1_10crop", "top5_10crop", "top1_centre", "top5_centre", "pictures"]
-CENTRE = 8
-"""Index of the centre crop among the ten; the one after it is its mirror image."""
+ACCURACIES = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre")
+COLUMNS = ("epoch", "step", *ACCURACIES, "loss_centre", "pictures", "model")
+"""Of accuracy.csv. Accuracies are 0…1, empty where ten crops were not asked for. The loss is the
+mean cross-entropy in nats. `model` tells a model from one that was trained anew as that epoch."""
 
-POLL_SECONDS = 5.0
+LOCK = ".check_accuracy.lock"
+TRAINER_LOCK = ".train.lock"
+POLL_SECONDS = 2.0
+SAY_AGAIN_SECONDS = 600.0
 
 
 def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
     run = config.train.path_for_saving / args.run_folder
-    gpu = args.gpu or [1]
-    found = utils.choose_gpus(gpu, required=args.gpu is not None)
-    print(f"evaluating on {f'GPU {gpu[0]}' if found else 'the CPU'}")
-    crops = Crops(config.preprocess.path_to_save / "val", config.preprocess.N)
+    print(f"evaluating on {open_device(args.gpu)}")
+    crops = Crops(config.preprocess.path_to_save / "val", config.preprocess.N, args.crops)
     wait_for_run(run)
-    utils.lock(run / ".check_accuracy.lock", f"{run}: another check_accuracy.py is at work on it")
+    utils.lock(run / LOCK, f"{run}: another check_accuracy.py is at work on it")
     utils.remove_leftovers(run)
     table = run / "accuracy.csv"
     print(
         f"{utils.plural(len(crops), 'picture')} of {utils.plural(crops.classes, 'class')}, "
-        f"results go to {table}"
+        f"{utils.plural(args.crops, 'crop')} each; results go to {table}"
     )
-    if any(row["pictures"] != len(crops) for row in read_table(table)):
-        utils.warn(f"{table}: rows made from other validation pictures are made anew")
     left_out = 0
-    for epoch in range(args.epoch_start, args.epoch_end):
+    for epoch in wanted_epochs(args):
         rows = read_table(table)
-        if epoch not in [row["epoch"] for row in rows if row["pictures"] == len(crops)]:
-            wait_for(run / str(epoch))
+        if not (row := current_row(rows, run / str(epoch), crops)):
+            if not wait_for(run / str(epoch)):
+                print(f"training ended before epoch {epoch}; no further model will come")
+                break
             try:
-                row = {"epoch": epoch, **evaluate(run / str(epoch), crops, args.pictures)}
+                row = evaluate(run / str(epoch), crops, args.pictures)
             except UserError as error:
                 utils.warn(f"{error}; going on to the next epoch")
                 left_out += 1
                 continue
-            rows = [old for old in rows if old["epoch"] != epoch]  # of other pictures
-            rows = sorted([*rows, row], key=lambda row: row["epoch"])
+            rows = sorted([*(r for r in rows if r.epoch != epoch), row], key=lambda r: r.epoch)
             write_table(table, rows)
-            write_events(run, rows)
-        row = next(row for row in rows if row["epoch"] == epoch)
         print(describe(row))
-        draw_accuracy(rows, learning_rate_drops(run), run / "accuracy.png")
-        draw_training(run / "training_log.csv", run / "training.png")
+        show(run, rows)
     print(f"the results are in {table}, drawn in {run / 'accuracy.png'}")
     if left_out:
         raise UserError(
@@ -77,32 +78,44 @@ def main() -> None:
         )
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = utils.Parser(
-        "Evaluates the model of each epoch on ten crops a picture, while training runs.",
+        "Evaluates the model of each epoch on the validation pictures, while training runs.",
         "check_accuracy.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30",
     )
     parser.add_run()
     parser.add_epochs()
-    parser.add_argument(
-        "--gpu", type=utils.whole(0), metavar="I", help="GPU to use (default: 1, else the CPU)"
-    )
-    parser.add_argument(
-        "--pictures",
-        type=utils.whole(1),
-        default=16,
-        metavar="K",
-        help="pictures evaluated at a time, ten crops each (default: 16)",
-    )
-    parser.add_argument("--verbose", action="store_true", help="show TensorFlow's own messages")
-    args = parser.parse()
-    args.gpu = None if args.gpu is None else [args.gpu]
-    return args
+    parser.add("--crops", crop_count, "10, or 1 for the centre alone, a tenth of the work", 10)
+    parser.add("--every", whole(1), "evaluate every K-th epoch and the last (default: 1)", 1)
+    parser.add("--gpu", whole(0), "GPU to use (default: 1, else the CPU)")
+    parser.add("--pictures", whole(1), "pictures evaluated at a time (default: 16)", 16)
+    parser.add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
+    return parser.parse()
 
 
-def runs_there(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return f"{folder} has {', '.join(names)}" if names else f"{folder} has no runs yet"
+def crop_count(text: str) -> int:
+    """Argument type: 1 or 10."""
+    if text not in ("1", "10"):
+        raise argparse.ArgumentTypeError(f"expected 1 or 10, not {text!r}")
+    return int(text)
+
+
+def wanted_epochs(args: argparse.Namespace) -> list[int]:
+    last = args.epoch_end - 1
+    return [e for e in range(args.epoch_start, last + 1) if (e + 1) % args.every == 0 or e == last]
+
+
+def open_device(gpu: int | None) -> str:
+    """Chooses GPU 1, or the one asked for, else the CPU, where training and its preprocessor come
+    first. Raises UserError for a GPU that is not there.
+    """
+    if utils.choose_gpus([1 if gpu is None else gpu], required=gpu is not None):
+        return f"GPU {1 if gpu is None else gpu}"
+    os.nice(10)
+    return "the CPU, at low priority"
+
+
+# --- waiting --------------------------------------------------------------------------------
 
 
 def wait_for_run(run: Path, seconds: float = 30.0) -> None:
@@ -112,29 +125,49 @@ def wait_for_run(run: Path, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not run.is_dir():
         if time.monotonic() > end:
+            runs = run.parent.iterdir() if run.parent.is_dir() else []
+            names = ", ".join(sorted(path.name for path in runs)) or "no runs yet"
             raise UserError(
-                f"{run}: no such run; {runs_there(run.parent)}. Start train.py, or correct "
+                f"{run}: no such run; {run.parent} has {names}. Start train.py, or correct "
                 f"--run_folder"
             )
         time.sleep(0.5)
 
 
-def wait_for(folder: Path) -> None:
-    """Returns when the folder is there, which it is only when complete."""
-    if not folder.is_dir():
-        print(f"waiting for {folder}")
+def wait_for(folder: Path) -> bool:
+    """Returns once the model is there, which it is only when complete. Says what it waits for.
+
+    False if it will not come: training has ended, as it was asked to, with an earlier epoch.
+    """
+    said, say_again = None, 0.0
     while not folder.is_dir():
+        training = utils.is_locked(folder.parent / TRAINER_LOCK)
+        if not training and not folder.is_dir() and has_ended_before(folder):
+            return False
+        if training != said or time.monotonic() > say_again:
+            work = "a train.py is at work on it" if training else "no train.py is at work on it now"
+            print(f"waiting for {folder}; {work}")
+            said, say_again = training, time.monotonic() + SAY_AGAIN_SECONDS
         time.sleep(POLL_SECONDS)
+    return True
+
+
+def has_ended_before(folder: Path) -> bool:
+    """Whether the run's last model is that of the last epoch its training was asked for."""
+    last = max(epochs_in(folder.parent), default=-1)
+    wanted = model_recipe(folder.parent / str(last)).get("epoch_end")
+    return wanted is not None and wanted <= last + 1 <= int(folder.name)
 
 
 # --- evaluation -----------------------------------------------------------------------------
 
 
-def evaluate(folder: Path, crops: Crops, pictures: int) -> dict:
-    """Accuracies of a saved model, each 0…1. Raises UserError for a model that cannot be used.
+def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
+    """The row of a saved model. Raises UserError for a model that cannot be used.
 
     The probabilities (softmax, not logits) of the ten crops are averaged.
     """
+    model = fingerprint(folder)
     classify, classes = load_model(folder)
     if crops.classes > classes:
         raise UserError(
@@ -142,114 +175,157 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> dict:
             f"{crops.classes}"
         )
     warn_of_other_classes(folder, crops.names, str(crops.folder))
-    ranks = {"10crop": [], "centre": []}
     progress = utils.Progress(len(crops), f"pictures, epoch {folder.name}")
+    ranks, centre_ranks, losses = [], [], []
     groups = np.array_split(crops.indices, math.ceil(len(crops) / pictures))
     for indices, images in zip(groups, utils.map_in_order(crops.load, groups, 1), strict=True):
         try:
             probabilities = classify(images=tf.constant(images))["probabilities"].numpy()
         except tf.errors.ResourceExhaustedError:
             raise UserError(
-                f"not enough memory for {pictures} pictures at a time; take a smaller --pictures"
+                f"not enough memory for {pictures} pictures at a time; use a smaller --pictures"
             ) from None
-        probabilities = probabilities.reshape(len(indices), 10, classes)
-        labels = crops.labels[indices]
-        ranks["10crop"].append(rank(probabilities.mean(axis=1), labels))
-        ranks["centre"].append(rank(probabilities[:, CENTRE], labels))
+        probabilities = probabilities.reshape(len(indices), crops.count, classes)
+        labels, centre = crops.labels[indices], probabilities[:, crops.centre]
+        ranks.append(rank(probabilities.mean(axis=1), labels))
+        centre_ranks.append(rank(centre, labels))
+        losses.append(-np.log(np.maximum(centre[np.arange(len(labels)), labels], 1e-12)))
         progress.add(len(indices))
-    result = {}
-    for name, parts in ranks.items():
-        all_ranks = np.concatenate(parts)
-        result[f"top1_{name}"] = float(np.mean(all_ranks < 1))
-        result[f"top5_{name}"] = float(np.mean(all_ranks < 5))
-    return result | {"pictures": len(crops)}
+    ranks = np.concatenate(ranks) if crops.count == 10 else None
+    centre_ranks = np.concatenate(centre_ranks)
+    return SimpleNamespace(
+        epoch=int(folder.name),
+        step=model_recipe(folder).get("step"),
+        top1_10crop=None if ranks is None else float(np.mean(ranks < 1)),
+        top5_10crop=None if ranks is None else float(np.mean(ranks < 5)),
+        top1_centre=float(np.mean(centre_ranks < 1)),
+        top5_centre=float(np.mean(centre_ranks < 5)),
+        loss_centre=float(np.mean(np.concatenate(losses))),
+        pictures=len(crops),
+        model=model,
+    )
 
 
 def rank(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes are at least as probable as the right one, itself not counted: int64 [n].
+    """How many other classes are at least as probable as the right one: int64 [n].
 
-    Ties count against the model: one that says the same for all classes is right never, not always.
+    Ties count against the model: one that gives all classes the same probability is always wrong.
     """
     right = np.take_along_axis(probabilities, labels[:, None], axis=1)
     return (~(probabilities < right)).sum(axis=1) - 1
 
 
-def describe(row: dict) -> str:
-    return (
-        f"epoch {row['epoch']}: 10 crops top-1 {row['top1_10crop']:.2%}, "
-        f"top-5 {row['top5_10crop']:.2%}; centre crop top-1 {row['top1_centre']:.2%}, "
-        f"top-5 {row['top5_centre']:.2%}"
-    )
+def fingerprint(folder: Path) -> str:
+    """Tells a model from another one in the same place."""
+    if known := model_recipe(folder).get("fingerprint"):
+        return known
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
+    newest = max((path.stat().st_mtime_ns for path in files), default=0)
+    return f"{zlib.crc32(repr((facts, newest)).encode()):08x}"
 
 
-def read_table(path: Path) -> list[dict]:
-    """The rows of accuracy.csv, whole ones only."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
-    kinds = [int, float, float, float, float, int]
+# --- the table ------------------------------------------------------------------------------
+
+
+def current_row(rows: list[SimpleNamespace], folder: Path, crops: Crops) -> SimpleNamespace | None:
+    """The row of an epoch, if it is of this model, these pictures and these crops."""
+    for row in rows:
+        if row.epoch == int(folder.name) and row.pictures == len(crops):
+            enough = crops.count == 1 or row.top1_10crop is not None
+            # A model that --keep_last removed was evaluated before.
+            if enough and (not folder.is_dir() or row.model == fingerprint(folder)):
+                return row
+    if any(row.epoch == int(folder.name) for row in rows):
+        print(f"epoch {folder.name} was evaluated with other pictures, crops or weights: again")
+    return None
+
+
+def read_table(path: Path) -> list[SimpleNamespace]:
+    """The rows of accuracy.csv. Raises UserError for one that was edited into nonsense."""
+    kinds = {"epoch": int, "step": int, "pictures": int, "model": str}
     try:
         return [
-            {name: kind(cell) for name, kind, cell in zip(COLUMNS, kinds, row, strict=True)}
-            for row in rows
+            SimpleNamespace(
+                **{
+                    name: kinds.get(name, float)(row[name]) if row[name] else None
+                    for name in COLUMNS
+                }
+            )
+            for row in utils.read_csv(path, COLUMNS)
         ]
     except ValueError as error:
         raise UserError(f"{path}: {error}; correct it or remove it") from None
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    with utils.written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
+def write_table(path: Path, rows: list[SimpleNamespace]) -> None:
+    utils.write_csv(path, COLUMNS, [vars(row) for row in rows])
 
 
-def write_events(run: Path, rows: list[dict]) -> None:
-    """The accuracies for TensorBoard, against the epoch."""
+def describe(row: SimpleNamespace) -> str:
+    ten = ""
+    if row.top1_10crop is not None:
+        ten = f"10 crops top-1 {row.top1_10crop:.2%}, top-5 {row.top5_10crop:.2%}; "
+    return (
+        f"epoch {row.epoch}: {ten}centre crop top-1 {row.top1_centre:.2%}, "
+        f"top-5 {row.top5_centre:.2%}, loss {row.loss_centre:.3f}"
+    )
+
+
+def show(run: Path, rows: list[SimpleNamespace]) -> None:
+    """Draws the charts anew, and writes the events for TensorBoard, by training step."""
+    log = read_training_log(run / "training_log.csv")
+    draw_accuracy(rows, learning_rate_drops(log), run / "accuracy.png")
+    draw_training(log, rows, run / "training.png")
     events = utils.EventFile(run / "events" / "accuracy")
     for row in rows:
-        events.add(row["epoch"], {f"accuracy/{name}": row[name] for name in COLUMNS[1:5]})
+        scalars = {name: getattr(row, name) for name in (*ACCURACIES, "loss_centre")}
+        events.add(
+            row.epoch if row.step is None else row.step,
+            {f"accuracy/{name}": value for name, value in scalars.items() if value is not None},
+        )
     events.close()
 
 
 # --- charts ---------------------------------------------------------------------------------
 
-INK, FAINT, PAPER = (40, 44, 52), (222, 225, 230), (255, 255, 255)
-BLUE, ORANGE, GREEN = (31, 99, 196), (222, 108, 21), (20, 134, 84)
-OVERSAMPLING = 2
-"""Charts are drawn larger and scaled down, which smooths the lines."""
+INK, GREY, FAINT = (40, 44, 52), (110, 115, 125), (222, 225, 230)
+BLUE, LIGHT_BLUE = (31, 99, 196), (140, 178, 232)
+ORANGE, LIGHT_ORANGE = (222, 108, 21), (246, 181, 128)
+GREEN = (20, 134, 84)
 
 
 class Chart:
-    """Axes with ticks, and lines over them. Opaque white, so that it reads on dark screens too."""
+    """Axes with ticks, and lines over them, on opaque white, so that it reads on dark screens too.
 
-    def __init__(self, title: str, x_range, y_range, percent: bool = False, right: int = 760):
-        self.scale, self.size = OVERSAMPLING, (1000, 600)
-        self.left, self.top, self.right, self.bottom = 90, 70, right, 530
-        self.x_range, self.y_range = x_range, y_range
-        self.image = Image.new("RGB", [n * self.scale for n in self.size], PAPER)
+    Drawn at twice its size and scaled down, which smooths the lines.
+    """
+
+    left, top, bottom = 180, 140, 1060
+
+    def __init__(self, title: str, x_range: tuple, y_range: tuple, percent: bool = False):
+        self.x_range, self.y_range, self.right = x_range, y_range, 1460
+        self.image = Image.new("RGB", (2000, 1200), "white")
         self.pen = ImageDraw.Draw(self.image)
         self.legend_at = self.top
-        self.text((self.left, 26), title, 22, "ls")
-        self._axes(percent)
+        self.text(self.left, 52, title, 44, "ls")
+        for value in ticks(*y_range):
+            _, y = self.place(x_range[0], value)
+            self.pen.line([self.left, y, self.right, y], FAINT, 2)
+            self.text(self.left - 24, y, f"{value:.0%}" if percent else f"{value:g}", 32, "rm")
+        for value in ticks(*x_range, whole=True):
+            x, _ = self.place(value, y_range[0])
+            self.pen.line([x, self.bottom, x, self.bottom + 12], INK, 2)
+            self.text(x, self.bottom + 24, f"{value:g}", 32, "mt")
+        corners = [self.left, self.top, self.left, self.bottom, self.right, self.bottom]
+        self.pen.line(corners, INK, 2)
+        self.text((self.left + self.right) / 2, self.bottom + 84, "epoch", 36, "mt")
 
-    def text(self, at, text: str, size: int, anchor: str, colour=INK) -> None:
-        at = [n * self.scale for n in at]
-        self.pen.text(at, text, colour, ImageFont.load_default(size * self.scale), anchor)
-
-    def line(self, points, colour, width: float = 1, dash: int = 0) -> None:
-        points = [(x * self.scale, y * self.scale) for x, y in points]
-        width = round(width * self.scale)
-        if dash:
-            for start, end in _dashes(points, dash * self.scale):
-                self.pen.line([start, end], colour, width)
-        elif len(points) > 1:
-            self.pen.line(points, colour, width, joint="curve")
+    def text(self, x: float, y: float, text: str, size: int, anchor: str, colour=INK) -> None:
+        self.pen.text((x, y), text, colour, ImageFont.load_default(size), anchor)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a value lies, in pixels."""
+        """Where a value lies, in pixels of the large picture."""
         (x0, x1), (y0, y1) = self.x_range, self.y_range
         y = min(max(y, y0), y1)
         return (
@@ -257,61 +333,28 @@ class Chart:
             self.bottom - (y - y0) / (y1 - y0) * (self.bottom - self.top),
         )
 
-    def _axes(self, percent: bool) -> None:
-        for value in ticks(*self.y_range):
-            _, y = self.place(self.x_range[0], value)
-            self.line([(self.left, y), (self.right, y)], FAINT)
-            label = f"{value:.0%}" if percent else f"{value:g}"
-            self.text((self.left - 12, y), label, 16, "rm")
-        for value in ticks(*self.x_range, whole=True):
-            x, _ = self.place(value, self.y_range[0])
-            self.line([(x, self.bottom), (x, self.bottom + 6)], INK)
-            self.text((x, self.bottom + 12), f"{value:g}", 16, "mt")
-        self.line([(self.left, self.top), (self.left, self.bottom)], INK)
-        self.line([(self.left, self.bottom), (self.right, self.bottom)], INK)
-        self.text(((self.left + self.right) / 2, self.bottom + 42), "epoch", 18, "mt")
-
     def mark(self, x: float, label: str) -> None:
-        """A dotted line across the chart."""
+        """A thin line across the chart."""
         at, _ = self.place(x, self.y_range[0])
-        self.line([(at, self.top), (at, self.bottom)], (150, 155, 165), 1, dash=3)
-        self.text((at, self.top - 6), label, 13, "mb", (110, 115, 125))
+        self.pen.line([at, self.top, at, self.bottom], GREY, 1)
+        self.text(at, self.top - 12, label, 26, "mb", GREY)
 
-    def curve(self, xs, ys, colour, name: str, notes: list[str], dash: int = 0) -> None:
-        """A line, with its name and notes in the legend beside the chart."""
-        points = [self.place(x, y) for x, y in zip(xs, ys, strict=True)]
-        self.line(points, colour, 2.5, dash)
-        if len(points) <= 40:
-            for x, y in points:
-                box = [(x - 4) * self.scale, (y - 4) * self.scale,
-                       (x + 4) * self.scale, (y + 4) * self.scale]  # fmt: skip
-                self.pen.ellipse(box, PAPER if dash else colour, colour, 2 * self.scale)
-        left = 782
-        self.line([(left, self.legend_at + 9), (left + 30, self.legend_at + 9)], colour, 3, dash)
-        self.text((left + 40, self.legend_at + 9), name, 17, "lm")
-        for i, note in enumerate(notes):
-            self.text((left + 40, self.legend_at + 33 + 20 * i), note, 15, "lm", (90, 95, 105))
-        self.legend_at += 42 + 20 * len(notes)
+    def curve(self, points: list[tuple], colour: tuple, name: str, notes: list[str]) -> None:
+        """A line through (x, y) points, with its name and notes in the legend beside the chart."""
+        places = [self.place(x, y) for x, y in points]
+        self.pen.line(places, colour, 5, joint="curve")
+        for x, y in places if len(places) <= 40 else []:
+            self.pen.ellipse([x - 8, y - 8, x + 8, y + 8], colour)
+        at = self.legend_at + 18
+        self.pen.line([1564, at, 1624, at], colour, 6)
+        self.text(1644, at, name, 34, "lm")
+        for line, note in enumerate(notes, 1):
+            self.text(1644, at + 8 + 40 * line, note, 30, "lm", GREY)
+        self.legend_at += 84 + 40 * len(notes)
 
     def save(self, path: Path) -> None:
-        small = self.image.resize(self.size, Image.Resampling.BOX)
         with utils.written_aside(path) as aside:
-            small.save(aside, format="PNG")
-
-
-def _dashes(points: list, length: float):
-    """Pieces of a line, every other one left out."""
-    drawn = 0.0
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        distance = math.hypot(x1 - x0, y1 - y0)
-        at = 0.0
-        while at < distance:
-            step = min(length - drawn % length, distance - at)
-            if int(drawn / length) % 2 == 0:
-                a, b = at / distance, (at + step) / distance
-                yield ((x0 + a * (x1 - x0), y0 + a * (y1 - y0)),
-                       (x0 + b * (x1 - x0), y0 + b * (y1 - y0)))  # fmt: skip
-            at, drawn = at + step, drawn + step + 1e-9
+            self.image.resize((1000, 600), Image.Resampling.BOX).save(aside, format="PNG")
 
 
 def ticks(low: float, high: float, whole: bool = False, most: int = 8) -> list[float]:
@@ -323,82 +366,81 @@ def ticks(low: float, high: float, whole: bool = False, most: int = 8) -> list[f
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def draw_accuracy(rows: list[dict], drops: list[float], path: Path) -> None:
+def draw_accuracy(rows: list[SimpleNamespace], drops: list[float], path: Path) -> None:
     """Top-5 and top-1 against the epoch, of ten crops and of the centre crop."""
-    epochs = [row["epoch"] for row in rows]
-    x_range = (min(epochs), max(epochs)) if len(set(epochs)) > 1 else (epochs[0] - 1, epochs[0] + 1)
+    first, last = rows[0].epoch, rows[-1].epoch
+    x_range = (first, last) if first < last else (first - 1, first + 1)
     chart = Chart(f"{path.parent.name}: validation accuracy", x_range, (0, 1), percent=True)
     for drop in drops:
-        if x_range[0] <= drop <= x_range[1]:
+        if first <= drop <= last:
             chart.mark(drop, "lower rate")
-    curves = [
-        ("top5_10crop", "top-5, 10 crops", BLUE, 0),
-        ("top5_centre", "top-5, centre crop", BLUE, 5),
-        ("top1_10crop", "top-1, 10 crops", ORANGE, 0),
-        ("top1_centre", "top-1, centre crop", ORANGE, 5),
-    ]
-    for column, name, colour, dash in curves:
-        values = [row[column] for row in rows]
-        best = max(rows, key=lambda row, column=column: row[column])
-        notes = [f"last {values[-1]:.2%}", f"best {best[column]:.2%} (epoch {best['epoch']})"]
-        chart.curve(epochs, values, colour, name, notes, dash)
+    for column, name, colour in (
+        ("top5_centre", "top-5, centre crop", LIGHT_BLUE),
+        ("top5_10crop", "top-5, 10 crops", BLUE),
+        ("top1_centre", "top-1, centre crop", LIGHT_ORANGE),
+        ("top1_10crop", "top-1, 10 crops", ORANGE),
+    ):
+        points = [(r.epoch, getattr(r, column)) for r in rows if getattr(r, column) is not None]
+        if points:
+            best, value = max(points, key=lambda point: point[1])
+            notes = [f"last {points[-1][1]:.2%}", f"best {value:.2%} (epoch {best})"]
+            chart.curve(points, colour, name, notes)
     chart.save(path)
 
 
-def read_training_log(path: Path) -> dict[str, list[float]]:
-    """The columns of training_log.csv; empty if there is none yet."""
-    if not path.is_file():
-        return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in map(numbers, csv.DictReader(file)) if row]
-    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+def read_training_log(path: Path) -> list[SimpleNamespace]:
+    """Rows of training_log.csv, as far as charts need them; one that was edited is left out."""
+    names = ("epoch", "batch", "loss", "loss_without_l2", "top1", "learning_rate")
+    rows = []
+    for row in utils.read_csv(path, names):
+        try:
+            rows.append(SimpleNamespace(**{name: float(row[name]) for name in names}))
+        except ValueError:
+            continue
+    return rows
 
 
-def numbers(row: dict) -> dict[str, float] | None:
-    """A row of a csv file as numbers; None if it is cut off, or was edited."""
-    try:
-        return {name: float(value) for name, value in row.items()}
-    except (TypeError, ValueError):
-        return None
-
-
-def learning_rate_drops(run: Path) -> list[float]:
+def learning_rate_drops(log: list[SimpleNamespace]) -> list[float]:
     """Epochs at whose start a constant learning rate fell to a fifth or less, and stayed there."""
-    log = read_training_log(run / "training_log.csv")
-    steps = zip(log.get("epoch", []), log.get("learning_rate", []), strict=True)
-    steps, rows = list(steps), collections.Counter(log.get("learning_rate", []))
+    rates = [row.learning_rate for row in log]
     return [
-        epoch - 0.5
-        for (_, before), (epoch, after) in zip(steps, steps[1:], strict=False)
-        if 0 < after <= before / 5 and min(rows[before], rows[after]) > 1
+        row.epoch - 0.5
+        for before, row in zip(rates, log[1:], strict=False)
+        if 0 < row.learning_rate <= before / 5
+        and min(rates.count(before), rates.count(row.learning_rate)) > 1
     ]
 
 
-def draw_training(log_file: Path, path: Path, most: int = 300) -> None:
-    """Loss and top-1 on training batches against the epoch, averaged to at most so many points."""
-    log = read_training_log(log_file)
-    if not log:
+def draw_training(
+    log: list[SimpleNamespace], rows: list[SimpleNamespace], path: Path, most: int = 300
+) -> None:
+    """Loss and top-1 on training batches, averaged to at most so many points, and the validation
+    loss, against the epoch. Top-1 has a scale of its own at the right edge.
+    """
+    batches = max((row.batch for row in log), default=0) + 1
+    table = np.array(
+        [[r.epoch + r.batch / batches, r.loss, r.loss_without_l2, r.top1] for r in log]
+    )
+    if len({row[0] for row in table}) < 2:
         return
-    last_batch = max(log["batch"]) + 1
-    log["epochs"] = [e + b / last_batch for e, b in zip(log["epoch"], log["batch"], strict=True)]
-    groups = np.array_split(np.arange(len(log["epochs"])), min(len(log["epochs"]), most))
-    log = {
-        name: [float(np.mean(np.array(values)[group])) for group in groups]
-        for name, values in log.items()
-    }
-    epochs, highest = log["epochs"], max(log["loss"])
-    if len(set(epochs)) < 2:
-        return
-    first = 0 if epochs[0] < 1 else math.floor(epochs[0])
-    x_range, y_range = (first, math.ceil(epochs[-1])), (0, highest * 1.05)
-    chart = Chart(f"{path.parent.name}: training", x_range, y_range, right=725)
-    for column, name, dash in (("loss", "loss", 0), ("loss_without_l2", "loss without L2", 5)):
-        chart.curve(epochs, log[column], BLUE, name, [f"last {log[column][-1]:.3f}"], dash)
-    notes = [f"last {log['top1'][-1]:.1%}"]
-    chart.curve(epochs, [v * highest for v in log["top1"]], GREEN, "top-1 of batches", notes)
-    for share in (0, 0.2, 0.4, 0.6, 0.8, 1):  # its own scale, at the right edge
-        _, y = chart.place(epochs[0], share * highest)
-        chart.text((chart.right + 44, y), f"{share:.0%}", 14, "rm", GREEN)
+    groups = np.array_split(np.array(table), min(len(table), most))
+    epochs, loss, plain, top1 = np.array([group.mean(axis=0) for group in groups]).T
+    # The model of epoch e is saved at its end.
+    checked = [(row.epoch + 1, row.loss_centre) for row in rows if epochs[0] <= row.epoch + 1]
+    highest = max(loss.max(), *(value for _, value in checked)) if checked else loss.max()
+    first, last = (0 if epochs[0] < 1 else math.floor(epochs[0])), math.ceil(epochs[-1])
+    last = max(last, *(epoch for epoch, _ in checked)) if checked else last
+    chart = Chart(f"{path.parent.name}: training", (first, last), (0, highest * 1.05))
+    for values, name, colour in ((loss, "loss", BLUE), (plain, "loss without L2", LIGHT_BLUE)):
+        points = list(zip(epochs, values, strict=True))
+        chart.curve(points, colour, name, [f"last {values[-1]:.3f}"])
+    if checked:
+        chart.curve(checked, ORANGE, "validation loss", [f"last {checked[-1][1]:.3f}"])
+    points = list(zip(epochs, top1 * highest, strict=True))
+    chart.curve(points, GREEN, "top-1 of batches", [f"last {top1[-1]:.1%}"])
+    for share in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        _, y = chart.place(first, share * highest)
+        chart.text(chart.right + 84, y, f"{share:.0%}", 28, "rm", GREEN)
     chart.save(path)
 
 

@@ -12,10 +12,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import utils
+from utils import UserError
+
 import numpy as np
 from PIL import Image
 
-import utils
 from preprocess import (
     Failures,
     Pictures,
@@ -26,7 +28,6 @@ from preprocess import (
     training_pictures,
     why_unused,
 )
-from utils import UserError
 
 
 def main() -> None:

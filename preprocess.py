@@ -33,11 +33,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-
 import utils
 from utils import CROP, UserError, plural
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 SIDES = range(256, 481, 7)
 """The 33 shorter sides that training pictures are resized to: 256, 263, … 480 pixels."""

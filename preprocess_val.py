@@ -12,10 +12,12 @@ import os
 import re
 from pathlib import Path
 
+import utils
+from utils import CROP, UserError
+
 import numpy as np
 from PIL import Image
 
-import utils
 from preprocess import (
     Failures,
     Pictures,
@@ -25,7 +27,6 @@ from preprocess import (
     resized_size,
     validation_pictures,
 )
-from utils import CROP, UserError
 
 SHORTER_SIDE = 256
 CROP_FILE_BYTES = utils.array_file_size(np.uint8, (10, CROP, CROP, 3))
@@ -146,9 +147,11 @@ def write_all(pictures: Pictures, folder: Path, jobs: list[int], labels: np.ndar
 class Crops:
     """The validation crops in a folder that `main` has filled."""
 
-    def __init__(self, folder: Path, expected: int):
-        """Raises UserError if they are not complete, or not as many as `expected` (0: any)."""
-        self.folder = folder
+    def __init__(self, folder: Path, expected: int, count: int = 10):
+        """`count`: 10, or 1 for the centre crop alone. Raises UserError if the files are not
+        complete, or not as many as `expected` (0: any).
+        """
+        self.folder, self.count = folder, count
         try:
             self.labels = np.load(folder / "y.npy", allow_pickle=False)
         except FileNotFoundError:
@@ -177,16 +180,23 @@ class Crops:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def centre(self) -> int:
+        """Index of the centre crop among the `count`; of ten, its mirror image follows it."""
+        return 8 if self.count == 10 else 0
+
     def load(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [10 * len(indices), 224, 224, 3]. Raises UserError for a broken file."""
-        crops = np.empty((len(indices), 10, CROP, CROP, 3), np.uint8)
+        """uint8 [count * len(indices), 224, 224, 3]. Raises UserError for a broken file."""
+        crops = np.empty((len(indices), self.count, CROP, CROP, 3), np.uint8)
         for slot, index in enumerate(indices):
             path = self.folder / f"X10_{index}.npy"
             try:
-                crops[slot] = utils.load_array(path, np.uint8, crops.shape[1:])
+                ten = utils.load_array(path, np.uint8, (10, CROP, CROP, 3))
             except (ValueError, FileNotFoundError):
-                path.unlink(missing_ok=True)
-                raise UserError(f"{path}: broken, removed; run preprocess_val.py again") from None
+                raise UserError(
+                    f"{path}: broken; remove it and run preprocess_val.py again"
+                ) from None
+            crops[slot] = ten if self.count == 10 else ten[8:9]
         return crops.reshape(-1, CROP, CROP, 3)
 
 

@@ -1,23 +1,50 @@
 """ResNet-50 (He et al. 2015, https://arxiv.org/abs/1512.03385) with batch renormalization.
 
-    from resnet50 import ResNet50
+    python3 resnet50.py saved_models/mytestrun cat.jpg dog.png
+
+prints what a trained model sees, a line per picture, the five most probable classes first:
+
+    cat.jpg: 93.1% tabby, 4.0% tiger cat, 1.2% Egyptian cat, 0.4% lynx, 0.1% Persian cat
+
+The model is the folder of an epoch, or of a run: then its newest epoch. Other programs call
+
     network = ResNet50(classes=1000)
     logits = network(images)            # images: float [n, 224, 224, 3], normalised, RGB
 
 The network is today's standard one ("v1.5": a stage halves its resolution in the 3x3 convolution of
 its first block, not in the 1x1 before it). Convolutions pad k // 2 on every side, as in other
 frameworks, not TensorFlow's lopsided SAME, so weights can be moved between them without loss.
+
+Below it stands the saved model, a TensorFlow SavedModel that works without this file. Signatures:
+
+    serving_default    uint8 crops [n, 224, 224, 3]        -> their probabilities
+    jpeg               contents of picture files [n]       -> the five most probable classes
+    features           uint8 crops [n, 224, 224, 3]        -> what the dense layer gets
 """
 
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
 import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
-import tensorflow as tf
+from types import SimpleNamespace
 
 import utils
-from batch_renorm import BatchRenorm, Limits
 from utils import CROP, UserError
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+with utils.quiet_tensorflow():
+    import tensorflow as tf
+
+    from batch_renorm import BatchRenorm, Limits
 
 #         blocks, bottleneck channels, output channels, stride of the first block
 STAGES = [
@@ -124,13 +151,20 @@ class ResNet50(tf.Module):
 
     def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
         """Training with `limits` (see `batch_renorm`), inference without."""
+        return self.classify(self.features(x, limits))
+
+    def features(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
+        """All but the dense layer: float32 [n, 2048], means over the picture."""
         x = tf.nn.relu(self.stem(x, limits))
         # After a ReLU, zeros around a picture never win the maximum.
         x = tf.nn.max_pool2d(tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]]), 3, 2, "VALID")
         for block in self.blocks:
             x = block(x, limits)
-        x = tf.reduce_mean(tf.cast(x, tf.float32), [1, 2])
-        return x @ self.dense_kernel + self.dense_bias
+        return tf.reduce_mean(tf.cast(x, tf.float32), [1, 2])
+
+    def classify(self, features: tf.Tensor) -> tf.Tensor:
+        """The dense layer: float32 [n, classes] logits."""
+        return features @ self.dense_kernel + self.dense_bias
 
     @property
     def norms(self) -> list[BatchRenorm]:
@@ -151,21 +185,77 @@ def he_normal(shape: list[int]) -> tf.Tensor:
 
 # --- a trained network as a SavedModel --------------------------------------------------------
 
+SHORTER_SIDE = 256
+"""Of a picture when its centre is cut out, in pixels, as in preprocess_val.py."""
+
+RECIPE = "recipe.json"
+"""Among the assets of a model: how it was trained."""
+
+CROPS = tf.TensorSpec([None, CROP, CROP, 3], tf.uint8, "images")
+
 
 class Classifier(tf.Module):
-    """What a SavedModel holds: uint8 crops to probabilities, normalisation inside."""
+    """What a SavedModel holds: network, normalisation, names of the classes, recipe.
 
-    def __init__(self, network: ResNet50, mu: list[float], sigma: list[float], class_names: Path):
+    The three functions are its signatures. They check the size of the crops themselves, because a
+    loaded signature would take any.
+    """
+
+    def __init__(self, network: ResNet50, folder: Path):
+        """`folder` has the two files that become the model's assets."""
         super().__init__()
         self.network = network
-        self.mu, self.sigma = np.float32(mu), np.float32(sigma)
-        self.class_names = tf.saved_model.Asset(str(class_names))
+        self.class_names = tf.saved_model.Asset(str(folder / utils.CLASS_NAMES))
+        self.recipe = tf.saved_model.Asset(str(folder / RECIPE))
+        recipe = utils.read_json(folder / RECIPE)
+        self.mu, self.sigma = np.float32(recipe["mu"]), np.float32(recipe["sigma"])
+        self.names = utils.read_lines(folder / utils.CLASS_NAMES)
 
-    @tf.function(input_signature=[tf.TensorSpec([None, CROP, CROP, 3], tf.uint8, "images")])
-    def classify(self, images):
-        """images: uint8 [n, 224, 224, 3], RGB. Returns float32 [n, classes] probabilities."""
+    @tf.function(input_signature=[CROPS])
+    def features(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        """images: uint8 [n, 224, 224, 3], RGB. Returns features: float32 [n, 2048]."""
+        images = tf.ensure_shape(images, CROPS.shape)
         x = (tf.cast(images, tf.float32) / 255 - self.mu) / self.sigma
-        return {"probabilities": tf.nn.softmax(self.network(x))}
+        return {"features": self.network.features(x)}
+
+    @tf.function(input_signature=[CROPS])
+    def classify(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        """images: uint8 [n, 224, 224, 3], RGB. Returns probabilities: float32 [n, classes]."""
+        logits = self.network.classify(self.features(images)["features"])
+        return {"probabilities": tf.nn.softmax(logits)}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "contents")])
+    def jpeg(self, contents: tf.Tensor) -> dict[str, tf.Tensor]:
+        """contents: string [n], JPEG or PNG files. Returns the k = min(5, classes) most probable
+        classes, best first: names, string [n, k]; probabilities, float32; labels, int32.
+        """
+        crop = tf.TensorSpec(CROPS.shape[1:], tf.uint8)
+        images = tf.map_fn(centre_crop, contents, fn_output_signature=crop)
+        probabilities = self.classify(images)["probabilities"]
+        best, labels = tf.math.top_k(probabilities, min(5, probabilities.shape[1]))
+        names = tf.gather(self.names, labels)
+        return {"names": names, "probabilities": best, "labels": labels}
+
+
+def centre_crop(content: tf.Tensor) -> tf.Tensor:
+    """The content of a JPEG or PNG file, string [], to its centre crop, uint8 [224, 224, 3], RGB.
+
+    The same pixels as the centre crop of preprocess_val.py, within one of 256 levels: Pillow
+    resizes columns and rows one after the other, and rounds in between.
+    """
+    picture = tf.io.decode_jpeg(content, 3, dct_method="INTEGER_ACCURATE")  # reads PNG, too
+    size = tf.shape(picture)[:2]
+    resized = tf.round(size * SHORTER_SIDE / tf.reduce_min(size))  # half to even, as in Python
+    resized = tf.cast(resized, tf.int32)
+    # What tf.image.resize(picture, size, antialias=True) does, but for the window alone.
+    crop = tf.raw_ops.ScaleAndTranslate(
+        images=picture[None],
+        size=[CROP, CROP],
+        scale=tf.cast(resized / size, tf.float32),
+        translation=-tf.cast((resized - CROP) // 2, tf.float32),
+        kernel_type="triangle",
+    )
+    return tf.saturate_cast(tf.round(crop[0]), tf.uint8)
 
 
 def export_model(
@@ -173,52 +263,211 @@ def export_model(
 ) -> None:
     """Writes the network as a SavedModel into `folder`, with the names of its classes.
 
-    `recipe` says how it was trained; its `mu` and `sigma` become part of the model.
+    `recipe` says how it was trained; its `mu` and `sigma` become part of the model. A `fingerprint`
+    of the variables is added, which tells a model from one that was trained anew under its number.
     """
+    weights = b"".join(variable.numpy().tobytes() for variable in network.variables)
+    recipe = recipe | {"fingerprint": f"{zlib.crc32(weights):08x}"}
     with tempfile.TemporaryDirectory() as temporary:
-        names = Path(temporary) / utils.CLASS_NAMES
-        utils.write_lines(names, class_names)
-        classifier = Classifier(network, recipe["mu"], recipe["sigma"], names)
-        tf.saved_model.save(classifier, str(folder), signatures=classifier.classify)
+        assets = Path(temporary)
+        utils.write_lines(assets / utils.CLASS_NAMES, class_names)
+        utils.write_text(assets / RECIPE, json.dumps(recipe, indent=1))
+        model = Classifier(network, assets)
+        signatures = {
+            "serving_default": model.classify,
+            "jpeg": model.jpeg,
+            "features": model.features,
+        }
+        tf.saved_model.save(model, str(folder), signatures)
 
 
-def read_weights(network: ResNet50, folder: Path) -> str:
-    """Gives the network the weights and averages of a saved model; says so in the line returned.
-
-    Where the model has other classes, the dense layer stays as it is. Raises UserError.
-    """
-    raise NotImplementedError
+def model_recipe(folder: Path) -> dict[str, object]:
+    """How a saved model was trained; {} where it does not say."""
+    return utils.read_json(folder / "assets" / RECIPE) or {}
 
 
 LOADING_ERRORS = (
-    OSError, LookupError, ValueError, AttributeError, TypeError, RuntimeError, tf.errors.OpError,
+    OSError, LookupError, ValueError, AttributeError, TypeError, RuntimeError, AssertionError,
+    tf.errors.OpError,
 )  # fmt: skip
 """What TensorFlow raises for folders that are no whole SavedModel."""
 
 
-def load_model(folder: Path):
+@contextlib.contextmanager
+def explained_loading(folder: Path) -> Iterator[None]:
+    """Turns what TensorFlow raises into UserError."""
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        reason = str(error).split("\n")[0][:150]
+        if epochs := epochs_in(folder):
+            reason = f"it is a run; name one of its epochs, such as {folder / str(epochs[-1])}"
+        raise UserError(f"{folder}: not a model that can be loaded: {reason}") from None
+
+
+def epochs_in(run: Path) -> list[int]:
+    """Epochs that have a model in a run's folder, oldest first."""
+    names = os.listdir(run) if run.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
+
+
+def load_signature(folder: Path, name: str) -> Callable[..., dict[str, tf.Tensor]]:
+    """A function of a saved model. Raises UserError for a folder that is no model with it."""
+    with explained_loading(folder):
+        model = tf.saved_model.load(str(folder))
+        if name not in model.signatures:
+            raise ValueError(f"it has no signature {name}")
+        function = model.signatures[name]
+        function.model = model  # the variables live as long as the model
+        return function
+
+
+def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
     """The function from uint8 crops to probabilities, and its number of classes.
 
     Raises UserError for a folder that is no model of this toolkit.
     """
-    try:
-        model = tf.saved_model.load(str(folder))
-        classify = model.signatures["serving_default"]
-        shape = classify.structured_outputs["probabilities"].shape
-        classify.model = model  # the variables live as long as the model
-        return classify, int(shape[-1])
-    except LOADING_ERRORS as error:
-        reason = str(error).split("\n")[0][:150]
-        raise UserError(f"{folder}: not a model that can be loaded: {reason}") from None
+    classify = load_signature(folder, "serving_default")
+    with explained_loading(folder):
+        return classify, int(classify.structured_outputs["probabilities"].shape[-1])
+
+
+def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
+    """Gives the network the weights and averages of a saved model. Returns a line that says so.
+
+    The dense layer is taken over only if the classes have the same names in the same order; else
+    it stays as it is. `spec` has the `class_names`, `mu` and `sigma` of the new training; a warning
+    says if the model was trained with another normalisation. Raises UserError.
+    """
+    checkpoint = str(folder / "variables" / "variables")
+    bias = "network/dense_bias/.ATTRIBUTES/VARIABLE_VALUE"
+    with explained_loading(folder):
+        shapes = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+        if bias not in shapes:
+            raise ValueError("it holds no network of this toolkit")
+        source = ResNet50(shapes[bias][0])
+        tf.train.Checkpoint(network=source).read(checkpoint).assert_existing_objects_matched()
+    same = class_names_of(folder) == [as_written(name) for name in spec.class_names]
+    for variable, its in zip(network.variables, source.variables, strict=True):
+        if same or "dense" not in variable.name:
+            variable.assign(its)
+    warn_of_other_colours(folder, spec)
+    its_classes = utils.plural(shapes[bias][0], "class")
+    dense = "taken over" if same else f"new: {utils.plural(len(spec.class_names), 'class')}"
+    return f"initialised from {folder} ({its_classes}); the dense layer is {dense}"
+
+
+def class_names_of(model: Path) -> list[str]:
+    """The names of a saved model's classes, as they are written there; [] if there are none."""
+    return utils.read_lines(model / "assets" / utils.CLASS_NAMES)
+
+
+def as_written(name: str) -> str:
+    """A class name as `class_names_of` returns it."""
+    return utils.as_written(utils.one_line(name)).decode()
 
 
 def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
     """Warns where a saved model has another name for a class: its labels may mean other things."""
-    known = utils.read_lines(model / "assets" / utils.CLASS_NAMES)
-    for label, (its, name) in enumerate(zip(known, map(utils.one_line, names), strict=False)):
-        if its != utils.as_written(name).decode():
+    names = map(as_written, names)
+    for label, (its, name) in enumerate(zip(class_names_of(model), names, strict=False)):
+        if its != name:
             utils.warn(
                 f"{model}: its class {label} is {its}, but {name} in {where}; unless these are two "
                 f"names of the same thing, the labels do not fit"
             )
             return
+
+
+def warn_of_other_colours(model: Path, spec: SimpleNamespace) -> None:
+    """Warns where a saved model expects pixels that are normalised in another way."""
+    recipe = model_recipe(model)
+    for name in ("mu", "sigma"):
+        its, new = recipe.get(name), list(getattr(spec, name))
+        if its is not None and list(its) != new:
+            utils.warn(
+                f"{model} was trained with {name} = {its}, now it is {new}; its weights fit best "
+                f"with theirs: put them into [utils] of config.txt"
+            )
+
+
+# --- what a saved model sees in a picture ---------------------------------------------------------
+
+
+def main() -> None:
+    args = parse_arguments()
+    tf.config.set_visible_devices([], "GPU")  # a training may be at work there
+    classify = load_signature(find_model(args.model, args.config), "jpeg")
+    failed = 0
+    for path in args.pictures:
+        try:
+            print(f"{path}: {best_classes(classify, utils.read_file(path))}", flush=True)
+        except PICTURE_ERRORS as error:
+            failed += 1
+            reason = getattr(error, "strerror", None) or error
+            utils.warn(f"{path}: cannot be read: {reason}")
+    if failed:
+        raise UserError(
+            f"{failed} of {utils.plural(len(args.pictures), 'picture')} could not be read; see the "
+            f"warnings above"
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = utils.Parser(
+        "Says what a trained model sees in pictures: the five most probable classes of each.",
+        "resnet50.py saved_models/mytestrun cat.jpg dog.png",
+    )
+    model = "folder of a saved model, or of a run, or a run's name: then its newest epoch"
+    parser.add_argument("model", type=Path, metavar="MODEL", help=model)
+    parser.add_argument("pictures", type=Path, metavar="PICTURE", nargs="+", help="picture files")
+    parser.add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
+    return parser.parse()
+
+
+def find_model(given: Path, settings: Path) -> Path:
+    """The folder of the model that is meant. Raises UserError."""
+    folder = given
+    if not given.exists() and settings.is_file():
+        folder = utils.load_config(settings).train.path_for_saving / given
+    if not folder.exists():
+        raise UserError(
+            f"{given}: no such folder; name a saved model such as saved_models/mytestrun/29, or a "
+            f"run such as saved_models/mytestrun"
+        )
+    epochs = epochs_in(folder)
+    return folder / str(epochs[-1]) if epochs else folder
+
+
+PICTURE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What reading or Pillow raises for files that are no pictures. SyntaxError: a broken PNG."""
+
+
+def best_classes(classify: Callable, content: bytes) -> str:
+    """ "93.1% tabby, 4.0% tiger cat, …" for the content of a picture file.
+
+    Raises one of PICTURE_ERRORS.
+    """
+    try:
+        best = classify(contents=tf.constant([content]))
+    except tf.errors.InvalidArgumentError:  # neither JPEG nor PNG: Pillow reads more formats
+        best = classify(contents=tf.constant([as_png(content)]))
+    shares = zip(best["probabilities"][0].numpy(), best["names"][0].numpy(), strict=True)
+    return ", ".join(f"{share:.1%} {name.decode()}" for share, name in shares)
+
+
+def as_png(content: bytes) -> bytes:
+    """A picture of any format that Pillow opens, converted to PNG. Raises one of PICTURE_ERRORS."""
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:
+            raise ValueError("no picture of a format that is known here") from None
+        image.convert("RGB").save(png, "PNG")
+    return png.getvalue()
+
+
+if __name__ == "__main__":
+    utils.run(main)

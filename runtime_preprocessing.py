@@ -13,26 +13,44 @@ cases; its colours are shifted a little. The first three are one: only the windo
 resized, straight from as much of the JPEG as the window needs.
 """
 
+import contextlib
 import dataclasses
+import difflib
 import functools
+import gc
 import json
+import math
+import mmap
+import multiprocessing
 import os
+import random
 import re
+import select
+import shlex
 import shutil
+import signal
+import sys
 import threading
 import time
+import traceback
 import unicodedata
+import weakref
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple, get_origin
+
+import utils
+from utils import CROP, UserError, plural
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import utils
 from preprocess import (
     SIDES,
     BrokenPicture,
@@ -42,7 +60,6 @@ from preprocess import (
     resized_folders,
     training_pictures,
 )
-from utils import CROP, UserError, plural
 
 REFILL_BELOW = 0.8
 """Share of buffer_size under which the buffer is filled up again."""
@@ -61,19 +78,20 @@ def main() -> None:
         return
     folder = utils.make_folder(config.train.buffer_folder)
     # The lock is held until the process ends, however it ends.
-    utils.lock(folder, f"{folder}: another runtime_preprocessing.py works here; give each its own")
+    utils.lock(
+        folder / LOCK, f"{folder}: another runtime_preprocessing.py works here; give each its own"
+    )
     if args.benchmark:
         benchmark(recipe, folder)
+        utils.remove_lock(folder / LOCK)
         return
     buffer = Buffer(folder, recipe, config.train.buffer_size)
     buffer.check_room()
-    buffer.claim()
-    made = keep_full(
-        buffer,
-        config.runtime_preprocessing.num_of_threads,
-        config.runtime_preprocessing.sleep_time,
-    )
-    buffer.leave()
+    settings = config.runtime_preprocessing
+    with stopping_says_what_stays(folder):
+        buffer.claim()
+        made = keep_full(buffer, settings.num_of_threads, settings.sleep_time)
+        buffer.leave()
     print(
         f"training has passed epoch {args.epoch_end - 1}; {folder} is empty again. "
         f"Batches made: {made:,}; {recipe.failures}"
@@ -117,6 +135,44 @@ def describe(recipe: "Recipe", epochs: int) -> str:
     )
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that asks the script to stop. Its argument is the signal's number."""
+
+
+@contextlib.contextmanager
+def stopping_says_what_stays(folder: Path) -> Iterator[None]:
+    """Makes Ctrl-C, SIGTERM and SIGHUP say how much the buffer still takes, and how to free it.
+
+    A second signal ends the process at once.
+    """
+    signals, process = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), os.getpid()
+    caught = [each for each in signals if signal.getsignal(each) != signal.SIG_IGN]  # nohup
+
+    def stop(number: int, _frame: object) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_DFL)
+        if os.getpid() != process:  # forked since
+            os.kill(os.getpid(), number)
+        raise Stopped(number)
+
+    for each in caught:
+        signal.signal(each, stop)
+    try:
+        yield
+    except Stopped as stopped:
+        with os.scandir(folder) as entries:
+            size = sum(max(_size(each), 0) for each in entries if BATCH_FILE.fullmatch(each.name))
+        if size:
+            print(
+                f"{utils.file_size(size)} of batches stay in {folder} for the next start; to free "
+                f"them: rm {shlex.quote(str(folder))}/[XY]_[0-9]*.npy"
+            )
+        if stopped.args[0] == signal.SIGINT:
+            raise  # Python's own
+        print(f"{utils.script_name()}: stopped", file=sys.stderr)
+        sys.exit(128 + stopped.args[0])
+
+
 # --- what a buffer holds ---------------------------------------------------------------------
 
 BATCH_FILE = re.compile(r"([XY])_(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.npy")
@@ -126,8 +182,8 @@ BATCH_FILE = re.compile(r"([XY])_(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.npy")
 class BatchSpec:
     """What the batches of a buffer are, and all that they depend on: the content of buffer.json.
 
-    Batches are counted by steps, from 0 through all epochs; only file names and messages say epoch
-    and batch.
+    It also tells a reader of another framework what to expect. Steps count the batches from 0
+    through all epochs; only file names and messages say epoch and batch.
     """
 
     batch_size: int
@@ -137,23 +193,28 @@ class BatchSpec:
     N: int
     """Training pictures."""
     pictures: str
-    """Fingerprint of their names and labels."""
+    """Fingerprint of the training pictures."""
     classes: int
+    """Labels are 0 … classes - 1."""
     class_names: list[str]
+    """By label."""
     mu: list[float]
     sigma: list[float]
     """Mean and standard deviation that the pixels are normalised with; R, G, B, scaled to 0…1."""
     resized: list[int]
-    """Shorter sides that have resized copies, which stand in for the originals."""
+    """Shorter sides whose resized copies are used instead of the originals."""
     worker: int
     workers: int
     """Of several machines each makes its own part of every epoch."""
     batches_per_epoch: int
     epochs: list[int] = field(compare=False)
-    """First epoch, and the one to stop before."""
+    """The first epoch, and the one to stop before."""
     dtype: str = "float16"
+    """Of the pictures."""
     layout: str = "NHWC, RGB, normalised; labels int32"
+    """Of X: pictures, rows, columns, channels."""
     format: int = 1
+    """Of the files. Another version's batches are never read."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -184,23 +245,41 @@ class BatchSpec:
         """Names of the fields that are not as expected."""
         return [name for name, value in expected.items() if getattr(self, name) != value]
 
+    def changes(self, new: "BatchSpec") -> str:
+        """What differs in another description, in words; epochs aside."""
+        words = []
+        for name in self.differences(dataclasses.asdict(new)):
+            values = f"{getattr(self, name)}, now {getattr(new, name)}"
+            if name in IN_WORDS:
+                words.append(f"other {IN_WORDS[name]}")
+            elif name != "epochs":
+                words.append(f"{name} was {values}")
+        return "; ".join(words)
+
     def write(self, folder: Path) -> None:
         utils.write_text(folder / BUFFER_JSON, json.dumps(dataclasses.asdict(self), indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> "BatchSpec | None":
         """The buffer's description; None if there is none, or one of another version."""
-        content = utils.read_json(folder / BUFFER_JSON)
-        if content is None or set(content) != {each.name for each in dataclasses.fields(cls)}:
+        content = utils.read_json(folder / BUFFER_JSON) or {}
+        types = {each.name: get_origin(each.type) or each.type for each in dataclasses.fields(cls)}
+        if {name: type(value) for name, value in content.items()} != types:
             return None
         return cls(**content)
 
 
 BUFFER_JSON = "buffer.json"
 PROGRESS = "training_progress.txt"
+LOCK = ".preprocessor.lock"
+TRAINER_LOCK = ".trainer.lock"
 
-MEANING = {"resized": "set of resized copies", "pictures": "list of pictures"}
-"""What fields of BatchSpec stand for that do not speak for themselves."""
+IN_WORDS = {
+    "class_names": "class names",
+    "pictures": "pictures",
+    "resized": "resized copies",
+}
+"""Fields of BatchSpec whose values are too long for a message."""
 
 
 def spec_of(config: SimpleNamespace, pictures: Pictures, copies: Iterable[int], args) -> BatchSpec:
@@ -254,6 +333,10 @@ def worker_of_workers() -> tuple[int, int]:
     return index, chiefs + others
 
 
+POSITION = re.compile(rb"\s*(\d{1,9})\s+(\d{1,9})\s*")
+"""Epoch and batch in training_progress.txt."""
+
+
 def write_progress(folder: Path, spec: BatchSpec, step: int) -> None:
     """Says which batch training needs next."""
     epoch, batch = divmod(step, spec.batches_per_epoch)
@@ -266,16 +349,25 @@ def read_progress(folder: Path, spec: BatchSpec) -> int | None:
         text = (folder / PROGRESS).read_bytes()
     except FileNotFoundError:
         return None
-    match = re.fullmatch(rb"\s*(\d{1,9})\s+(\d{1,9})\s*", text)
+    match = POSITION.fullmatch(text)
     return spec.step(int(match[1]), int(match[2])) if match else None
 
 
-def is_batch_file(path: Path) -> bool:
-    """Whether a file of a batch's name begins as one does, whatever its size."""
-    dtype, rest = ("<f2", f", {CROP}, {CROP}, 3)") if path.name[0] == "X" else ("<i4", ",)")
+def is_own(path: Path) -> bool:
+    """Whether this toolkit wrote a file of one of the buffer's names, as far as its start tells.
+
+    What a power failure leaves, zeros or nothing, may be anybody's and is no loss.
+    """
     with open(path, "rb") as file:
-        start = file.read(128)
-    return start.startswith(b"\x93NUMPY") and dtype.encode() in start and rest.encode() in start
+        start = file.read(4096)
+    if not start.strip(b"\0"):
+        return True
+    if path.name == BUFFER_JSON:
+        return b'"batch_size"' in start
+    if path.name == PROGRESS:
+        return POSITION.fullmatch(start) is not None
+    dtype, shape = ("<f2", f", {CROP}, {CROP}, 3)") if path.name[0] == "X" else ("<i4", ",)")
+    return start.startswith(b"\x93NUMPY") and dtype.encode() in start and shape.encode() in start
 
 
 # --- what a batch is made of ----------------------------------------------------------------
@@ -315,15 +407,24 @@ class Recipe:
         """`copies`: the folders of resized copies, by shorter side."""
         self.spec, self.pictures, self.copies = spec, pictures, copies
         self.failures = Failures(len(pictures))
-        self.order = functools.lru_cache(maxsize=3)(self._order)
+        self.report: Callable[[str, Exception], None] = self.failures.add
+        """Is told of each picture that cannot be decoded."""
+        self._paths = Texts(pictures.paths)
+        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
+        self._one_at_a_time = threading.Lock()
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.spec.seed, spawn_key=key))
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         """int32 [N / workers]: this worker's part of the epoch's permutation of all pictures."""
-        permutation = self._generator(0, epoch).permutation(len(self.pictures)).astype(np.int32)
-        return permutation[self.spec.worker :: self.spec.workers]
+        with self._one_at_a_time:  # not every thread its own
+            return self._order(epoch)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        order = np.arange(len(self.pictures), dtype=np.int32)
+        self._generator(0, epoch).shuffle(order)
+        return order[self.spec.worker :: self.spec.workers]
 
     def make(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """X: float16 [batch_size, 224, 224, 3], Y: int32 [batch_size]; see `parts`."""
@@ -362,7 +463,7 @@ class Recipe:
 
     def _crop(self, index: int, side: int, corner: list[float]) -> Image.Image | None:
         """The crop of a picture, from its resized copy if there is one. None if it is broken."""
-        path = self.pictures.paths[index]
+        path = self._paths[index]
         try:
             if side in self.copies:
                 try:
@@ -371,8 +472,23 @@ class Recipe:
                     pass  # not resized yet, or broken: the original decides
             return crop_file(f"{self.pictures.folder}/{path}", side, corner)
         except BrokenPicture as error:
-            self.failures.add(path, error)
+            self.report(path, error)
             return None
+
+
+class Texts:
+    """A list of texts in one piece of memory, which forked processes go on sharing.
+
+    A list's own strings count their users, so a process that reads them gets copies of their pages.
+    """
+
+    def __init__(self, texts: Sequence[str]):
+        pieces = [os.fsencode(text) for text in texts]
+        self._bytes = b"".join(pieces)
+        self._ends = np.cumsum([0, *map(len, pieces)])
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
 
 
 # --- the six steps --------------------------------------------------------------------------
@@ -433,67 +549,92 @@ class Buffer:
     Only files of the toolkit's own names are ever looked at or removed.
     """
 
+    _said_too_early = False
+
     def __init__(self, folder: Path, recipe: Recipe, size: int):
         self.folder, self.recipe, self.spec = folder, recipe, recipe.spec
         self.start, self.end = (self.spec.step(epoch) for epoch in self.spec.epochs)
         self.size = min(size, self.end - self.start)
         self.x_bytes = utils.array_file_size(np.float16, self.spec.shape)
         self.y_bytes = utils.array_file_size(np.int32, self.spec.shape[:1])
-        self._said_no_room = threading.Event()
+        self._said_no_room = False
 
     def claim(self) -> None:
         """Makes the folder this recipe's: removes batches of another making and leftovers.
 
-        Raises UserError if files that are no batches have names of batches: somebody else's.
+        Raises UserError if somebody else's files have the names of the toolkit's.
         """
-        names = self._batch_names()
-        there = (self.folder / BUFFER_JSON).exists()
-        old = BatchSpec.read(self.folder)
-        if not there:
-            for name in names:
-                if not is_batch_file(self.folder / name):
+        names, old = self._batch_names(), BatchSpec.read(self.folder)
+        if old != self.spec:
+            for name in (*names, BUFFER_JSON, PROGRESS):
+                path = self.folder / name
+                if path.exists() and not is_own(path):
                     raise UserError(
-                        f"{self.folder / name}: not a batch of this toolkit, and would be "
-                        f"overwritten; give the buffer a folder of its own"
+                        f"{path}: not written by this toolkit, and would be overwritten; give the "
+                        f"buffer a folder of its own ([train] buffer_folder)"
                     )
-        if old != self.spec and names:
-            making = "of unknown making" if old is None else self._difference(old)
-            print(f"{self.folder}: removing {plural(len(names), 'file')} {making}")
+            if names:
+                making = old.changes(self.spec) if old else "it is not known how they were made"
+                print(f"{self.folder}: removing {plural(len(names), 'file')}: {making}")
             self._remove(names)
         utils.remove_leftovers(self.folder)
         self.spec.write(self.folder)
         # A position outside of this run's epochs was left by an older run.
-        if not self.start <= self.wanted_first() < self.end:
+        step = read_progress(self.folder, self.spec)
+        if step is not None and not self.start <= step < self.end:
             self._remove([PROGRESS])
         first = self.wanted_first()
         if ready := [n for n in self.ready() if first <= n < first + self.size]:
             print(f"{self.folder}: {plural(len(ready), 'batch')} ready since an earlier start")
 
     def check_room(self) -> None:
-        """Says how much room the window needs. Raises UserError if it is not there."""
+        """Says how much room the window needs and how much there is. Raises UserError if less."""
         own = sum(on_disk((self.folder / name).stat().st_size) for name in self._batch_names())
-        there = shutil.disk_usage(self.folder).free + own - ROOM_FOR_SMALL_FILES
+        there = max(shutil.disk_usage(self.folder).free + own - ROOM_FOR_SMALL_FILES, 0)
         batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
-        needed = batch * self.size
+        needed, place, free = batch * self.size, "", None
+        if is_ram_disk(self.folder):
+            place, free = ", a RAM disk", utils.available_memory()
+        elif looks_like_a_ram_disk(self.folder):
+            utils.warn(
+                f"[train] buffer_folder {self.folder} looks like a RAM disk, but is on a disk; "
+                f"training may have to wait for it. Is a file system mounted there?"
+            )
+        memory = "" if free is None else f"; free memory: {utils.file_size(free)}"
         print(
-            f"buffer: {plural(self.size, 'batch')} of {utils.file_size(batch)} in {self.folder}, "
-            f"{utils.file_size(needed)} of the {utils.file_size(there)} there"
+            f"buffer: {plural(self.size, 'batch')} of {utils.file_size(batch)} in {self.folder}"
+            f"{place}: needs {utils.file_size(needed)}, has room for {utils.file_size(there)}"
+            f"{memory}"
         )
-        if needed > there:
+        room, why = there, f"{self.folder} has room for {utils.file_size(there)}"
+        if free is not None and (limit := free + own - memory_for_training(free)) < there:
+            room = limit
+            why = (
+                f"{self.folder} is a RAM disk and may take {utils.file_size(limit)} of memory: "
+                f"{utils.file_size(free)} is free, and training needs some"
+            )
+        if needed > room:
+            way_out = f"the largest buffer_size that fits is {room // batch}"
+            if room < batch:
+                way_out = "not even one batch fits: take another folder or a smaller --batch_size"
             raise UserError(
                 f"[train] buffer_size = {self.size} needs {utils.file_size(needed)}, but "
-                f"buffer_folder {self.folder} has room for {utils.file_size(max(there, 0))}; "
-                + (
-                    f"the largest buffer_size that fits is {there // batch}"
-                    if there >= batch
-                    else "not even one batch fits: take another folder or a smaller --batch_size"
-                )
+                f"buffer_folder {why}; {way_out}"
             )
 
     def wanted_first(self) -> int:
-        """Number of the batch that training needs next."""
-        progress = read_progress(self.folder, self.spec)
-        return self.start if progress is None else progress
+        """Number of the batch that training needs next. Says so, once, if nobody will make it."""
+        step = read_progress(self.folder, self.spec)
+        if step is None:
+            return self.start
+        if step < self.start and not self._said_too_early:
+            utils.warn(
+                f"training needs {self.spec.position(step)}, before --epoch_start="
+                f"{self.spec.epochs[0]}; start this script again with "
+                f"--epoch_start={step // self.spec.batches_per_epoch}"
+            )
+        self._said_too_early = step < self.start
+        return step
 
     def ready(self) -> set[int]:
         """Steps of the batches that are there, both files complete."""
@@ -510,8 +651,13 @@ class Buffer:
         """Removes the batches that are not in the window: used ones and those of an older run."""
         self._remove(name for name in self._batch_names() if self.spec.step_of(name) not in window)
 
+    def remove(self, steps: Iterable[int]) -> None:
+        """Removes these batches; none of them need be there."""
+        for step in steps:
+            self._remove(path.name for path in self.spec.files(self.folder, step))
+
     def make(self, step: int) -> bool:
-        """Makes a batch, labels first. Without room it says so, once, and returns False."""
+        """Makes a batch, labels first. Without room it waits a moment and returns False."""
         x_path, y_path = self.spec.files(self.folder, step)
         labels = []
         try:
@@ -523,27 +669,26 @@ class Buffer:
         except OSError as error:
             if not utils.is_no_room(error):
                 raise
-            if not self._said_no_room.is_set():
-                self._said_no_room.set()
-                utils.warn(f"{self.folder}: no room for another batch; waiting for room")
             time.sleep(1)
             return False
         return True
+
+    def no_room(self) -> None:
+        """Says, once, that a batch could not be made."""
+        if not self._said_no_room:
+            utils.warn(f"{self.folder}: no room for another batch; waiting for room")
+        self._said_no_room = True
 
     def leave(self) -> None:
         """Leaves the folder clean."""
         self.remove_all_but(range(0))
         utils.remove_leftovers(self.folder)
-        self._remove([PROGRESS, BUFFER_JSON, ".trainer.lock"])
+        self._remove([PROGRESS, BUFFER_JSON])
+        for name in (TRAINER_LOCK, LOCK):
+            utils.remove_lock(self.folder / name)
 
     def _batch_names(self) -> list[str]:
         return [name for name in os.listdir(self.folder) if BATCH_FILE.fullmatch(name)]
-
-    def _difference(self, old: BatchSpec) -> str:
-        """How batches of another description were made, in words."""
-        names = old.differences(dataclasses.asdict(self.spec))
-        names = [MEANING.get(name, name) for name in names if name != "epochs"]
-        return f"made with another {', another '.join(names)}"
 
     def _remove(self, names) -> None:
         for name in names:
@@ -552,6 +697,31 @@ class Buffer:
 
 ROOM_FOR_SMALL_FILES = 4096
 """Bytes left free for training_progress.txt while it is replaced."""
+
+
+def memory_for_training(free: int) -> int:
+    """Bytes of the free memory that the buffer leaves to training."""
+    return min(max(10**9, free // 10), free // 2)
+
+
+def is_ram_disk(folder: Path) -> bool:
+    """Whether the folder's file system is kept in memory, as Linux tells; False elsewhere."""
+    mounts, device = Path("/proc/self/mountinfo"), os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in mounts.read_bytes().splitlines() if mounts.exists() else []:
+        mount, _, kind = line.decode(errors="replace").partition(" - ")
+        if mount.split()[2] == number:
+            return kind.split()[0] in ("tmpfs", "ramfs", "devtmpfs")
+    return False
+
+
+def looks_like_a_ram_disk(folder: Path) -> bool:
+    """Whether a part of the path is named as RAM disks are, or almost."""
+    words = [re.sub("[^a-z]", "", part.lower()) for part in folder.parts]
+    names = ("ramdisk", "ramfs", "tmpfs")
+    close = any(difflib.get_close_matches(word, names, 1, 0.8) for word in words)
+    meant = close or {"shm", "ram"} & {*words} or words[1:2] == ["run"]
+    return sys.platform == "linux" and bool(meant)
 
 
 def on_disk(size: int) -> int:
@@ -566,44 +736,265 @@ def _size(entry: os.DirEntry) -> int:
         return -1
 
 
+# --- keeping it full ------------------------------------------------------------------------
+
+POLL = 0.01
+"""Seconds between two looks at the progress of training. A look takes a hundred-thousandth."""
+
+LOOK_AGAIN = 1.0
+"""Seconds after which the folder is listed anew, in case somebody else has changed it. Listing
+1,000 batches takes about a hundredth."""
+
+
 def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
     """Follows training until it has passed the last epoch. Returns the number of batches made.
 
-    Looks at progress and folder anew before each batch, so whatever happens to either, the next
-    batch made is the nearest one missing.
+    Whatever happens to the progress or to the folder, the next batch made is the nearest missing.
     """
-    total, made, filling, started = 0, 0, False, time.monotonic()
-    under_way: dict[Future, int] = {}
-    with ThreadPoolExecutor(threads) as pool:
+    stock, diary, filling = Stock(buffer, min(LOOK_AGAIN, sleep_time)), Diary(sleep_time), False
+    with Workers(buffer, threads) as workers:
         while (first := buffer.wanted_first()) < buffer.end:
-            window = range(max(first, buffer.start), min(first + buffer.size, buffer.end))
-            ready = buffer.ready()
-            ahead = next((i for i, n in enumerate(window) if n not in ready), len(window))
-            enough = min(REFILL_BELOW * buffer.size, len(window))
-            if not filling and ahead < enough:
-                filling, made, started = True, 0, time.monotonic()
+            window = stock.follow(first)
+            if not filling and stock.ahead() < min(REFILL_BELOW * buffer.size, len(window)):
+                filling = True
+                diary.begin()
             if filling:
-                buffer.remove_all_but(window)
-            missing = [n for n in window if n not in ready and n not in under_way.values()]
-            if filling and not missing and not under_way:
-                filling = False
-                rate = made * buffer.spec.batch_size / (time.monotonic() - started)
-                print(
-                    f"{buffer.spec.position(first)}: "
-                    f"{plural(len(window), 'batch')} ready ahead of training, {made:,} just made "
-                    f"at {rate:,.0f} pictures/s"
-                )
-            if not filling:
-                time.sleep(sleep_time)
-                continue
-            for number in missing[: threads - len(under_way)]:
-                under_way[pool.submit(buffer.make, number)] = number
-            done, _ = wait(under_way, timeout=sleep_time, return_when=FIRST_COMPLETED)
-            for future in done:
-                del under_way[future]
-                done_well = future.result()
-                made, total = made + done_well, total + done_well
-    return total
+                stock.remove_used()
+                # One job for each thread to turn to, so that none waits for this loop.
+                for step in stock.missing(2 * threads - len(stock.under_way)):
+                    stock.under_way.add(step)
+                    workers.submit(step)
+                if not stock.under_way:
+                    filling = False
+                    diary.end(f"{buffer.spec.position(first)}: {plural(len(window), 'batch')}")
+            for step, done in workers.results(min(POLL, sleep_time)):
+                stock.made(step, done)
+                diary.add(done, buffer.spec.batch_size)
+    return diary.total
+
+
+class Stock:
+    """Which batches of the window lie ready. It is known, and the folder seldom listed."""
+
+    def __init__(self, buffer: Buffer, look_again: float):
+        self.buffer, self.look_again = buffer, look_again
+        self.window = range(0)
+        self.ready: set[int] = set()
+        self.under_way: set[int] = set()
+        self._look_at = 0.0  # when to list the folder again
+        self._ahead = self._next = 0  # all before is ready; all before is ready or under way
+        self._used: list[int] = []
+        self._sweep = False
+
+    def follow(self, first: int) -> range:
+        """Moves the window to begin with step `first`, if all there is left may begin there."""
+        buffer, old = self.buffer, self.window
+        first = max(first, buffer.start)
+        self.window = range(first, min(first + buffer.size, buffer.end))
+        jumped = not old.start <= first <= old.stop
+        lost = first in self.ready and not buffer.spec.files(buffer.folder, first)[0].exists()
+        if jumped or lost or time.monotonic() >= self._look_at:
+            self._look()
+        else:
+            self._used += range(old.start, first)
+            self._ahead, self._next = max(self._ahead, first), max(self._next, first)
+        return self.window
+
+    def _look(self) -> None:
+        self.ready = self.buffer.ready()
+        self._ahead = self._next = self.window.start
+        self._used, self._sweep = [], True
+        self._look_at = time.monotonic() + self.look_again
+
+    def ahead(self) -> int:
+        """How many batches lie ready for training without a gap."""
+        while self._ahead in self.ready and self._ahead < self.window.stop:
+            self._ahead += 1
+        return self._ahead - self.window.start
+
+    def missing(self, most: int) -> list[int]:
+        """The nearest steps that are neither ready nor under way, no more than so many."""
+        found: list[int] = []
+        while len(found) < most and self._next < self.window.stop:
+            if self._next not in self.ready and self._next not in self.under_way:
+                found.append(self._next)
+            self._next += 1
+        return found
+
+    def made(self, step: int, done: bool) -> None:
+        """Takes note of a job's end; `done` is False if there was no room."""
+        self.under_way.discard(step)
+        if not done:
+            self._next = self.window.start
+            self.buffer.no_room()
+        elif step in self.window:
+            self.ready.add(step)
+        else:
+            self._used.append(step)
+
+    def remove_used(self) -> None:
+        """Removes the batches outside of the window, those of an older run included."""
+        if self._sweep:
+            self.buffer.remove_all_but(self.window)
+            self.ready.intersection_update(self.window)
+        self.buffer.remove(self._used)
+        self.ready.difference_update(self._used)
+        self._used, self._sweep = [], False
+
+
+class Diary:
+    """Counts what was made, and says so when the buffer is full, but not too often."""
+
+    def __init__(self, pause: float):
+        """`pause`: seconds between two lines, at least."""
+        self.total = self._batches = self._pictures = 0
+        self._seconds, self._say_at, self._pause = 0.0, 0.0, pause
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+
+    def add(self, batches: int, batch_size: int) -> None:
+        self.total += batches
+        self._batches += batches
+        self._pictures += batches * batch_size
+
+    def end(self, what: str) -> None:
+        now = time.monotonic()
+        self._seconds += now - self._began
+        if now >= self._say_at:
+            rate = self._pictures / self._seconds
+            print(
+                f"{what} ready ahead of training, {self._batches:,} just made at {rate:,.0f} "
+                f"pictures/s"
+            )
+            self._batches = self._pictures = 0
+            self._seconds, self._say_at = 0.0, now + self._pause
+
+
+FORK = sys.platform == "linux"
+"""Whether processes may be forked; macOS's own libraries do not bear it, so threads do there."""
+
+
+class Workers:
+    """Threads that make batches, spread over processes: in one, Python lets one at a time run.
+
+    A context manager. All wait at one pipe for jobs, the nearest batch first. It hangs up when
+    this process ends, however it ends, and then the others end at once.
+    """
+
+    def __init__(self, buffer: Buffer, threads: int):
+        self.folder, self.failures = buffer.folder, buffer.recipe.failures
+        self._jobs, self._submit = os.pipe()
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._results, self._running = [], []
+        gc.freeze()  # so that the processes go on sharing what is there
+        count = min(threads, utils.cores()) if FORK else 1
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process
+        for share in [len(range(i, threads, count)) for i in range(count)]:
+            ours, theirs = multiprocessing.Pipe(duplex=False)
+            self._results.append(ours)
+            if FORK:
+                job = (buffer, share, theirs)
+                fork = multiprocessing.get_context("fork")
+                self._running.append(fork.Process(target=self._process, args=job, daemon=True))
+                self._running[-1].start()
+                theirs.close()
+            else:
+                self._running += self._threads(buffer, share, theirs)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        os.close(self._submit)
+        for each in self._running:
+            each.join()
+        os.close(self._jobs)
+        for connection in self._results:
+            connection.close()
+        utils.remove_leftovers(self.folder)
+
+    def submit(self, step: int) -> None:
+        os.write(self._submit, step.to_bytes(JOB))
+
+    def results(self, timeout: float) -> list[tuple[int, bool]]:
+        """Steps that have been tried since, and whether there was room for them.
+
+        Raises what a thread has raised, and UserError for too many broken pictures.
+        """
+        done = []
+        for connection in multiprocessing.connection.wait(self._results, timeout):
+            try:
+                message = connection.recv()
+            except EOFError:
+                raise UserError(
+                    "a process that made batches was killed, perhaps for want of memory; start "
+                    "again, with a smaller num_of_threads if it happens again"
+                ) from None
+            if isinstance(message, Exception):
+                raise message
+            if isinstance(message, Broken):
+                self.failures.add(message.path, ValueError(message.reason))
+            else:
+                done.append(message)
+        return done
+
+    def _process(self, buffer: Buffer, threads: int, results: Connection) -> None:
+        """What a process does. It ends when the pipe of jobs hangs up."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        close_all_but(self._jobs, results.fileno())
+
+        def report(path: str, error: Exception) -> None:
+            self._send(results, Broken(path, str(error) or type(error).__name__))
+
+        buffer.recipe.report = report
+        self._threads(buffer, threads, results)
+        hung_up = select.poll()
+        hung_up.register(self._jobs, 0)
+        hung_up.poll()
+        os._exit(0)
+
+    def _threads(self, buffer: Buffer, count: int, results: Connection) -> list[threading.Thread]:
+        job = (buffer, results)
+        threads = [threading.Thread(target=self._make, args=job, daemon=True) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _make(self, buffer: Buffer, results: Connection) -> None:
+        """What a thread does: one job after the other. Whatever it raises is the parent's."""
+        try:
+            while not self._stopped.is_set() and (job := os.read(self._jobs, JOB)):
+                step = int.from_bytes(job)
+                self._send(results, (step, buffer.make(step)))
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            self._send(results, error)
+
+    def _send(self, results: Connection, message: object) -> None:
+        with self._lock:
+            results.send(message)
+
+
+JOB = 8
+"""Bytes of a job: the step. A pipe never cuts so little in two."""
+
+
+class Broken(NamedTuple):
+    """What a process says of a picture that cannot be decoded."""
+
+    path: str
+    reason: str
+
+
+def close_all_but(*kept: int) -> None:
+    """Closes all other files but the standard ones: a lock, say, lives as long as one is open."""
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        if descriptor > 2 and descriptor not in kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 # --- taking batches from the buffer ----------------------------------------------------------
@@ -612,7 +1003,7 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
 def take_buffer(config: SimpleNamespace) -> Path:
     """The buffer's folder, this process's own from here on. Raises UserError if another has it."""
     folder = utils.make_folder(config.train.buffer_folder)
-    utils.lock(folder / ".trainer.lock", f"{folder}: another train.py takes batches from here")
+    utils.lock(folder / TRAINER_LOCK, f"{folder}: another train.py takes batches from here")
     return folder
 
 
@@ -641,43 +1032,74 @@ def check_spec(spec: BatchSpec, config: SimpleNamespace, batch_size: int, folder
         )
 
 
-def wait_for_buffer(config: SimpleNamespace, batch_size: int) -> BatchSpec:
+LOOK = 0.02
+"""Seconds between two looks of a waiting trainer."""
+
+
+def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
     """Takes the buffer for this process and returns what it holds, waiting for it if need be.
 
-    Raises UserError if another training uses the buffer, or if it does not fit this one.
+    `args`: the trainer's epoch_start, epoch_end, batch_size and config. Raises UserError if another
+    training uses the buffer, or if it does not fit this one.
     """
-    folder = take_buffer(config)
-    waiting = False
+    folder, say_at = take_buffer(config), 0.0
     while (spec := BatchSpec.read(folder)) is None:
-        if not waiting:
-            print(
-                f"no batches in {folder} yet; waiting for runtime_preprocessing.py, to be started "
-                f"with the same epochs, --batch_size and --config"
-            )
-        waiting = True
-        time.sleep(min(config.train.sleep_time, 5))
-    check_spec(spec, config, batch_size, folder)
+        if time.monotonic() >= say_at:
+            state = "runtime_preprocessing.py is starting"
+            if not utils.is_locked(folder / LOCK):
+                state = f"start {preprocessor_command(args)}"
+            print(f"no batches in {folder} yet; {state}")
+            say_at = time.monotonic() + config.train.sleep_time
+        time.sleep(LOOK)
+    check_spec(spec, config, args.batch_size, folder)
     return spec
+
+
+def preprocessor_command(args: Namespace) -> str:
+    """The command that makes the batches of a training with these arguments."""
+    return (
+        f"python3 runtime_preprocessing.py --epoch_start={args.epoch_start} "
+        f"--epoch_end={args.epoch_end} --batch_size={args.batch_size} "
+        f"--config={shlex.quote(str(args.config))}"
+    )
 
 
 class BatchReader:
     """Reads batch after batch, two ahead of training, in a thread of its own.
 
     A context manager; `next` returns the batches in order.
+
+    Pictures are read into memory that is used again as soon as no array or tensor uses it. Fresh
+    memory would cost three times as much as the reading, because the system clears every page. A
+    read does not hold Python's lock, so the training thread runs on meanwhile.
     """
 
     def __init__(
-        self, folder: Path, spec: BatchSpec, steps: range, put: Callable, sleep_time: float
+        self,
+        config: SimpleNamespace,
+        spec: BatchSpec,
+        steps: range,
+        put: Callable[[np.ndarray, np.ndarray], object],
+        args: Namespace,
     ):
-        """`put` takes a batch's images and labels to where they are trained on."""
-        self.folder, self.spec, self.sleep_time, self.put = folder, spec, sleep_time, put
-        self._steps = iter(steps)
+        """`put` takes a batch's images and labels to where they are trained on; it may go on using
+        the images' memory instead of copying it. `args`: as for `wait_for_buffer`.
+        """
+        self.folder, self.sleep_time = config.train.buffer_folder, config.train.sleep_time
+        self.spec, self.steps, self.put, self.args = spec, steps, put, args
+        self._to_read = iter(steps)
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(1)
         self._ahead: deque[Future] = deque()
-        self._tell(steps.start)
+        self._memory: list[tuple[mmap.mmap, weakref.ref]] = []
+        self._checked: tuple[int, ...] = ()
+        self._say_at = 0.0
 
     def __enter__(self) -> "BatchReader":
+        self._tell(self.steps.start)
+        first, last = (out_of_reach(self.spec, n) for n in (self.steps.start, self.steps.stop - 1))
+        if first or last:
+            utils.warn(first or last)
         self._read_ahead()
         return self
 
@@ -700,35 +1122,53 @@ class BatchReader:
         return batch.result()
 
     def _read_ahead(self) -> None:
-        while len(self._ahead) < 2 and (step := next(self._steps, None)) is not None:
+        while len(self._ahead) < 2 and (step := next(self._to_read, None)) is not None:
             self._ahead.append(self._pool.submit(self._read, step))
 
     def _read(self, step: int) -> object:
         """The batch, waiting for it if need be; None once the reader is closed."""
+        say_at = time.monotonic() + min(1, self.sleep_time)
         self._tell(step)
-        say_again = 0.0
         while not self._closed.is_set():
             try:
                 self._check()
-                return self.put(*read_batch(self.folder, self.spec, step))
+                return self.put(*read_batch(self.folder, self.spec, step, self._free_memory()))
             except FileNotFoundError:
                 pass  # not made yet
             except ValueError as error:
                 utils.warn(f"{error}; removed, to be made again")
                 for path in self.spec.files(self.folder, step):
                     path.unlink(missing_ok=True)
-            if time.monotonic() >= say_again:
-                print(
-                    f"waiting for {self.spec.files(self.folder, step)[0]}; is "
-                    f"runtime_preprocessing.py running, and with an --epoch_end beyond it?"
-                )
-                say_again = time.monotonic() + self.sleep_time
-            self._tell(step)  # again: the file may have been lost
-            self._closed.wait(min(self.sleep_time, 1))
+            if time.monotonic() >= max(say_at, self._say_at):
+                file = self.spec.files(self.folder, step)[0]
+                print(f"waiting for {file}: {why_missing(self.folder, step, self.args)}")
+                self._say_at = time.monotonic() + self.sleep_time
+            self._closed.wait(LOOK)
+            if read_progress(self.folder, self.spec) != step:  # lost, or there was no room for it
+                self._tell(step)
         return None
+
+    def _free_memory(self) -> np.ndarray:
+        """float16 [batch_size, 224, 224, 3] in memory that nothing else uses, aligned to a page."""
+        shape, free = self.spec.shape, len(self._memory)
+        for i, (_, user) in enumerate(self._memory):
+            if user() is None:
+                free = i
+        if free == len(self._memory):
+            memory = mmap.mmap(-1, 2 * math.prod(shape))
+        else:
+            memory, _ = self._memory.pop(free)
+        # Every view of this array keeps it alive, those that TensorFlow holds included.
+        array = np.frombuffer(memory, np.float16)
+        self._memory.append((memory, weakref.ref(array)))
+        return array.reshape(shape)
 
     def _check(self) -> None:
         """Raises UserError if the buffer has become another one than when training began."""
+        status = os.stat(self.folder / BUFFER_JSON)
+        version = (status.st_ino, status.st_mtime_ns, status.st_size)
+        if version == self._checked:  # for every batch: it holds all the names of the classes
+            return
         spec = BatchSpec.read(self.folder)
         if spec is None:
             raise FileNotFoundError
@@ -738,6 +1178,7 @@ class BatchReader:
                     f"{self.folder}: its batches are of other {key} than when this training began; "
                     f"stop runtime_preprocessing.py, or start this training again"
                 )
+        self._checked = version
 
     def _tell(self, step: int) -> None:
         """Says which batch is needed next; without room for that, it is said while waiting."""
@@ -748,72 +1189,136 @@ class BatchReader:
                 raise
 
 
-def read_batch(folder: Path, spec: BatchSpec, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """float16 [batch_size, 224, 224, 3] and int32 [batch_size].
+def why_missing(folder: Path, step: int, args: Namespace) -> str:
+    """Why a batch is not there, as far as the files tell, and what to do."""
+    if not utils.is_locked(folder / LOCK):
+        return f"no runtime_preprocessing.py is running; start {preprocessor_command(args)}"
+    spec = BatchSpec.read(folder)
+    if spec is None:
+        return "runtime_preprocessing.py is starting"
+    if line := out_of_reach(spec, step):
+        return line
+    if read_progress(folder, spec) != step:
+        return (
+            f"there is no room for {PROGRESS}, so runtime_preprocessing.py cannot know; make room"
+        )
+    return "runtime_preprocessing.py is at work; what it says tells why it takes so long"
 
-    Raises FileNotFoundError, and ValueError for anything else than such a batch.
+
+def out_of_reach(spec: BatchSpec, step: int) -> str | None:
+    """What to do if the preprocessor that described the buffer was not started for this step."""
+    epoch, (start, end) = step // spec.batches_per_epoch, spec.epochs
+    if start <= epoch < end:
+        return None
+    flag = f"--epoch_start={start}" if epoch < start else f"--epoch_end={end}"
+    better = f"--epoch_start={epoch}" if epoch < start else f"--epoch_end={epoch + 1} or more"
+    return (
+        f"runtime_preprocessing.py was started with {flag}, but this training needs epoch {epoch}; "
+        f"stop it and start it again with {better}"
+    )
+
+
+def read_batch(
+    folder: Path, spec: BatchSpec, step: int, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fills `images`, float16 [batch_size, 224, 224, 3]. Returns it and int32 [batch_size].
+
+    Raises FileNotFoundError, ValueError for anything else than such a batch, and UserError if the
+    storage goes on failing.
     """
     x_path, y_path = spec.files(folder, step)
-    images = utils.load_array(x_path, np.float16, spec.shape)
+    utils.patiently(lambda path: read_array(path, images), x_path)
     labels = utils.load_array(y_path, np.int32, spec.shape[:1])
     if labels.min() < 0 or labels.max() >= spec.classes:
         raise ValueError(f"{y_path}: labels outside 0 … {spec.classes - 1}")
     return images, labels
 
 
+def read_array(path: Path, array: np.ndarray) -> None:
+    """Fills a contiguous array from a .npy file. Raises ValueError as `utils.load_array` does."""
+    header = utils.npy_header(array.dtype, array.shape)
+    start, content = bytearray(len(header)), array.reshape(-1).view(np.uint8).data
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
+    try:
+        if os.fstat(descriptor).st_size != len(header) + len(content):
+            raise ValueError(f"{path}: is cut off, or longer than its array")
+        count = os.readv(descriptor, [start, content]) - len(start)
+        while 0 <= count < len(content) and (more := os.readv(descriptor, [content[count:]])):
+            count += more
+    finally:
+        os.close(descriptor)
+    if start != header or count < len(content):
+        raise ValueError(f"{path}: does not hold {array.dtype} {list(array.shape)}")
+
+
 # --- benchmark and preview ------------------------------------------------------------------
 
 
 def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
-    """Prints pictures per second for 1, 2, 4 … threads, batches written and removed again.
+    """Prints pictures per second for 1, 2, 4 … threads, in a buffer kept full as for training.
 
-    Raises UserError if there is no room for a batch a thread.
+    Slow storage needs more threads than there are cores. Raises UserError without room.
     """
     utils.remove_leftovers(folder)
-    cores = utils.cores()
-    counts = sorted({2**i for i in range(cores.bit_length())} | {cores})
-    rates = {}
-    for threads in counts:
-        aside = utils.aside_name(folder / "benchmark")
-        aside.mkdir()
-        try:
-            buffer = Buffer(aside, recipe, recipe.spec.batches_per_epoch)
-            make = functools.partial(make_and_remove, buffer)
-            rates[threads] = measure(make, threads, recipe, seconds)
-        finally:
-            shutil.rmtree(aside)
+    most, rates = max(4 * utils.cores(), 8), {}
+    # What an earlier benchmark or count has read lies in memory, so each goes on to other pictures.
+    step = recipe.spec.step(random.randrange(1000, 1_000_000))
+    for threads in [2**i for i in range(most.bit_length())]:
+        rates[threads], step = measure(recipe, folder, threads, step, seconds)
         print(
             f"{plural(threads, 'thread'):>10} {rates[threads]:8,.0f} pictures/s "
             f"{rates[threads] / threads:8,.0f} a thread   x{rates[threads] / rates[1]:.2f}"
         )
-    best = max(rates, key=rates.get)
+    best = next(n for n in rates if rates[n] > 0.98 * max(rates.values()))
     print(
         f"this machine feeds {rates[best]:,.0f} pictures/s with num_of_threads = {best}; if "
         f"`train.py --synthetic` trains fewer than that, the GPU will not wait for data"
     )
 
 
-def measure(make: Callable[[int], None], threads: int, recipe: Recipe, seconds: float) -> float:
-    """Pictures per second of `threads` threads that make batches for so many seconds."""
+def measure(
+    recipe: Recipe, folder: Path, threads: int, step: int, seconds: float
+) -> tuple[float, int]:
+    """Pictures per second of so many threads, from this step on, and the step they came to."""
+    aside = utils.aside_name(folder / "benchmark")
+    aside.mkdir()
+    try:
+        buffer = TakenBuffer(aside, recipe, threads, step, seconds)
+        keep_full(buffer, threads, POLL)
+        return buffer.rate, buffer.first + buffer.size
+    finally:
+        shutil.rmtree(aside)
 
-    def work(thread: int) -> float:
-        number, count, start = thread, 0, time.perf_counter()
-        while time.perf_counter() < start + seconds:
-            make(number % recipe.spec.batches_per_epoch)
-            number, count = number + threads, count + 1
-        return count * recipe.spec.batch_size / (time.perf_counter() - start)
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(make, (i % recipe.spec.batches_per_epoch for i in range(threads))))  # warm up
-        return sum(pool.map(work, range(threads)))
+class TakenBuffer(Buffer):
+    """A buffer with a stand-in for training that takes each batch as soon as it is there."""
 
+    def __init__(self, folder: Path, recipe: Recipe, threads: int, step: int, seconds: float):
+        super().__init__(folder, recipe, 3 * threads)
+        self.start, self.end, self.size = step, sys.maxsize, 3 * threads
+        self.first, self.threads, self.seconds = step, threads, seconds
+        self._count = 0
+        self._began = self.rate = 0.0
 
-def make_and_remove(buffer: Buffer, step: int) -> None:
-    """What training does to a batch, for measuring. Raises UserError without room."""
-    if not buffer.make(step):
-        raise UserError(f"{buffer.folder.parent}: no room for a batch of each thread")
-    for path in buffer.spec.files(buffer.folder, step):
-        path.unlink(missing_ok=True)
+    def wanted_first(self) -> int:
+        """The next step to take, or the end when the time is up.
+
+        Threads that began together end together, so whole rounds of them are counted, the first
+        left out.
+        """
+        while self.spec.files(self.folder, self.first)[0].exists():
+            self.first += 1
+            taken, now = self.first - self.start - self.threads, time.perf_counter()
+            if taken == 0:
+                self._began = now
+            elif taken > 0 and taken % self.threads == 0:
+                self.rate = taken * self.spec.batch_size / (now - self._began)
+                if now >= self._began + self.seconds:
+                    return self.end
+        return self.first
+
+    def no_room(self) -> None:
+        raise UserError(f"{self.folder.parent}: no room for three batches of each thread")
 
 
 def draw_preview(recipe: Recipe, file: Path, step: int, most: int = 32) -> None:

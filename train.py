@@ -25,14 +25,16 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import utils
+from utils import CROP, REQUIRED, UserError, number, plural, whole
+
 import numpy as np
 
-import utils
 from runtime_preprocessing import (
     BatchReader,
     BatchSpec,
@@ -41,13 +43,18 @@ from runtime_preprocessing import (
     wait_for_buffer,
     worker_of_workers,
 )
-from utils import CROP, REQUIRED, UserError, number, plural, whole
 
 with utils.quiet_tensorflow():
     import tensorflow as tf
 
     from batch_renorm import limits_at, momentum_at
-    from resnet50 import ResNet50, export_model, read_weights, warn_of_other_classes
+    from resnet50 import (
+        ResNet50,
+        epochs_in,
+        export_model,
+        read_weights,
+        warn_of_other_classes,
+    )
 
 
 def main() -> None:
@@ -64,7 +71,7 @@ def main() -> None:
         end_preprocessing(take_buffer(config), args.epoch_end)
         print(f"{run.folder} is already trained to the end of epoch {args.epoch_end - 1}")
         return
-    spec = wait_for_buffer(config, args.batch_size)
+    spec = wait_for_buffer(config, args)
     with explained_failures():
         trainer = Trainer(strategy, config, spec.classes, args)
         steps = range(restore(run, trainer, spec, args), spec.step(args.epoch_end))
@@ -73,14 +80,13 @@ def main() -> None:
     log = Log(run, trainer, spec, steps, args)
     for line in plan(run, trainer, spec, steps, args):
         print(line)
-    folder, sleep_time = config.train.buffer_folder, config.train.sleep_time
-    reader = BatchReader(folder, spec, steps, trainer.put, sleep_time)
+    reader = BatchReader(config, spec, steps, trainer.put, args)
     with explained_failures(), stop_on_signals() as stop, log, reader:
         finished = train(trainer, reader, saver, log, stop)
     if not finished:
-        sys.exit(128 + stop.signal)
+        sys.exit(128 + stop.number)
     # Only now: had training been killed before the last save, it would need these batches again.
-    end_preprocessing(folder, args.epoch_end)
+    end_preprocessing(reader.folder, args.epoch_end)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
         f"in {run.folder}. Next: python3 check_accuracy.py --run_folder={args.run_folder} "
@@ -106,15 +112,17 @@ def train(
         log.add(step, rate, trainer.step(*batch, rate, stop))
         step += 1
         if step % reader.spec.batches_per_epoch == 0:
-            log.write()
+            log.settle()
             saver.save_epoch(step)
-        elif saver.is_due():
             log.write()
+        elif saver.is_due():
+            log.settle()
             saver.save_rolling(step)
     if step == log.steps.stop:
         return True
+    log.settle()
+    saver.save_rolling(step)  # first saved, then said: a terminal may hold up what is printed
     log.write()
-    saver.save_rolling(step)
     print(
         f"stopped before {reader.spec.position(step)}; the same command with --resume continues "
         f"there"
@@ -130,7 +138,7 @@ def learning_rate(step: int, args: argparse.Namespace, batches_per_epoch: int) -
     """
     epoch = step / batches_per_epoch
     if epoch < args.warmup_epochs:
-        return args.learning_rate * (step + 1) / (args.warmup_epochs * batches_per_epoch)
+        return args.learning_rate * min(1, (step + 1) / (args.warmup_epochs * batches_per_epoch))
     if args.lr_schedule == "step":
         return args.learning_rate * 0.1 ** sum(epoch >= drop for drop in args.lr_drop_epochs)
     if args.lr_schedule == "cosine":
@@ -181,8 +189,7 @@ class Trainer:
                 f"--batch_size={args.batch_size} cannot be shared evenly among "
                 f"{self.local_replicas} GPUs, in {args.accumulation_steps} pieces each"
             )
-        self.precision = args.precision or ("mixed_float16" if on_gpu() else "float32")
-        self.compute_type = tf.as_dtype(self.precision.removeprefix("mixed_"))
+        self.compute_type = tf.as_dtype(args.precision.removeprefix("mixed_"))
         tf.random.set_seed(config.train.seed)
         with strategy.scope():
             self.network = ResNet50(classes)
@@ -206,18 +213,18 @@ class Trainer:
     def put(self, images: np.ndarray, labels: np.ndarray) -> tuple:
         """A batch on the devices: each replica gets its share of the pictures."""
         if self.replicas == 1:
-            return tf.constant(images), tf.constant(labels)
+            return tf.identity(shared(images)), tf.constant(labels)
         share = len(images) // self.local_replicas
 
-        def part(array: np.ndarray) -> object:
+        def part(array: np.ndarray, tensor: Callable[[np.ndarray], tf.Tensor]) -> object:
             def of_replica(context: object) -> tf.Tensor:
                 local = context.replica_id_in_sync_group % self.local_replicas
                 with tf.device(self.strategy.extended.worker_devices[local]):
-                    return tf.constant(array[local * share : (local + 1) * share])
+                    return tf.identity(tensor(array[local * share : (local + 1) * share]))
 
             return self.strategy.experimental_distribute_values_from_function(of_replica)
 
-        return part(images), part(labels)
+        return part(images, shared), part(labels, tf.constant)
 
     def step(
         self, images: object, labels: object, rate: float, stop: "Stop | None" = None
@@ -260,18 +267,16 @@ class Trainer:
         labels = tf.reshape(labels, [pieces, -1])
         zeros = (
             [tf.zeros_like(variable) for variable in self.network.trainable_variables],
-            [
-                (tf.zeros_like(n.moving_mean), tf.zeros_like(n.moving_std))
-                for n in self.network.norms
-            ],
+            [[tf.zeros_like(norm.moving_mean)] * 2 for norm in self.network.norms],
             tf.zeros([3]),
         )
 
         def add(piece, sums):
-            parts = self._gradients(images[piece], labels[piece])
-            return piece + 1, tf.nest.map_structure(lambda s, part: s + part / pieces, sums, parts)
+            parts = tf.nest.flatten(self._gradients(images[piece], labels[piece]))
+            return piece + 1, [s + part / pieces for s, part in zip(sums, parts, strict=True)]
 
-        return tf.while_loop(lambda piece, _: piece < pieces, add, (0, zeros))[1]
+        _, means = tf.while_loop(lambda piece, _: piece < pieces, add, (0, tf.nest.flatten(zeros)))
+        return tf.nest.pack_sequence_as(zeros, means)
 
     def _gradients(self, images, labels):
         """One forward and one backward pass: gradients of the (scaled) loss, batch statistics of
@@ -362,6 +367,17 @@ def _counter(initial: tf.Tensor, name: str) -> tf.Variable:
     )
 
 
+def shared(array: np.ndarray) -> tf.Tensor:
+    """The array as a tensor in the CPU's memory, which it keeps from being used again.
+
+    tf.constant would copy it into fresh memory: for 256 pictures that takes three times as long,
+    and holds the training thread up. TensorFlow wants tensors to begin at a multiple of 64.
+    """
+    if array.ctypes.data % 64:
+        return tf.constant(array)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
 def _move(average: tf.Variable, value: tf.Tensor, momentum: tf.Tensor) -> None:
     average.assign(momentum * average + (1 - momentum) * value)
 
@@ -379,8 +395,8 @@ def measure_speed(trainer: Trainer, seconds: float = 20.0) -> None:
     images = generator.standard_normal((size, CROP, CROP, 3), np.float32).astype(np.float16)
     batch = trainer.put(images, generator.integers(0, 1000, size).astype(np.int32))
     print(
-        f"random batches of {size}, {trainer.precision}; nothing is saved. Preparing the step, "
-        f"then measuring for {seconds:.0f} s"
+        f"random batches of {size}, {trainer.args.precision}; nothing is saved. Preparing the "
+        f"step, then measuring for {seconds:.0f} s"
     )
     for _ in range(2):
         trainer.step(*batch, 0.0).numpy()  # builds the step
@@ -471,7 +487,7 @@ def plan(
         f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}; from "
         f"{spec.position(steps.start)} to the end of epoch {args.epoch_end - 1}: "
         f"{plural(len(steps), 'step')} of {plural(args.batch_size, 'picture')}, {per_epoch:,} per "
-        f"epoch, {trainer.precision} on {devices}"
+        f"epoch, {trainer.args.precision} on {devices}"
     )
     left_out = spec.N // spec.workers % args.batch_size
     if left_out > 0.03 * spec.N:
@@ -529,6 +545,7 @@ def open_devices(args: argparse.Namespace) -> tf.distribute.Strategy:
     if args.deterministic:
         tf.config.experimental.enable_op_determinism()
     chosen = utils.choose_gpus(args.gpu or [0], required=args.gpu is not None)
+    args.precision = args.precision or ("mixed_float16" if chosen else "float32")
     if worker_of_workers()[1] > 1:
         return tf.distribute.MultiWorkerMirroredStrategy()
     if len(chosen) > 1:
@@ -541,9 +558,9 @@ def on_gpu() -> bool:
 
 
 class Stop(threading.Event):
-    """Set by a signal, whose number is in `signal`."""
+    """Set by a signal, whose number is in `number`."""
 
-    signal = 0
+    number: int = signal.SIGTERM
 
 
 @contextlib.contextmanager
@@ -552,7 +569,7 @@ def stop_on_signals() -> Iterator[Stop]:
     stop, before = Stop(), {}
 
     def handle(number: int, _frame: object) -> None:
-        stop.signal = number
+        stop.number = number
         stop.set()
         for each in before:
             signal.signal(each, signal.SIG_DFL)
@@ -608,7 +625,7 @@ class Run:
 
     def epochs(self) -> list[int]:
         """Epochs that have a model."""
-        return sorted(int(name) for name in self._names() if re.fullmatch(r"0|[1-9]\d*", name))
+        return epochs_in(self.folder)
 
     def rolling(self) -> list[tuple[int, int, Path]]:
         """Epoch, batch and folder of the states saved within epochs, oldest first."""
@@ -638,7 +655,8 @@ class Run:
     def _remove_if_empty(self) -> None:
         """After a start that was refused."""
         if self._names() == [LOCK]:
-            shutil.rmtree(self.folder)
+            utils.remove_lock(self.folder / LOCK)
+            self.folder.rmdir()
 
     def _check_position(self, args: argparse.Namespace) -> None:
         """Raises UserError where models would be overwritten or are missing."""
@@ -718,7 +736,7 @@ def restore(run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespac
     if args.resume:
         print(f"{run.folder} has nothing to continue from; starting at the beginning")
     if args.init_from:
-        print(read_weights(trainer.network, args.init_from))
+        print(read_weights(trainer.network, args.init_from, spec))
     return spec.step(args.epoch_start)
 
 
@@ -746,17 +764,27 @@ def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> 
             )
     if exact and saved.get("resized") != spec.resized:
         utils.warn(f"{folder} was trained from another set of resized copies; using these")
-    for name, value in recipe_of(trainer.args).items():
-        before = saved.get("recipe", {}).get(name)
-        if before != (list(value) if isinstance(value, tuple) else value):
-            print(f"--{name} was {before}, now it is {value}")
+    say_changes(saved.get("recipe", {}), recipe_of(trainer.args))
     weights = state / "weights" if exact else folder / "variables" / "variables"
     try:
         network = tf.train.Checkpoint(network=trainer.network)
         network.read(str(weights)).assert_existing_objects_matched()
-        trainer.state.read(str(state / "state")).assert_existing_objects_matched()
+        status = trainer.state.read(str(state / "state"))
+        if saved.get("sgd_momentum"):
+            status.assert_existing_objects_matched()
+        else:  # trained without momentum, which therefore starts at zero
+            status.expect_partial()
     except (tf.errors.OpError, AssertionError, ValueError, LookupError, RuntimeError) as error:
         raise BrokenState(f"{folder}: its training state cannot be read: {brief(error)}") from None
+
+
+def say_changes(before: dict, now: dict) -> None:
+    """Names the flags that shape the result and are not as they were."""
+    for name, value in now.items():
+        value = list(value) if isinstance(value, tuple) else value
+        irrelevant = name == "epoch_end" and now["lr_schedule"] != "cosine"
+        if before.get(name, value) != value and not irrelevant:
+            print(f"note: --{name} is now {value}; the state was trained with {before[name]}")
 
 
 def brief(error: Exception) -> str:
@@ -833,7 +861,7 @@ class Saver:
             )
 
     def _write_model(self, folder: Path, step: int) -> None:
-        recipe = recipe_of(self.args) | {"precision": self.trainer.precision, "step": step}
+        recipe = recipe_of(self.args) | {"step": step}
         recipe |= {
             key: getattr(self.spec, key) for key in ("batch_size", "seed", "N", "mu", "sigma")
         }
@@ -843,6 +871,7 @@ class Saver:
         (folder / STATE).mkdir()
         self.trainer.state.write(str(folder / STATE / "state"))
         facts = {key: getattr(self.spec, key) for key in (*FACTS, "resized")}
+        facts["sgd_momentum"] = self.config.train.sgd_momentum
         content = {"step": step, "recipe": recipe_of(self.args), **facts}
         utils.write_text(folder / STATE / "state.json", json.dumps(content, indent=1))
 
@@ -861,10 +890,7 @@ class Saver:
         best = max(top1, key=top1.get, default=None)
         for epoch in self.run.epochs()[:-keep]:
             if epoch != best and (epoch in top1 or not checked):
-                doomed = self.run.folder / str(epoch)
-                aside = utils.aside_name(doomed)  # never half there under its own name
-                doomed.rename(aside)
-                shutil.rmtree(aside)
+                utils.remove_folder(self.run.folder / str(epoch))
 
 
 # --- the log --------------------------------------------------------------------------------
@@ -893,6 +919,7 @@ class Log:
         self._waited = self._finished = 0.0
         self._wait = (0.0, 0.0)
         self._start = self._shown = time.monotonic()
+        self._row_start = time.perf_counter()
         self._seconds_before = 0.0
         if run.chief:
             self._open()
@@ -918,6 +945,13 @@ class Log:
         self._under_way.append((step, rate, finished, self._wait))
         if len(self._under_way) > 1:
             self._settle_first()
+        if time.monotonic() - self._shown >= self.args.log_seconds:
+            self.write()
+
+    def settle(self) -> None:
+        """Waits for all steps. Raises UserError at a loss that is not a number."""
+        while self._under_way:
+            self._settle_first()
 
     def _settle_first(self) -> None:
         step, rate, future, (asked, given) = self._under_way.popleft()
@@ -933,9 +967,7 @@ class Log:
             )
         if metrics["stopping"]:
             self._stopping = min(self._stopping, step)
-        self._settled.append(metrics | {"step": step, "learning_rate": rate})
-        if time.monotonic() - self._shown >= self.args.log_seconds:
-            self._write_settled()
+        self._settled.append(metrics | {"step": step, "learning_rate": rate, "at": finished})
 
     def should_stop(self, step: int, stop: Stop) -> bool:
         """Whether to stop before `step`. Several machines stop before the same one: when the values
@@ -944,23 +976,17 @@ class Log:
         return stop.is_set() if worker_of_workers()[1] == 1 else self._stopping <= step - 2
 
     def write(self) -> None:
-        """Waits for all steps and writes them. Raises UserError at a loss that is not a number."""
-        while self._under_way:
-            self._settle_first()
-        self._write_settled()
-
-    def _write_settled(self) -> None:
+        """A line about the steps that have ended since the last one."""
         if not self._settled:
             return
-        now, steps = time.monotonic(), self._settled
-        seconds, last = now - self._shown, steps[-1]
-        mean = {name: float(np.mean([s[name] for s in steps])) for name in METRICS[:4]}
+        steps, last = self._settled, self._settled[-1]
+        seconds = last["at"] - self._row_start
         epoch, batch = divmod(last["step"], self.spec.batches_per_epoch)
-        row = mean | {
+        row = {name: mean_of_finite([s[name] for s in steps]) for name in METRICS[:4]} | {
             "step": last["step"],
             "epoch": epoch,
             "batch": batch,
-            "seconds": self._seconds_before + now - self._start,
+            "seconds": self._seconds_before + time.monotonic() - self._start,
             "steps": len(steps),
             "images_per_second": len(steps) * self.args.batch_size / seconds,
             "learning_rate": last["learning_rate"],
@@ -968,7 +994,8 @@ class Log:
             **{name: last[name] for name in ("r_max", "d_max", "loss_scale")},
             "skipped_steps": round(sum(s["skipped_steps"] for s in steps)),
         }
-        self._settled, self._waited, self._shown = [], 0.0, now
+        self._settled, self._waited = [], 0.0
+        self._shown, self._row_start = time.monotonic(), last["at"]
         if self.run.chief:
             self._print(row)
             self._append(row)
@@ -1015,6 +1042,12 @@ class Log:
 
     def time_taken(self) -> str:
         return utils.duration(time.monotonic() - self._start)
+
+
+def mean_of_finite(values: list[float]) -> float:
+    """The gradient of a skipped step is not finite."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.inf
 
 
 def as_numbers(row: dict[str, str]) -> dict[str, float] | None:

@@ -2,10 +2,12 @@
 
     config = utils.load_config("config.txt")            # every key known, typed and in range
     with utils.written_aside(path) as aside: ...        # a file appears whole or not at all
+    utils.lock(folder / ".lock", "another one is at work here")
     for result in utils.map_in_order(work, items, 4): ...
 
-In this order: errors and command lines, config.txt, files that appear whole, working through many
-things, TensorFlow's devices and events. Nothing here knows pictures or training.
+In this order: what a script needs, errors and command lines, config.txt, files that appear whole,
+locks, working through many things, TensorFlow's devices and events. Nothing here knows pictures or
+training. The scripts import this module before the packages, so that a missing one gets one line.
 """
 
 import argparse
@@ -13,26 +15,83 @@ import contextlib
 import csv
 import difflib
 import errno
-import fcntl
 import functools
 import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sys
-import threading
 import time
-import tomllib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
-import numpy as np
+# --- what a script needs --------------------------------------------------------------------
+
+
+def script_name() -> str:
+    return Path(sys.argv[0]).name
+
+
+def one_line(text: str) -> str:
+    """`text` with line breaks escaped: file names may hold any character."""
+    return "\\n".join(text.splitlines())
+
+
+def _die(message: str) -> None:
+    print(f"{script_name()}: error: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _die_without(error: ModuleNotFoundError) -> None:
+    """Ends the script with what to install. Raises the error again if it is about anything else."""
+    package = {"PIL": "pillow"}.get(error.name, error.name)
+    if error.name == "fcntl":
+        _die(f"needs Linux or macOS, this is {platform.system()}; use WSL or a container")
+    if error.name == "tomllib":
+        _die(
+            f"needs Python 3.11 or newer, this is {platform.python_version()}; install a newer one "
+            f"and start the script with it: python3.12 {script_name()} ..."
+        )
+    if package in ("numpy", "pillow", "tensorflow"):
+        requirements = Path(__file__).resolve().with_name("requirements.txt")
+        _die(f"needs the package {package}: {sys.executable} -m pip install -r {requirements}")
+    raise error
+
+
+# What stands above this line also runs on an older Python.
+try:
+    import fcntl
+    import tomllib
+
+    import numpy as np
+    import PIL  # noqa: F401
+except ModuleNotFoundError as _error:
+    _die_without(_error)
+
+
+def _open_closed_streams() -> None:
+    """Opens what the shell has closed (`>&-`) to nowhere.
+
+    Otherwise the next file to be opened gets its number, and what libraries print goes into it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+
+_open_closed_streams()
 
 CROP = 224
 """Side of the pictures that the network sees, in pixels."""
@@ -67,7 +126,7 @@ def run(main: Callable[[], None]) -> None:
 class _Output(io.FileIO):
     """A file that never fails to be written: a closed pipe or a full disk must not stop a script.
 
-    What cannot be written is lost; the state of a training is not.
+    What cannot be written is lost, but the work goes on.
     """
 
     def write(self, data: bytes) -> int:
@@ -78,34 +137,14 @@ class _Output(io.FileIO):
 
     @classmethod
     def stream(cls, descriptor: int) -> io.TextIOWrapper:
-        """Text output to the descriptor, line by line; to nowhere if it is not open."""
-        try:
-            os.fstat(descriptor)
-            file = cls(descriptor, "w", closefd=False)
-        except OSError:
-            file = cls(os.devnull, "w")
-        return io.TextIOWrapper(
-            io.BufferedWriter(file), "utf-8", "backslashreplace", line_buffering=True
-        )
+        """Text output to the descriptor, line by line."""
+        file = io.BufferedWriter(cls(descriptor, "w", closefd=False))
+        return io.TextIOWrapper(file, "utf-8", "backslashreplace", line_buffering=True)
 
 
 def _stopped() -> None:
     print(f"{script_name()}: stopped", file=sys.stderr)
     sys.exit(130)
-
-
-def _die(message: str) -> None:
-    print(f"{script_name()}: error: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
-
-
-def script_name() -> str:
-    return Path(sys.argv[0]).name
-
-
-def one_line(text: str) -> str:
-    """`text` with line breaks escaped: file names may hold any character."""
-    return "\\n".join(text.splitlines())
 
 
 def warn(message: str) -> None:
@@ -114,6 +153,32 @@ def warn(message: str) -> None:
 
 REQUIRED = object()
 """The default of a flag that has none."""
+
+MEANT = {
+    "--learning_rate": "lr base_lr", "--lr_schedule": "sched schedule scheduler lr_scheduler",
+    "--lr_drop_epochs": "lr_steps decay_epochs milestones", "--warmup_epochs": "warmup",
+    "--label_smoothing": "smoothing", "--batch_size": "b batch bs",
+    "--epoch_start and --epoch_end": "epochs num_epochs", "--epoch_start": "start_epoch",
+    "--accumulation_steps": "accum_iter grad_accum_steps gradient_accumulation_steps",
+    "--init_from": "pretrained finetune weights checkpoint", "--precision": "amp fp16 bf16",
+    "--run_folder": "o output output_dir out_dir save_dir name experiment",
+    "--gpu": "gpus device devices", "--log_seconds": "print_freq log_interval",
+    "[runtime_preprocessing] num_of_threads": "j workers num_workers threads",
+    "[l2] l2_penalty": "weight_decay wd", "[train] sgd_momentum": "momentum",
+    "[train] seed": "seed", "[train] buffer_size": "buffer_size prefetch",
+    "[preprocess] ImageNet_folder": "data data_path data_dir dataset root",
+}  # fmt: skip
+"""Flags of other trainers by what they are here: a flag, or a section and key of config.txt."""
+
+
+def _meant(flag: str, known: Sequence[str]) -> str | None:
+    """What was probably meant by an unknown flag, or None."""
+    plain = flag.lstrip("-").replace("-", "_").lower()
+    for ours, theirs in MEANT.items():
+        if plain in theirs.split():
+            where = "" if ours.split()[0] in known else " of train.py"
+            return f"{ours} of config.txt" if ours.startswith("[") else ours + where
+    return next(iter(difflib.get_close_matches(flag, known, 1)), None)
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,20 +194,15 @@ class Parser(argparse.ArgumentParser):
                 argparse.RawDescriptionHelpFormatter, max_help_position=26
             ),
         )
-        self.add_argument(
-            "--config",
-            type=Path,
-            default=Path(sys.argv[0]).resolve().with_name("config.txt"),
-            metavar="FILE",
-            help="settings (default: the config.txt beside the script)",
-        )
+        default = Path(sys.argv[0]).resolve().with_name("config.txt")
+        self.add("--config", Path, "settings (default: the config.txt beside the script)", default)
 
-    def error(self, message: str):
-        # A misspelt flag is worth more than what is then missing.
+    def error(self, message: str) -> NoReturn:
+        # A misspelt flag comes first: that another one is missing often follows from it.
         known = [flag for action in self._actions for flag in action.option_strings]
-        for flag in [part.partition("=")[0] for part in sys.argv[1:] if part.startswith("--")]:
-            if flag not in known and (close := difflib.get_close_matches(flag, known, 1)):
-                message = f"unrecognized argument {flag}, did you mean {close[0]}"
+        for flag in re.findall(r"^(--[^=\s]+|-[a-zA-Z])", "\n".join(sys.argv[1:]), re.MULTILINE):
+            if flag not in known and (meant := _meant(flag, known)):
+                raise UserError(f"unrecognized argument {flag}, did you mean {meant}; see --help")
         raise UserError(f"{message}; see --help")
 
     def add(
@@ -386,9 +446,44 @@ def _quoting_hint(text: str, error: str) -> str:
 
 # --- files that appear whole ----------------------------------------------------------------
 
+PAUSES = (0.1, 0.5, 2.0, 5.0)
+"""Seconds before a read is tried again, after an error of the storage that may pass."""
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+
+
+def patiently(function: Callable, path: str | Path) -> Any:
+    """`function(path)`, tried again where the storage fails for a moment (a disk, a network).
+
+    Raises UserError if the storage keeps failing. That is no OSError, so code that skips broken
+    files does not take this one for broken. Other errors are raised at once.
+    """
+    pauses = iter(PAUSES)
+    while True:
+        try:
+            return function(path)
+        except OSError as error:
+            if error.errno not in _PASSING:
+                error.filename = error.filename or str(path)
+                raise
+            if (pause := next(pauses, None)) is None:
+                raise UserError(
+                    f"{path}: cannot be read, tried {len(PAUSES) + 1} times: {error.strerror}; "
+                    f"check the disk or the network, then start again"
+                ) from error
+            time.sleep(pause)
+
 
 def read_file(path: str | Path) -> bytes:
-    """The file's content, in the fewest system calls: between threads, each costs a hand-over."""
+    """The file's content. A failing storage is tried again, see `patiently`.
+
+    Raises UserError if it keeps failing. Raises OSError otherwise: there is no such file, or no
+    file handle (EMFILE, ENFILE) or memory (ENOMEM) is left. None of these means a broken file.
+    """
+    return patiently(_read_once, path)
+
+
+def _read_once(path: str | Path) -> bytes:
+    """In the fewest system calls: each hands Python's lock to another thread."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
     try:
         size = os.fstat(descriptor).st_size
@@ -400,29 +495,152 @@ def read_file(path: str | Path) -> bytes:
         os.close(descriptor)
 
 
-_ASIDE = re.compile(r"\..+\.aside-(\d+)-\d+")
+_ASIDE = re.compile(r"\..+\.aside-[0-9a-f]{16}(\.lock)?", re.DOTALL)
 
 
-def aside_name(path: Path) -> Path:
-    """A name beside `path`, this thread's own, that `remove_leftovers` knows."""
-    return path.with_name(f".{path.name}.aside-{os.getpid()}-{threading.get_ident()}")
+def aside_name(path: Path, suffix: str = "") -> Path:
+    """A temporary name beside `path`, different each time, on whatever machine.
+
+    It is short enough for every file system, however long the name of `path` is.
+    """
+    start = os.fsencode(path.name)[:100].decode("utf-8", "ignore")
+    return path.with_name(f".{start or '_'}.aside-{os.urandom(8).hex()}{suffix}")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether this is the name of something that is being written, or was left half-written."""
+    return _ASIDE.fullmatch(name) is not None
+
+
+def _make_held(path: Path, suffix: str = "") -> tuple[Path, int]:
+    """A new file with a temporary name beside `path`, and the descriptor that holds its lock.
+
+    The lock ends with the process; if that has forked, with the last one to have the descriptor.
+    """
+    while True:
+        aside = aside_name(path, suffix)
+        with _errors_name(path):
+            descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            if _try_lock(descriptor) and aside.exists():
+                return aside, descriptor
+        except OSError:  # no locks here, so nobody removes leftovers either
+            return aside, descriptor
+        os.close(descriptor)  # `remove_leftovers` was faster
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` when all went well, else removed.
+def _errors_name(path: Path) -> Iterator[None]:
+    """Errors of what is written aside name the file that it is to become."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or is_leftover(os.path.basename(error.filename)):
+            error.filename, error.filename2 = str(path), None
+        raise
 
-    So a file under its own name is always complete, whenever the process is killed.
+
+@contextlib.contextmanager
+def _held_name(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, for a file or a folder that is removed in the end.
+
+    A file beside it holds the lock: it is there before and goes after. (On SMB a file that is
+    itself locked cannot be opened by its name and written to.)
     """
-    aside = aside_name(path)
+    holder, descriptor = _make_held(path, ".lock")
+    aside = holder.with_suffix("")
     try:
         yield aside
+    finally:
+        _remove(aside)
+        holder.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A temporary path in the same folder, renamed to `path` when all went well, else removed.
+
+    So a file under its own name is always complete, whenever the process is killed; if `durable`,
+    also after a power failure.
+    """
+    with _held_name(path) as aside, _errors_name(path):
+        yield aside
+        if durable:
+            _sync(aside)
         os.replace(aside, path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a write that failed, because the disk is full
-        raise
+        if durable:
+            _sync(path.parent)
+
+
+@contextlib.contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """A new folder of a temporary name beside `path`, removed in the end."""
+    with _held_name(path) as aside:
+        aside.mkdir()
+        yield aside
+
+
+@contextlib.contextmanager
+def folder_written_aside(folder: Path) -> Iterator[Path]:
+    """`written_aside` for a folder, which must not be there yet. Always durable."""
+    with folder_aside(folder) as aside:
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            _sync(path)
+        os.rename(aside, folder)
+        _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Returns when the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that knows no fsync of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that it is never half there under its own name."""
+    aside = aside_name(folder)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left half-written here, and nothing that is being written.
+
+    The lock tells which is which, whatever machine or container its holder runs on. What another
+    user left stays.
+    """
+    for path in [path for path in folder.iterdir() if is_leftover(path.name)]:
+        holds_another = path.suffix == ".lock"
+        if not holds_another and path.with_name(f"{path.name}.lock").exists():
+            continue
+        with contextlib.suppress(PermissionError):
+            if path.is_dir():
+                _remove(path)
+                continue
+            with _unless_held(path) as free:
+                if free and holds_another:
+                    _remove(path.with_suffix(""))
+                if free:
+                    path.unlink(missing_ok=True)
+
+
+def is_no_room(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @functools.cache
@@ -444,11 +662,21 @@ def array_file_size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
 def array_written_aside(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
     """A .npy file of such an array, open for its content; `path` once that is written.
 
-    Raises OSError with its errno, which np.save swallows.
+    Raises OSError with its errno, which np.save swallows. As there are many of these, the file
+    itself holds the lock.
     """
-    with written_aside(path) as aside, open(aside, "wb") as file:
-        file.write(npy_header(dtype, shape))
-        yield file
+    aside, descriptor = _make_held(path)
+    try:
+        with _errors_name(path):
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(npy_header(dtype, shape))
+                yield file
+            os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -469,35 +697,6 @@ def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarra
     if len(content) != array_file_size(dtype, shape):
         raise ValueError(f"{path}: is cut off, or longer than its array")
     return np.frombuffer(content, dtype, offset=len(header)).reshape(shape)
-
-
-@contextlib.contextmanager
-def folder_written_aside(folder: Path) -> Iterator[Path]:
-    """The same for a folder, which must not be there yet. Its files are on the disk, not only in
-    memory, before it appears: not even a power failure leaves half a folder.
-    """
-    aside = aside_name(folder)
-    try:
-        aside.mkdir()
-        yield aside
-        for path in aside.rglob("*"):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        os.rename(aside, folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def is_leftover(name: str) -> bool:
-    """Whether a file of this name was left by a process that was killed within `written_aside`.
-
-    Not if that process is still at work.
-    """
-    match = _ASIDE.fullmatch(name)
-    alive = match and int(match[1]) != os.getpid() and Path(f"/proc/{match[1]}").exists()
-    return match is not None and not alive
 
 
 def write_text(path: Path, text: str) -> None:
@@ -525,8 +724,8 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """The table, written aside. Numbers that are not whole get six digits."""
-    with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+    """The table, written aside, durable. Numbers that are not whole get six digits."""
+    with written_aside(path, True) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
@@ -547,14 +746,16 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def read_lines(path: Path) -> list[str]:
     """What `write_lines` wrote; nothing if there is no such file."""
-    return os.fsdecode(path.read_bytes()).splitlines() if path.is_file() else []
+    return os.fsdecode(read_file(path)).splitlines() if path.is_file() else []
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what processes killed within `written_aside` or `folder_written_aside` left here."""
-    for path in folder.iterdir():
-        if is_leftover(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def read_json(path: Path) -> dict | None:
+    """A JSON object from a file; None if the file is missing or holds anything else."""
+    try:
+        value = json.loads(read_file(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def make_folder(folder: Path) -> Path:
@@ -570,52 +771,149 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def lock(path: Path, refusal: str, shared: bool = False) -> int:
-    """Takes the lock on a file (made where missing) or folder until the process ends.
+# --- locks ----------------------------------------------------------------------------------
+# Locks are on files that are open for writing, never on folders: on NFS only those are known to all
+# machines. A lock ends with its holder, however that ends. Only the holder of a lock removes its
+# file, and after taking a lock one checks that the file is still there.
 
-    Several may share a lock that nobody has alone. Returns the descriptor that holds it. Raises
-    UserError with `refusal` if another has it.
+_locks: dict[Path, int] = {}
+"""The descriptors that hold this process's locks."""
+
+
+def lock(path: Path, refusal: str, shared: bool = False) -> None:
+    """Takes the lock on a file until the process ends; makes the file where it is missing.
+
+    Several processes may have a shared lock at once, but not beside one that is not shared; it
+    needs a file that is there, and may be read. Raises UserError with `refusal` if another process
+    has the lock, and where the file system has no locks.
     """
-    flags = os.O_RDONLY if shared or path.is_dir() else os.O_RDWR | os.O_CREAT
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(refusal) from None
-    return descriptor
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
+    for attempt in range(5):  # `is_locked` holds the lock for a moment
+        time.sleep(0.05 * bool(attempt))
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            if _try_lock(descriptor, kind) and _is_at(descriptor, path):
+                _locks[path] = os.dup(descriptor)  # has the same lock
+                return
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            raise UserError(
+                f"{path}: this file system has no locks ({error.strerror}); put {path.parent} on "
+                f"one that has: a local disk, a RAM disk, or NFS with its lock service"
+            ) from None
+        finally:
+            os.close(descriptor)
+    raise UserError(refusal)
 
 
-def read_json(path: Path) -> dict | None:
-    """A JSON object from a file; None if the file is missing or holds anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+def remove_lock(path: Path) -> None:
+    """Removes a lock file, unless another process holds it."""
+    if path in _locks:
+        path.unlink(missing_ok=True)
+        os.close(_locks.pop(path))
+        return
+    with _unless_held(path) as free:
+        if free:
+            path.unlink(missing_ok=True)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on a file; not if there is no such file."""
+    """Whether a process holds the lock on a file; False if there is no such file.
+
+    True where that cannot be told: another user's file, or a file system without locks.
+    """
+    with _unless_held(path) as free:
+        return not free and path.exists()
+
+
+@contextlib.contextmanager
+def _unless_held(path: Path) -> Iterator[bool]:
+    """Whether the file is there and nobody holds its lock. If so, the lock is held meanwhile."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return False
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:  # gone, or another user's
+        yield False
+        return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
+        free = _try_lock(descriptor) and _is_at(descriptor, path)
+    except OSError:  # no locks
+        free = False
+    try:
+        yield free
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether the lock was free, and is now held. Raises OSError where there are no locks."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one that `path` names."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 # --- working through many things ------------------------------------------------------------
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+def cores(root: Path = Path("/")) -> int:
+    """Processor cores that this process may use, a container's quota (rounded up) included."""
+    # macOS knows no affinity.
+    known = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    for group in _control_groups(root, "cpu"):
+        old = f"{_content(group / 'cpu.cfs_quota_us')} {_content(group / 'cpu.cfs_period_us')}"
+        for text in (_content(group / "cpu.max"), old):  # quota and period
+            if match := re.fullmatch(r"(\d+) (\d+)", text):
+                count = min(count, -(-int(match[1]) // int(match[2])))
+    return max(count, 1)
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process may still take, a container's limit included.
+
+    The cache of files counts as free, the files of a RAM disk do not. None if unknown (macOS).
+    """
+    free = []
+    if match := re.search(r"MemAvailable:\s+(\d+) kB", _content(root / "proc/meminfo")):
+        free.append(1024 * int(match[1]))
+    for group in _control_groups(root, "memory"):
+        cached = re.findall(r"inactive_file (\d+)", _content(group / "memory.stat"))
+        for names in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+            limit, used = (_content(group / f"memory.{name}") for name in names)
+            if limit.isdigit() and used.isdigit():
+                free.append(int(limit) - int(used) + max(map(int, cached), default=0))
+    return max(min(free), 0) if free else None
+
+
+def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of Linux's control groups (version 2, version 1) that limit this process."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _content(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = mounts / controller if controllers else mounts
+        inner = top / group.lstrip("/")  # not there where a container sees its own group alone
+        yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top))
+
+
+def _content(path: Path) -> str:
+    """A small file's text, without the line break at its end; "" if it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def map_in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
@@ -664,9 +962,11 @@ class Progress:
         rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.1f}"
         text = f"{self.done:,} of {self.total:,} {self.unit}, {rate}/s, {left} left"
         if self._terminal:
-            filled = round(30 * self.done / max(self.total, 1))
+            room = shutil.get_terminal_size().columns - len(text) - 4
+            width = min(30, room) if room >= 10 else 0  # a line that wraps is never overwritten
+            filled = round(width * self.done / max(self.total, 1))
             end = "\n" if self.done == self.total else ""
-            print(f"\r{'█' * filled}{'░' * (30 - filled)} {text}  ", end=end, flush=True)
+            print(f"\r{'█' * filled}{'░' * (width - filled)} {text}  ", end=end, flush=True)
         else:
             print(text, flush=True)
 
@@ -708,23 +1008,23 @@ def quiet_tensorflow() -> Iterator[None]:
     """Keeps what TensorFlow's libraries say while it is imported from the terminal.
 
     --verbose shows it. The flag is looked up here, before the command line is parsed, because
-    TensorFlow reads its environment when it is imported. Ctrl-C meanwhile just ends the script.
+    TensorFlow reads its environment when it is imported. Ctrl-C meanwhile just ends the script,
+    and a TensorFlow that is not there gets one line.
     """
     # On processors without AVX-512 TensorFlow leaves oneDNN off, which makes a step a fifth slower.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    if "--verbose" in sys.argv:
-        yield
-        return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
     terminal = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    if "--verbose" not in sys.argv:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ModuleNotFoundError) as error:
         os.dup2(terminal, 2)
-        _stopped()
+        if isinstance(error, KeyboardInterrupt):
+            _stopped()
+        _die_without(error)
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
@@ -793,10 +1093,6 @@ class EventFile:
 
     def close(self) -> None:
         self._records.close()
-
-
-def is_no_room(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_room(folder: Path, needed: float, what: str) -> int:

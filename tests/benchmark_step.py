@@ -1,17 +1,24 @@
 """How fast a training step is, beside Keras's ResNet-50, and what batch renorm costs.
 
     python3 tests/benchmark_step.py --batch=16 --rounds=9
+    python3 tests/benchmark_step.py --without_avx512
     python3 tests/benchmark_step.py --memory --batch=64 --rounds=3
 
-The first prints a table of images per second of five training steps and two forward passes, all
-in one process and in turns, so that other load on the machine meets each alike: medians over the
-rounds, and medians of each round's ratios. The second prints the peak memory of a process that
-takes three steps with batch renorm, and with fused batch norm instead, each in fresh processes.
+The first prints a table of images per second of six training steps and three forward passes, in
+turns, so that other load on the machine meets each alike: medians over the rounds, and medians of
+each round's ratios. All are in this process, with TF_ENABLE_ONEDNN_OPTS=1 unless the variable is
+set, but for Keras "as a user starts it": that is in a process of its own without the variable.
+Processor seconds, of all cores together, are less disturbed by other load than seconds are.
+
+The second comes near a processor without AVX-512: oneDNN keeps to AVX2, and is off for Keras "as a
+user starts it", which is TensorFlow's default there. The third prints the peak memory of a process
+that takes three steps with batch renorm, and with fused batch norm instead, in fresh processes.
 """
 
 import argparse
 import gc
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -22,11 +29,18 @@ from pathlib import Path
 import toolkit  # noqa: F401  (puts the scripts on the path)
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+USERS_ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TF_ENABLE_ONEDNN_OPTS"}
+if "--without_avx512" in sys.argv:
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+    USERS_ENVIRONMENT["TF_ENABLE_ONEDNN_OPTS"] = "0"
+if not any(argument.startswith("--serve") for argument in sys.argv):
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
+import batch_renorm  # noqa: E402
 import resnet50  # noqa: E402
 from batch_renorm import EPSILON, BatchRenorm, Limits  # noqa: E402
 
@@ -34,12 +48,17 @@ CLASSES, SIZE, MOMENTUM, L2_PENALTY, RATE = 1000, 224, 0.99, 1e-4, 1e-3
 OURS, OURS_PLAIN = "ours, batch renorm", "ours, fused batch norm"
 KERAS, KERAS_RENORM = "keras.applications, batch norm", "keras.applications, renorm=True"
 ORIGINAL = "ours, statistics in two more passes"
+KERAS_OF_A_USER = "Keras as a user starts it"
 
 
 def main() -> None:
     args = parse_arguments()
     tf.get_logger().setLevel("ERROR")  # it warns of every step function's first trace
-    if args.measure_memory_of:
+    if args.without_avx512:
+        batch_renorm._has_avx512 = lambda: False
+    if args.serve:
+        serve({"training": keras_step, "inference": keras_inference}[args.serve](), args.batch)
+    elif args.measure_memory_of:
         take_steps_and_print_peak_memory(args.measure_memory_of, args.batch)
     elif args.memory:
         compare_memory(args.batch, args.rounds)
@@ -53,8 +72,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=16, help="pictures a step (default: 16)")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each (default: 9)")
+    parser.add_argument(
+        "--without_avx512", action="store_true", help="as on a processor that has only AVX2"
+    )
     parser.add_argument("--memory", action="store_true", help="compare peak memory, not speed")
     parser.add_argument("--measure_memory_of", choices=TRAINING_STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=["training", "inference"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -62,42 +85,117 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compare_speed(batch: int, rounds: int) -> None:
-    print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} cores")
+    onednn = os.environ["TF_ENABLE_ONEDNN_OPTS"]
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "what the processor has")
+    print(
+        f"{processor()}, {os.cpu_count()} cores, {len(tf.config.list_physical_devices('GPU'))} GPUs"
+    )
+    print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}")
+    print(f"TF_ENABLE_ONEDNN_OPTS={onednn}, oneDNN uses {limit}")
     print(f"batch {batch}, {SIZE} x {SIZE}, float32; medians of {rounds} rounds\n")
     data = synthetic_batch(batch)
-    show_table("training step", time_in_turns(TRAINING_STEPS, data, rounds), batch)
-    show_table("inference", time_in_turns(FORWARD_PASSES, data, rounds), batch)
+    for title, kind, makers in (
+        ("training step", "training", TRAINING_STEPS),
+        ("inference", "inference", FORWARD_PASSES),
+    ):
+        makers = {name: timed(make) for name, make in makers.items()}
+        makers[KERAS_OF_A_USER] = in_own_process(kind)
+        show_table(title, time_in_turns(makers, data, rounds), batch)
 
 
-def time_in_turns(makers: dict[str, Callable], data: tuple, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round's call, by name. The order turns, so that none is always first."""
+def processor() -> str:
+    """The processor's name, and the vector instructions that matter here."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in lines}
+    wanted = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16"}
+    flags = sorted(wanted & set(facts.get("flags", "").split()))
+    return f"{facts.get('model name', platform.machine())} ({' '.join(flags)})"
+
+
+Timings = dict[str, list[tuple[float, float]]]
+"""By name, for each round: seconds, and processor seconds of all cores together."""
+
+
+def time_in_turns(makers: dict[str, Callable], data: tuple, rounds: int) -> Timings:
+    """The order turns, so that none is always first."""
     steps = {name: make() for name, make in makers.items()}
     for step in steps.values():
         for _ in range(2):  # traces, then fills the caches
-            np.asarray(step(*data))
-    seconds = {name: [] for name in steps}
+            step(*data)
+    timings = {name: [] for name in steps}
     names = list(steps)
     for _ in range(rounds):
         for name in names:
-            start = time.perf_counter()
-            np.asarray(steps[name](*data))
-            seconds[name].append(time.perf_counter() - start)
+            timings[name].append(steps[name](*data))
         names = names[1:] + names[:1]
-    return seconds
+    return timings
 
 
-def show_table(title: str, seconds: dict[str, list[float]], batch: int) -> None:
-    """Images a second, and as multiples of Keras's and of our own network with batch norm."""
-    bases = [name for name in (KERAS, OURS_PLAIN) if name in seconds]
+def timed(make: Callable) -> Callable:
+    """A maker of a function that returns the seconds and the processor seconds of its call."""
+
+    def make_timed() -> Callable:
+        function = make()
+
+        def call(*data) -> tuple[float, float]:
+            start, processor_start = time.perf_counter(), time.process_time()
+            np.asarray(function(*data))
+            return time.perf_counter() - start, time.process_time() - processor_start
+
+        return call
+
+    return make_timed
+
+
+def in_own_process(kind: str) -> Callable:
+    """The same for Keras's `kind` ("training" or "inference"), in the environment of a user."""
+
+    def make_timed() -> Callable:
+        process = None
+
+        def call(images: tf.Tensor, labels: tf.Tensor) -> tuple[float, float]:
+            nonlocal process
+            if process is None:
+                command = [sys.executable, __file__, f"--batch={len(images)}", f"--serve={kind}"]
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+                process = subprocess.Popen(command, env=USERS_ENVIRONMENT, **pipes)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            seconds, processor_seconds = process.stdout.readline().split()
+            return float(seconds), float(processor_seconds)
+
+        return call
+
+    return make_timed
+
+
+def serve(step: Callable, batch: int) -> None:
+    """Takes a step per line of the standard input and prints its timing, to the input's end."""
+    step, data = timed(lambda: step)(), synthetic_batch(batch)
+    for _ in sys.stdin:
+        print(*step(*data), flush=True)
+
+
+def show_table(title: str, timings: Timings, batch: int) -> None:
+    """Images a second, and as multiples of Keras's and of our own network with batch norm.
+
+    A multiple is the median over the rounds, of seconds / of processor seconds.
+    """
+    bases = [name for name in (KERAS_OF_A_USER, OURS_PLAIN) if name in timings]
     print(f"{title:<36} {'s':>7} {'images/s':>9}", *(f"  x {base}" for base in bases))
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        cells = [
-            f"{statistics.median(b / v for b, v in zip(seconds[base], values, strict=True)):.2f}"
-            for base in bases
-        ]
-        ratios = (f"{cell:>{len(base) + 4}}" for cell, base in zip(cells, bases, strict=True))
-        print(f"{name:<36} {median:7.3f} {batch / median:9.2f}", *ratios)
+    for name, values in timings.items():
+        median = statistics.median(seconds for seconds, _ in values)
+        cells = []
+        for base in bases:
+            ratios = [
+                statistics.median(b[i] / v[i] for b, v in zip(timings[base], values, strict=True))
+                for i in range(2)
+            ]
+            cells.append(f"{ratios[0]:.2f} / {ratios[1]:.2f}".rjust(len(base) + 4))
+        print(f"{name:<36} {median:7.3f} {batch / median:9.2f}", *cells)
     print()
 
 

@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import toolkit
+import utils
+
 import numpy as np
 
 import preprocess
-import toolkit
 import toy_dataset
-import utils
 from preprocess import crop_file
 from runtime_preprocessing import write_progress
 
@@ -82,6 +83,18 @@ def tree(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, bytes]:
     }
 
 
+def processes(place: Place) -> list[int]:
+    """The processes, not dead ones, that were started with the settings of this place."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"--config={place.config}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            pass  # ended meanwhile
+    return found
+
+
 def span(epochs: int, batch_size: int) -> list[str]:
     return ["--epoch_start=0", f"--epoch_end={epochs}", f"--batch_size={batch_size}"]
 
@@ -91,7 +104,7 @@ def span(epochs: int, batch_size: int) -> list[str]:
 
 def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
     """SIGKILL to runtime_preprocessing.py while a stand-in for training reads batch after batch."""
-    moments, lost = random.Random(0), 0
+    moments, lost, with_workers = random.Random(0), 0, 0
     with Place(10, train__buffer_size=6, runtime_preprocessing__sleep_time=0.02) as place:
         recipe = toolkit.recipe_of(place.config)
         spec = recipe.spec
@@ -111,12 +124,16 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
 
         for _ in range(tries):
             process = place.start("runtime_preprocessing.py", *span(1000, 4))
-            end = time.monotonic() + moments.uniform(0.05, 0.8)
+            end = time.monotonic() + moments.uniform(0.2, 1.5)
             while time.monotonic() < end:
                 lost += read_one()
                 time.sleep(0.002)
+            with_workers += len(processes(place)) > 1
             process.kill()
             process.wait()
+            if processes(place):
+                time.sleep(0.5)
+                lost += len(processes(place))
         process = place.start("runtime_preprocessing.py", *span(1000, 4))
         goal, end = number + 20, time.monotonic() + PATIENCE
         while number < goal and time.monotonic() < end:
@@ -125,7 +142,7 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
         write_progress(place.buffer, spec, spec.step(1000))
         lost += process.wait(timeout=PATIENCE) != 0
         lost += len(os.listdir(place.buffer))
-        print(f"  {number} batches were read and compared")
+        print(f"  {number} batches were read and compared; {with_workers} kills met workers")
     return tries, lost
 
 

@@ -6,9 +6,9 @@ import signal
 import tempfile
 from pathlib import Path
 
-import pytest
-
 import toolkit
+
+import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import toolkit
-import toy_dataset
 import utils
+
+import toy_dataset
 
 EPOCHS = 5
 BATCH = "--batch_size=8"
@@ -28,7 +29,7 @@ NAME = {"train.py": "train", "check_accuracy.py": "accuracy", "runtime_preproces
 def main() -> None:
     started = time.monotonic()
     folder = toolkit.ROOT / ".demo"
-    utils.lock(toolkit.ROOT, "another demonstration runs here")
+    utils.lock(toolkit.ROOT / ".demo.lock", "another demonstration runs here")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     print("making a dataset of 4 classes, 96 training and 24 validation pictures", flush=True)

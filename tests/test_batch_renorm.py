@@ -5,17 +5,29 @@ python3 -m pytest tests/test_batch_renorm.py
 
 from types import SimpleNamespace
 
+import toolkit  # noqa: F401  (puts the scripts on the path)
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-import toolkit  # noqa: F401  (puts the scripts on the path)
+import batch_renorm
 from batch_renorm import EPSILON, BatchRenorm, Limits, limits_at, momentum_at, ramp
 
 CHANNELS = 6
 BATCH_NORM = Limits(tf.constant(1.0), tf.constant(0.0))
 WIDE = Limits(tf.constant(1e6), tf.constant(1e6))
+
+
+def use(monkeypatch, moments_first: bool) -> None:
+    """Takes one way whatever the device and the type."""
+    monkeypatch.setattr(batch_renorm, "_moments_come_first", lambda x: moments_first)
+
+
+@pytest.fixture(params=[False, True], ids=["normalize first", "moments first"])
+def each_way(request, monkeypatch) -> None:
+    use(monkeypatch, request.param)
 
 
 def make_layer(seed: int = 0, channels: int = CHANNELS) -> BatchRenorm:
@@ -100,6 +112,7 @@ def keras_twin(layer: BatchRenorm, momentum: float) -> keras.layers.BatchNormali
     return twin
 
 
+@pytest.mark.usefixtures("each_way")
 def test_agrees_with_keras_over_50_steps_with_moving_limits_and_drifting_inputs():
     momentum, steps = 0.9, 50
     layer = make_layer()
@@ -141,6 +154,7 @@ def test_agrees_with_keras_over_50_steps_with_moving_limits_and_drifting_inputs(
 # --- the paper's formulas ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(("r_max", "d_max"), [(1.0, 0.0), (1.2, 0.3), (3.0, 5.0), (1e6, 1e6)])
 def test_outputs_and_statistics_follow_the_paper(r_max, d_max):
     layer, x = make_layer(), make_batch(3)
@@ -151,6 +165,7 @@ def test_outputs_and_statistics_follow_the_paper(r_max, d_max):
     np.testing.assert_allclose(layer.batch_std, formula.std, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(("r_max", "d_max"), [(1.0, 0.0), (1.2, 0.3), (1e6, 1e6)])
 def test_gradients_are_those_of_the_formula_with_r_and_d_held_fixed(r_max, d_max):
     """Central differences in float64, for every element of x, gamma and beta."""
@@ -174,6 +189,100 @@ def test_gradients_are_those_of_the_formula_with_r_and_d_held_fixed(r_max, d_max
             assert gradient.numpy()[index] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+# --- the two ways to compute it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(tf.float32, 1e-5), (tf.float16, 4e-3), (tf.bfloat16, 3e-2)]
+)
+def test_both_ways_agree_with_each_other_and_the_paper(dtype, tolerance, jit_compile, monkeypatch):
+    layer = make_layer()
+    x = tf.cast(make_batch(13, shape=(8, 6, 6, CHANNELS)), dtype)
+    dy = tf.cast(tf.random.stateless_normal(x.shape, [9, 10]), dtype)
+    formula = paper(tf.cast(x, tf.float32), layer, 1.3, 0.4)
+    found = []
+    for moments_first in (False, True):
+        use(monkeypatch, moments_first)
+
+        @tf.function(jit_compile=jit_compile)
+        def compute():
+            y, *gradient = gradients(layer, x, limits_of(1.3, 0.4), dy)
+            return y, *gradient, layer.batch_mean, layer.batch_std
+
+        values = compute()
+        kinds = [dtype, dtype, tf.float32, tf.float32, tf.float32, tf.float32]
+        assert [value.dtype for value in values] == kinds
+        found.append([tf.cast(value, tf.float32).numpy() for value in values])
+        y, *_, mean, std = found[-1]
+        np.testing.assert_allclose(y, formula.y, tolerance, tolerance)
+        np.testing.assert_allclose(mean, formula.mean, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(std, formula.std, rtol=1e-5)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one / abs(one).max(), other / abs(one).max(), 0, tolerance)
+
+
+@pytest.mark.usefixtures("each_way")
+def test_a_large_mean_beside_a_small_deviation_cancels_nothing():
+    """Mean 100, deviation 0.1: mean square minus squared mean would have no correct digit."""
+    layer, draw = make_layer(), np.random.default_rng(14)
+    x = (100 + 0.1 * draw.normal(size=(4, 8, 8, CHANNELS))).astype(np.float32)
+    dy = draw.normal(size=x.shape).astype(np.float32)
+    limits = limits_of(3, 5)
+    y, dx, dgamma, dbeta = gradients(layer, x, limits, dy)
+    formula = paper(x, layer, 3, 5)
+    np.testing.assert_allclose(layer.batch_std, formula.std, rtol=1e-4)
+    np.testing.assert_allclose(y, formula.y, rtol=1e-3, atol=1e-3)
+    # Batch normalization's gradient with the scale gamma * r, in float64.
+    normalized = (x.astype(np.float64) - formula.mean) / formula.std
+    axes, dy = (0, 1, 2), dy.astype(np.float64)
+    centred = dy - dy.mean(axes) - normalized * (dy * normalized).mean(axes)
+    expected = formula.gamma * formula.r / formula.std * centred
+    np.testing.assert_allclose(dx, expected, rtol=0, atol=1e-3 * abs(expected).max())
+    expected = (dy * (normalized * formula.r + formula.d)).sum(axes)
+    np.testing.assert_allclose(dgamma, expected, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(dbeta, dy.sum(axes), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("deviations", [0, 8, 1000])
+def test_the_deviation_is_exact_however_far_the_mean_is(deviations, jit_compile, monkeypatch):
+    """Also where one channel of several is far, and the others are not."""
+    use(monkeypatch, moments_first=True)
+    layer, x = make_layer(), make_batch(15, shape=(8, 9, 9, CHANNELS), mean=0.0, std=1.0)
+    x[..., 2] = 0.3 * (np.random.default_rng(16).normal(size=x.shape[:3]) + deviations)
+
+    @tf.function(jit_compile=jit_compile)
+    def compute():
+        layer(tf.constant(x), WIDE)
+        return layer.batch_mean, layer.batch_std
+
+    formula, (mean, std) = paper(x, layer, 1e6, 1e6), compute()
+    np.testing.assert_allclose(mean, formula.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(std, formula.std, rtol=1e-5)
+
+
+def test_the_way_follows_the_device_and_the_type(monkeypatch):
+    """One fused pass for float32 on a CPU without AVX-512; else the kernel's own statistics."""
+
+    def kernels(dtype) -> list[bool]:
+        layer = BatchRenorm(2)
+        function = tf.function(lambda x: layer(x, WIDE))
+        graph = function.get_concrete_function(tf.TensorSpec([None, 3, 3, 2], dtype)).graph
+        return sorted(
+            operation.get_attr("is_training")
+            for operation in graph.get_operations()
+            if operation.type == "FusedBatchNormV3"
+        )
+
+    for gpus, avx512 in ([], False), ([], True), (["GPU:0"], False):
+        monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind, gpus=gpus: gpus)
+        monkeypatch.setattr(batch_renorm, "_has_avx512", lambda avx512=avx512: avx512)
+        one_pass = not gpus and not avx512
+        assert kernels(tf.float32) == ([False] if one_pass else [False, True])
+        assert kernels(tf.float16) == kernels(tf.bfloat16) == [False, True]
+
+
 def test_averages_have_no_gradient():
     layer, x = make_layer(), tf.constant(make_batch(6))
     with tf.GradientTape() as tape:
@@ -194,6 +303,7 @@ def test_trained_and_untrained_variables():
 # --- special cases of the formula -------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("each_way")
 def test_at_the_tightest_limits_it_is_batch_normalization():
     layer, x = make_layer(), tf.constant(make_batch(7))
     dy = tf.random.stateless_normal(x.shape, [1, 2])
@@ -215,6 +325,7 @@ def test_inside_the_limits_training_computes_what_inference_computes():
     assert abs(layer(tf.constant(x), BATCH_NORM) - formula).numpy().max() > 0.1
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(tf.float16, 4e-3), (tf.bfloat16, 3e-2)])
 def test_half_precision_inputs_have_float32_statistics(dtype, tolerance):
     layer = make_layer()
@@ -236,6 +347,7 @@ def test_half_precision_inputs_have_float32_statistics(dtype, tolerance):
         np.testing.assert_allclose(tf.cast(mine, tf.float32) / scale, other / scale, 0, tolerance)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_statistics_of_large_half_precision_values_do_not_overflow():
     """Sums over 4096 values of 100 ± 30 and their squares leave float16's range (65504) far."""
     layer = BatchRenorm(2)
@@ -247,6 +359,7 @@ def test_statistics_of_large_half_precision_values_do_not_overflow():
     np.testing.assert_allclose(y, formula.y, rtol=4e-3, atol=0.1)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", [tf.float32, tf.float16])
 def test_a_single_value_per_channel_gives_no_nan(dtype):
     """n * height * width = 1: variance 0, and the unbiased variance would be 0 / 0."""
@@ -262,6 +375,7 @@ def test_a_single_value_per_channel_gives_no_nan(dtype):
         np.testing.assert_allclose(tf.cast(gradient[0], tf.float32), np.zeros(x.shape), atol=1e-3)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_a_constant_channel_gives_no_nan():
     layer, x = make_layer(), np.ones([4, 3, 3, CHANNELS], np.float32)
     y, *gradient = gradients(layer, x, limits_of(3, 5), np.ones_like(x))
@@ -269,6 +383,7 @@ def test_a_constant_channel_gives_no_nan():
     assert all(np.isfinite(value).all() for value in gradient)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_works_in_a_graph_with_an_unknown_batch_size():
     layer = make_layer()
     function = tf.function(
@@ -280,6 +395,7 @@ def test_works_in_a_graph_with_an_unknown_batch_size():
         np.testing.assert_allclose(function(x), paper(x, layer, 2, 1).y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_xla_computes_the_same():
     layer, x = make_layer(), tf.constant(make_batch(12))
     dy = tf.random.stateless_normal(x.shape, [7, 8])

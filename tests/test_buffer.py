@@ -7,32 +7,41 @@ import contextlib
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+
+import toolkit
+import utils
+from toolkit import recipe_of
+from utils import CROP
 
 import numpy as np
 import pytest
 
-import toolkit
-import utils
+import runtime_preprocessing
 from runtime_preprocessing import (
     BatchReader,
     BatchSpec,
     Buffer,
     Recipe,
+    Texts,
     check_spec,
     end_preprocessing,
+    keep_full,
 )
-from toolkit import recipe_of
-from utils import CROP
 
 Position = tuple[int, int]
 """Epoch and batch."""
@@ -83,6 +92,11 @@ def finish(process: subprocess.Popen) -> int:
     return process.wait(timeout=PATIENCE)
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def there(folder: Path, kind: str = "X", batches: int = BATCHES) -> set[int]:
     """Numbers, counted through all epochs, of the batches with a file of this kind."""
     found = [re.fullmatch(rf"{kind}_(\d+)_(\d+)\.npy", name) for name in os.listdir(folder)]
@@ -99,7 +113,7 @@ def settled(folder: Path, window: range, batches: int = BATCHES) -> Callable[[],
             for kind in "XY"
             for number in window
         }
-        others = {"buffer.json", "training_progress.txt"}
+        others = {"buffer.json", "training_progress.txt", ".preprocessor.lock"}
         return expected <= names <= expected | others
 
     return condition
@@ -252,6 +266,155 @@ def test_progress_of_an_older_run_does_not_end_it(tmp_path, toy, ram):
         train(ram, recipe_of(config), range(10, 20), process)
         assert finish(process) == 0
     assert os.listdir(ram) == []
+
+
+NEVER = 3600
+"""A sleep_time far beyond PATIENCE: what has to happen must not wait for it."""
+
+
+def test_sleep_time_never_keeps_training_waiting(tmp_path, toy, ram):
+    """Through five buffers in a row, each of them full when training comes to it."""
+    config = toolkit.write_config(
+        tmp_path, toy, ram, train__buffer_size=5, runtime_preprocessing__sleep_time=NEVER
+    )
+    with preprocessor(config, *span(0, 3)) as process:
+        for first in range(0, 25, 5):
+            progress(ram, first)
+            wait_until(settled(ram, range(first, first + 5)), process, first)
+        progress(ram, 30)
+        assert finish(process) == 0
+    assert said(config).count("ready ahead of training") == 1  # a line each sleep_time
+
+
+def test_a_batch_that_training_removed_is_made_again_at_once(tmp_path, toy, ram):
+    """Also one that lies further ahead, and one whose labels alone are lost."""
+    config = toolkit.write_config(
+        tmp_path, toy, ram, train__buffer_size=10, runtime_preprocessing__sleep_time=NEVER
+    )
+    with preprocessor(config, *span(0, 3)) as process:
+        wait_until(settled(ram, range(10)), process, "buffer full")
+        for name in ("X_0_0.npy", "X_0_5.npy", "Y_0_3.npy"):
+            (ram / name).unlink()
+            wait_until(settled(ram, range(10)), process, name)
+
+
+class Listed(Buffer):
+    """A buffer that counts how often its folder is listed, and whose training is fast."""
+
+    listed = first = 0
+
+    def ready(self) -> set[int]:
+        self.listed += 1
+        return super().ready()
+
+    def wanted_first(self) -> int:
+        self.first += self.spec.files(self.folder, self.first)[0].exists()
+        return self.first
+
+
+def test_the_folder_is_not_listed_for_every_batch(config, ram, monkeypatch):
+    monkeypatch.setattr(runtime_preprocessing, "LOOK_AGAIN", NEVER)
+    buffer = Listed(ram, recipe_of(config, epochs=[0, 3]), 6)
+    assert keep_full(buffer, 2, NEVER) >= 30
+    assert buffer.listed == 1
+    buffer.leave()
+    assert os.listdir(ram) == []
+
+
+def test_the_order_of_an_epoch_is_drawn_once_for_all_threads(config, monkeypatch):
+    """At 1.28 million pictures each drawing takes 5 MB: 64 threads must not draw at once."""
+    drawn, draw = [], Recipe._draw_order
+
+    def slowly(recipe, epoch):
+        drawn.append(epoch)
+        time.sleep(0.05)
+        return draw(recipe, epoch)
+
+    monkeypatch.setattr(Recipe, "_draw_order", slowly)
+    recipe = recipe_of(config)
+    with ThreadPoolExecutor(8) as pool:
+        orders = list(pool.map(recipe.order, [1] * 8))
+    assert drawn == [1] and all(order is orders[0] for order in orders)
+
+
+def test_names_in_one_piece_of_memory_are_those_of_the_list():
+    names = ["a/b.jpg", "", "ä/ö ü.JPEG", os.fsdecode(b"\xff\xfe/x.png"), "line\nbreak"]
+    texts = Texts(names)
+    assert [texts[i] for i in range(len(names))] == names
+    assert texts[np.int32(2)] == names[2]
+
+
+# --- processes --------------------------------------------------------------------------------
+
+
+def gone(pids: list[int]) -> bool:
+    """Whether none of the processes runs, whoever has to collect them."""
+    states = [Path(f"/proc/{pid}/stat") for pid in pids]
+    return all(not s.exists() or s.read_text().rpartition(")")[2].split()[0] == "Z" for s in states)
+
+
+@contextlib.contextmanager
+def at_work(config: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
+    """A preprocessor with a batch half done, and the processes that it started."""
+    with preprocessor(config, *span(0, 30)) as process:
+        wait_until(lambda: there(utils.load_config(config).train.buffer_folder), process, "begins")
+        pids = children(process.pid)
+        assert len(pids) == min(utils.cores(), 2)
+        yield process, pids
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_preprocessor_leaves_no_process(tmp_path, toy, ram, number):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=300)
+    with at_work(config) as (process, pids):
+        process.send_signal(number)
+        process.wait(timeout=PATIENCE)
+        deadline = time.monotonic() + PATIENCE
+        while not gone(pids):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    names = os.listdir(ram)
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert not any(".aside-" in name for name in names), names
+        assert f"rm -r {ram}" in said(config) and "MB, stay in" in said(config), said(config)
+        assert "Traceback" not in said(config)
+    with preprocessor(config, *span(0, 30)) as process:  # the lock is free at once
+        wait_until(lambda: len(there(ram)) > len(names) // 2, process, "goes on")
+
+
+def test_a_process_that_is_killed_ends_it_in_one_line(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=300)
+    with at_work(config) as (process, pids):
+        os.kill(pids[0], signal.SIGKILL)
+        assert finish(process) == 2
+    assert said(config).count("error: a process that made batches was killed") == 1
+    assert "Traceback" not in said(config)
+    assert gone(pids)
+
+
+def test_an_error_in_a_process_is_raised_with_its_traceback(config, ram, monkeypatch):
+    def broken(recipe, step):
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(Recipe, "parts", broken)
+    with pytest.raises(ZeroDivisionError, match="planted") as error:
+        keep_full(Buffer(ram, recipe_of(config), 3), 2, 0.1)
+    assert "in broken" in error.value.__notes__[0]
+    assert multiprocessing.active_children() == []
+    assert os.listdir(ram) == []
+
+
+def test_threads_do_the_same_where_processes_cannot_be_forked(config, ram, monkeypatch):
+    monkeypatch.setattr(runtime_preprocessing, "FORK", False)
+    recipe = recipe_of(config, epochs=[0, 1])
+    buffer = Buffer(ram, recipe, 10)
+    buffer.wanted_first = lambda: 10 if len(there(ram)) == 10 else 0
+    before = threading.active_count()
+    assert keep_full(buffer, 3, 0.1) == 10
+    assert threading.active_count() == before
+    for number in range(10):
+        assert_made_by(recipe, (0, number), load(ram, (0, number)))
 
 
 # --- healing ----------------------------------------------------------------------------------
@@ -468,7 +631,7 @@ def test_what_a_killed_trainer_left_is_gone_after_the_end(tmp_path, toy, ram):
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
     with preprocessor(config, *span(0, 1)) as process:
         wait_until(settled(ram, range(3)), process, "buffer full")
-        (ram / ".training_progress.txt.aside-4194305-1").write_text("half")
+        (ram / ".training_progress.txt.aside-0123456789abcdef").write_text("half")
         progress(ram, 10)
         assert finish(process) == 0
     assert os.listdir(ram) == []
@@ -488,6 +651,19 @@ def test_second_preprocessor_is_refused(tmp_path, toy, ram):
         assert process.poll() is None
     with preprocessor(config, *span(0, 2)) as process:  # the lock died with its process
         train(ram, recipe_of(config), range(4), process)
+
+
+def test_the_lock_of_a_trainer_that_is_at_work_stays(config, ram):
+    """Removed, it would let in a second trainer."""
+    buffer = stock(config, ram, 1)
+    held = utils.lock(ram / ".trainer.lock", "refused")
+    buffer.leave()
+    assert os.listdir(ram) == [".trainer.lock"]
+    with pytest.raises(utils.UserError):
+        utils.lock(ram / ".trainer.lock", "refused")
+    os.close(held)
+    buffer.leave()
+    assert os.listdir(ram) == []
 
 
 def test_batch_larger_than_the_dataset(config):
@@ -599,13 +775,17 @@ def test_waits_for_room_under_a_limit(tmp_path, toy, ram):
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with preprocessor(config, *span(0, 1)) as process:
         wait_until(settled(ram, range(3)), process, "buffer full")
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000_000, hard))
+        workers = children(process.pid)
+        assert len(workers) == 2
+        for pid in workers:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (1_000_000, hard))
         progress(ram, 3)
         wait_until(lambda: "no room" in said(config), process, "says that there is no room")
         time.sleep(1.5)
         assert process.poll() is None
         assert not there(ram) - {0, 1, 2}
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        for pid in workers:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
         train(ram, recipe_of(config), range(3, 10), process)
         assert finish(process) == 0
     assert said(config).count("no room") == 1, said(config)
@@ -629,7 +809,10 @@ def reading(buffer: Buffer, first: Position = (0, 0)):
     """A reader whose batches come out as NumPy arrays."""
     spec = buffer.spec
     steps = range(spec.step(*first), spec.step(2))
-    with BatchReader(buffer.folder, spec, steps, lambda *batch: batch, 0.05) as reader:
+    train = SimpleNamespace(buffer_folder=buffer.folder, sleep_time=0.05)
+    args = Namespace(epoch_start=0, epoch_end=2, batch_size=spec.batch_size, config="config.txt")
+    config = SimpleNamespace(train=train)
+    with BatchReader(config, spec, steps, lambda *batch: batch, args) as reader:
         yield reader
 
 

@@ -3,21 +3,26 @@
 python3 -m pytest tests/test_config.py
 """
 
+import ast
 import importlib
 import json
 import math
+import os
 import random
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
-
-import pytest
 
 import toolkit
 import utils
 from utils import UserError
+
+import pytest
 
 SHIPPED = (toolkit.ROOT / "config.txt").read_text(encoding="utf-8")
 
@@ -71,6 +76,7 @@ COMMANDS = {
 """Each script with the arguments that the manual shows."""
 
 WITHOUT_TENSORFLOW = list(COMMANDS)[:4]
+SCRIPTS = [*COMMANDS, "resnet50.py"]
 
 
 # --- the shipped file -------------------------------------------------------------------------
@@ -552,6 +558,65 @@ def test_wrong_arguments_are_one_line_on_stderr(script):
         assert result.stdout == ""
 
 
+OTHER_NAMES = {
+    "--lr=0.1": "--learning_rate",
+    "--LR=0.1": "--learning_rate",
+    "--learning-rate=0.1": "--learning_rate",
+    "--epochs=90": "--epoch_start and --epoch_end",
+    "--workers=8": "[runtime_preprocessing] num_of_threads",
+    "-j8": "[runtime_preprocessing] num_of_threads",
+    "-j=8": "[runtime_preprocessing] num_of_threads",
+    "--weight-decay=0.1": "[l2] l2_penalty",
+    "--weight_decay=0.1": "[l2] l2_penalty",
+    "--momentum=0.9": "[train] sgd_momentum",
+    "--data_path=/data": "[preprocess] ImageNet_folder",
+    "--data=/data": "[preprocess] ImageNet_folder",
+    "--pretrained": "--init_from",
+    "--batch-size=64": "--batch_size",
+    "-b": "--batch_size",
+    "-b64": "--batch_size",
+    "--output_dir=runs": "--run_folder",
+    "--amp": "--precision",
+    "--seed=1": "[train] seed",
+    "--bach_size=64": "--batch_size",
+}
+
+
+@pytest.mark.parametrize("flag", OTHER_NAMES)
+@pytest.mark.parametrize("usual", [COMMANDS["train.py"], []], ids=["besides", "alone"])
+def test_a_flag_by_its_name_elsewhere_gets_the_name_here(flag, usual, monkeypatch):
+    """Also where a required flag is missing, which argparse says first."""
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *usual, flag])
+    with pytest.raises(UserError) as error:
+        train.main()
+    name = re.match("-[a-zA-Z](?=[0-9=]|$)|[^=]+", flag)[0]
+    assert f"unrecognized argument {name}, did you mean {OTHER_NAMES[flag]}" in str(error.value)
+
+
+def test_a_flag_of_another_script_names_the_script():
+    result = toolkit.run("runtime_preprocessing.py", None, "--lr=0.1")
+    toolkit.assert_one_line_error(
+        result, "runtime_preprocessing.py", "--lr", "--learning_rate of train.py"
+    )
+
+
+def test_the_names_that_are_meant_exist(monkeypatch, capsys):
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit):
+        train.main()
+    flags = set(re.findall(r"--\w+", capsys.readouterr().out))
+    for meant in utils.MEANT:
+        if meant.startswith("["):
+            section, key = re.fullmatch(r"\[(\w+)\] (\w+)", meant).groups()
+            assert key in utils.KEYS[section]
+        else:
+            assert set(re.findall(r"--\w+", meant)) <= flags
+
+
 def example(text: str) -> list[str]:
     """The command of the example in a help text, without the interpreter."""
     command = text.partition("example:")[2].replace("\\\n", " ")
@@ -586,6 +651,7 @@ def test_the_example_of_the_help_is_the_manuals_and_works(script, monkeypatch, c
         module.main()
     text = capsys.readouterr().out
     assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert len(text.splitlines()) <= 40
     assert example(text) == [script, *COMMANDS[script]]
     monkeypatch.setattr(utils, "load_config", accept)
     monkeypatch.setattr(sys, "argv", [str(toolkit.ROOT / script), *COMMANDS[script]])
@@ -605,3 +671,121 @@ def test_the_config_beside_the_script_is_the_default(tmp_path):
         text=True,
     )
     toolkit.assert_one_line_error(result, "preprocess_val.py", str(tmp_path / "nowhere"))
+
+
+# --- what a script needs ----------------------------------------------------------------------
+
+
+def without(module: str, folder: Path) -> dict[str, str]:
+    """An environment in which there is no such module."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules[{module!r}] = None\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+LACKS = {
+    "tomllib": ["needs Python 3.11 or newer, this is 3."],  # as on Python 3.10
+    "fcntl": ["needs Linux or macOS"],  # as on Windows
+    "numpy": ["needs the package numpy:", "-m pip install -r", "requirements.txt"],
+    "PIL": ["needs the package pillow:", "-m pip install -r", "requirements.txt"],
+    "tensorflow": ["needs the package tensorflow:", "-m pip install -r", "requirements.txt"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("module", LACKS)
+def test_what_is_lacking_is_one_line(module, script, tmp_path):
+    result = toolkit.run(script, None, "--help", **without(module, tmp_path))
+    if module == "tensorflow" and script in WITHOUT_TENSORFLOW:
+        assert result.returncode == 0 and result.stderr == ""
+    else:
+        toolkit.assert_one_line_error(result, script, *LACKS[module])
+        assert result.stdout == ""
+
+
+def test_a_broken_package_or_our_own_mistake_keeps_its_traceback():
+    for name in ("numpy.core", "absl", "utilities", None):
+        with pytest.raises(ModuleNotFoundError), utils.quiet_tensorflow():
+            raise ModuleNotFoundError(name, name=name)
+
+
+def test_every_module_can_be_read_by_an_older_python():
+    """Else a syntax error comes before the line that says which Python is needed."""
+    for path in sorted(toolkit.ROOT.glob("*.py")):
+        ast.parse(path.read_text(), feature_version=(3, 9))
+
+
+def test_every_script_imports_utils_before_the_packages():
+    for script in SCRIPTS:
+        text = (toolkit.ROOT / script).read_text()
+        packages = re.search(r"^\s*(import|from) (numpy|PIL|tensorflow)", text, re.MULTILINE)
+        assert text.index("\nimport utils\n") < packages.start(), script
+
+
+# --- output that nobody takes -----------------------------------------------------------------
+
+NOWHERE = {"a full disk": ">/dev/full 2>&1", "closed": ">&- 2>&-", "all closed": "<&- >&- 2>&-"}
+"""Redirections of a shell."""
+
+
+def status_in_shell(redirection: str, command: list[str]) -> int:
+    return subprocess.run(["bash", "-c", f"{shlex.join(command)} {redirection}"]).returncode
+
+
+def status_of_closed_pipe(command: list[str]) -> int:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        return subprocess.run(command, stdout=writing, stderr=writing).returncode
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_that_nobody_reads_is_no_error(script):
+    command = toolkit.command(script, None, "--help")
+    assert status_in_shell(">/dev/full 2>&-", command) == 0
+    if script in WITHOUT_TENSORFLOW:  # the others take their time
+        assert {status_in_shell(shell, command) for shell in NOWHERE.values()} == {0}
+        assert status_of_closed_pipe(command) == 0
+
+
+def test_work_is_done_whatever_becomes_of_the_output(config, tmp_path):
+    command = toolkit.command("preprocess.py", config, "--shorter_side=256")
+    folder = tmp_path / "preprocessed"
+    runs = {name: partial(status_in_shell, shell) for name, shell in NOWHERE.items()}
+    for name, run in {**runs, "a closed pipe": status_of_closed_pipe}.items():
+        shutil.rmtree(folder, ignore_errors=True)
+        assert run(command) == 0, name
+        copies = list((folder / "256").rglob("*.JPEG"))
+        assert len(copies) == 40, name
+        for path in copies:  # no message among the pictures
+            assert path.read_bytes()[:2] == b"\xff\xd8" and path.read_bytes()[-2:] == b"\xff\xd9"
+
+
+def test_an_error_that_nobody_reads_keeps_its_status(tmp_path):
+    command = toolkit.command("preprocess.py", tmp_path / "nope.txt", "--shorter_side=256")
+    assert {status_in_shell(shell, command) for shell in NOWHERE.values()} == {2}
+    assert status_of_closed_pipe(command) == 2
+
+
+def test_a_closed_stream_is_nobody_elses(tmp_path):
+    """The next file to be opened would get its number, and what libraries say would go into it."""
+    code = "import os, utils; os._exit(os.open(os.devnull, os.O_RDONLY))"
+    shell = f"cd {shlex.quote(str(toolkit.ROOT))}; {shlex.join([sys.executable, '-c', code])}"
+    for redirection in NOWHERE.values():
+        number = subprocess.run(["bash", "-c", f"{shell} {redirection}"]).returncode
+        assert number > 2, redirection
+
+
+def test_the_progress_bar_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for columns in (40, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        progress = utils.Progress(1_281_167, "pictures")
+        progress.add()
+        progress.add(1_281_166)
+        shown = capsys.readouterr().out
+        assert shown.endswith("\n") and shown.count("\n") == 1
+        for text in shown.strip().split("\r"):
+            assert len(text) <= max(columns - 1, 60) and "pictures" in text
+        assert ("█" in shown) == (columns > 70)

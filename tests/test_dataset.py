@@ -10,15 +10,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import toolkit
+import utils
+from utils import UserError
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import preprocess
-import toolkit
-import utils
 from preprocess import Pictures
-from utils import UserError
 
 WNIDS = ("n02", "n10", "n01")
 """Classes, deliberately not in sorted order: n01 has label 0, n02 label 1, n10 label 2."""

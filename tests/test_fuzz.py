@@ -14,11 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import toolkit  # noqa: F401  the scripts can be imported
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFile
 
-import toolkit  # noqa: F401  the scripts can be imported
 from preprocess import SIDES, BrokenPicture, crop_any, crop_jpeg, cut, decode_reduced, window
 
 SEED, FILES = 20, 500

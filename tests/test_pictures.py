@@ -14,16 +14,17 @@ import tracemalloc
 import zlib
 from pathlib import Path
 
+import toolkit
+import utils
+from utils import UserError
+
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
 import preprocess
 import preprocess_val
-import toolkit
-import utils
 from preprocess import BrokenPicture
-from utils import UserError
 
 # As in the scripts: utils sets these filters when it is imported, pytest resets them.
 pytestmark = [

@@ -5,9 +5,18 @@ each time. Held against Pillow's own resizing, NumPy in float64, and the real co
 import dataclasses
 import io
 import json
+import mmap
+import multiprocessing
+import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import toolkit
+import utils
+from toolkit import recipe_of
+from utils import CROP
 
 import numpy as np
 import pytest
@@ -16,8 +25,6 @@ from PIL import Image
 import get_mu_sigma
 import preprocess
 import runtime_preprocessing
-import toolkit
-import utils
 from preprocess import SIDES, crop_any, crop_file, crop_jpeg, jpeg_frame
 from runtime_preprocessing import (
     GROUP,
@@ -26,8 +33,6 @@ from runtime_preprocessing import (
     draw_choices,
     finish,
 )
-from toolkit import recipe_of
-from utils import CROP
 
 MU, SIGMA = [0.48180, 0.44969, 0.39839], [0.27336, 0.26435, 0.27563]
 
@@ -683,6 +688,74 @@ def test_a_file_that_vanishes_is_a_broken_picture(tmp_path, own_toy, capsys):
     recipe.make(recipe.spec.step(0, 0))
     recipe.make(recipe.spec.step(1, 0))
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- the benchmark ----------------------------------------------------------------------------
+
+
+class SlowStorage:
+    """100,000 pictures, of which 200 are read per second, by all processes together.
+
+    What was read once lies in memory, and comes at once.
+    """
+
+    count = 100_000
+
+    def __init__(self):
+        self._due = multiprocessing.get_context("fork").Value("d", 0.0)
+        self._cached = mmap.mmap(-1, self.count)  # shared with forked processes
+        self._picture = Image.new("RGB", (CROP, CROP))
+
+    def recipe(self, config: Path) -> Recipe:
+        recipe = recipe_of(config)
+        paths = [str(i) for i in range(self.count)]
+        pictures = dataclasses.replace(
+            recipe.pictures, folder=Path("slow"), paths=paths, labels=np.zeros(self.count, np.int32)
+        )
+        batches = self.count // recipe.spec.batch_size
+        spec = dataclasses.replace(recipe.spec, N=self.count, batches_per_epoch=batches)
+        return Recipe(spec, pictures, {})
+
+    def crop_file(self, path: str, side: int, corner: list[float]) -> Image.Image:
+        index = int(path.removeprefix("slow/"))
+        if not self._cached[index]:
+            with self._due.get_lock():
+                # A reader that comes late may make up for a twentieth of a second.
+                due = max(self._due.value, time.monotonic() - 0.05) + 1 / 200
+                self._due.value = due
+            time.sleep(max(0.0, due - time.monotonic()))
+            self._cached[index] = 1
+        return self._picture
+
+
+def test_benchmark_says_what_slow_storage_gives(config, ram, monkeypatch, capsys):
+    """200 pictures per second, for every number of threads, and when it is started again."""
+    storage = SlowStorage()
+    monkeypatch.setattr(runtime_preprocessing, "crop_file", storage.crop_file)
+    for _ in range(2):
+        runtime_preprocessing.benchmark(storage.recipe(config), ram, seconds=1)
+    lines = re.findall(r"(\d+) threads? +([\d,]+) pictures/s", capsys.readouterr().out)
+    assert len(lines) >= 8 and int(lines[-1][0]) >= 8, lines
+    assert all(160 <= int(rate) <= 240 for _, rate in lines), lines
+    assert os.listdir(ram) == []
+
+
+def test_benchmark_reads_other_pictures_for_each_count(config, ram, monkeypatch):
+    """Else the later counts find in memory what the first has read."""
+    read = tmp = ram / "read"
+    read.mkdir()
+    make = runtime_preprocessing.Recipe.parts
+
+    def note(recipe, step):
+        with open(tmp / str(step), "a") as file:
+            file.write("x")
+        return make(recipe, step)
+
+    monkeypatch.setattr(runtime_preprocessing.Recipe, "parts", note)
+    runtime_preprocessing.benchmark(recipe_of(config), ram, seconds=0.1)
+    made = {int(path.name): len(path.read_text()) for path in read.iterdir()}
+    assert set(made.values()) == {1}
+    assert len(made) > 2 * 15
 
 
 # --- resized folders --------------------------------------------------------------------------

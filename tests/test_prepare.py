@@ -16,6 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import toolkit
+import utils
+from utils import UserError
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -23,10 +27,7 @@ from PIL import Image, ImageOps
 import get_mu_sigma
 import preprocess
 import preprocess_val
-import toolkit
 import toy_dataset
-import utils
-from utils import UserError
 
 SIDES = range(256, 481, 7)
 
@@ -241,7 +242,7 @@ def test_a_restart_keeps_what_is_finished_and_makes_what_is_missing(settings, tm
     whole, times = tree(folder), mtimes(folder)
     for name in ("a/plain.JPEG", "b/large.JPEG"):
         (folder / "256" / name).unlink()
-    leftover = folder / "256/a/.plain.JPEG.aside-4194304-1"
+    leftover = folder / "256/a/.plain.JPEG.aside-0123456789abcdef"
     leftover.write_bytes(b"half")
     assert utils.is_leftover(leftover.name)
     result = run_well("preprocess.py", settings, "--shorter_side=256")
@@ -612,12 +613,12 @@ def test_a_restart_of_the_crops_keeps_what_is_finished(settings, mixed, tmp_path
     (folder / "X10_4.npy").unlink()
     (folder / "X10_7.npy").write_bytes(b"half")
     (folder / "y.npy").unlink()
-    (folder / ".X10_3.npy.aside-4194304-1").write_bytes(b"half")
+    (folder / ".X10_3.npy.aside-0123456789abcdef").write_bytes(b"half")
     run_well("preprocess_val.py", settings)
     assert_crops_are_right(folder, mixed)
     changed = {path.name for path, at in mtimes(folder).items() if times[path] != at}
     assert changed == {"X10_4.npy", "X10_7.npy", "class_names.txt", "y.npy"}
-    assert not (folder / ".X10_3.npy.aside-4194304-1").exists()
+    assert not (folder / ".X10_3.npy.aside-0123456789abcdef").exists()
 
 
 def test_killed_and_started_again_it_cuts_the_same(tmp_path, toy):

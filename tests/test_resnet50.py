@@ -3,13 +3,14 @@
 python3 -m pytest tests/test_resnet50.py
 """
 
+import toolkit  # noqa: F401  (puts the scripts on the path)
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import resnet50
-import toolkit  # noqa: F401  (puts the scripts on the path)
 from batch_renorm import Limits
 from resnet50 import ConvNorm, ResNet50
 

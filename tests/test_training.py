@@ -1,24 +1,28 @@
 """train.py: real runs at toy size, killed and resumed; precision, replicas, workers; schedules."""
 
+import argparse
 import csv
+import dataclasses
 import functools
 import json
 import random
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+import toolkit
+import utils
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import resnet50
-import toolkit
 import toy_dataset
 import train
-import utils
 
 RATE = "--learning_rate=0.01"
 BATCH = "--batch_size=4"
@@ -71,11 +75,13 @@ class Training:
         return toolkit.start("train.py", self.config, *arguments, log=log)
 
     def state(self, run: str, epoch: int) -> dict[str, np.ndarray]:
-        """All that an epoch's training state holds, by name."""
-        path = self.models / run / str(epoch) / "training_state" / "checkpoint"
-        reader = tf.train.load_checkpoint(str(path))
-        names = [name for name in reader.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name]
-        return {name: reader.get_tensor(name) for name in names}
+        """All that an epoch's model and training state hold, by name."""
+        folder, found = self.models / run / str(epoch), {}
+        for path in (folder / "variables" / "variables", folder / "training_state" / "state"):
+            reader = tf.train.load_checkpoint(str(path))
+            names = [n for n in reader.get_variable_to_shape_map() if "OBJECT_GRAPH" not in n]
+            found |= {f"{path.name}/{name}": reader.get_tensor(name) for name in names}
+        return found
 
     def log(self, run: str) -> list[dict]:
         with open(self.models / run / "training_log.csv", newline="") as file:
@@ -108,10 +114,10 @@ def test_killed_at_ten_random_moments_and_resumed_as_if_never_killed(training):
     moments = random.Random(1)
     training.preprocess(1000)  # more than can be trained before the last kill
     log = training.models / "killed" / "training_log.csv"
-    arguments = ["--checkpoint_minutes=0", "--log_seconds=0", "--resume"]
+    arguments = ["--checkpoint_minutes=0", "--log_seconds=0"]
     for kill in range(10):
         before = max(_lines(log), 1)
-        process = training.start("killed", 0, 1000, *arguments)
+        process = training.start("killed", 0, 1000, *arguments, *["--resume"] * (kill > 0))
         if kill % 2:  # at any moment of the start; else soon after a batch
             time.sleep(moments.uniform(0, 6))
         else:
@@ -121,7 +127,7 @@ def test_killed_at_ten_random_moments_and_resumed_as_if_never_killed(training):
         process.kill()
         process.wait()
     epochs = int(training.log("killed")[-1]["epoch"]) + 2
-    process = training.start("killed", 0, epochs, *arguments)
+    process = training.start("killed", 0, epochs, *arguments, "--resume")
     assert process.wait() == 0, (training.folder / "killed.log").read_text()
     assert training.run("undisturbed", 0, epochs, "--log_seconds=0").returncode == 0
     one, other = (training.state(run, epochs - 1) for run in ("undisturbed", "killed"))
@@ -132,14 +138,14 @@ def test_killed_at_ten_random_moments_and_resumed_as_if_never_killed(training):
     assert losses[0] == losses[1]
     run = training.models / "killed"
     left = [path.name for path in run.iterdir() if path.name.startswith((".", "state_"))]
-    assert not left
+    assert left == [train.LOCK]
 
 
 def _lines(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.is_file() else 0
 
 
-def _wait_until(condition, seconds: float = 120) -> None:
+def _wait_until(condition, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -147,7 +153,7 @@ def _wait_until(condition, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_save_the_exact_batch_and_resume_goes_on_there(training, number):
     training.preprocess(40)
     process = training.start("stopped", 0, 40, "--log_seconds=0")
@@ -193,9 +199,9 @@ def test_saved_model_gives_probabilities_of_the_network_and_names(training):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     trainer = make_trainer(classes=4)
     config = utils.load_config(training.config)
-    facts = {"classes": 4}
-    train.load_state(trainer, training.models / "model" / "0", facts, exact=False)
-    mu, sigma = utils.mu_sigma(config)
+    spec = toolkit.recipe_of(training.config).spec
+    train.load_state(trainer, training.models / "model" / "0", spec, exact=False)
+    mu, sigma = config.utils.mu, config.utils.sigma
     x = ((images / 255 - mu) / sigma).astype(np.float32)
     logits = trainer.network(tf.constant(x)).numpy().astype(np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -228,7 +234,7 @@ def test_second_trainer_on_a_run_is_refused_and_leaves_it_alone(training):
     try:
         _wait_until(lambda: "no batches in" in (training.folder / "run.log").read_text())
         second = toolkit.run("train.py", training.config, *training.arguments("run", 0, 1))
-        toolkit.assert_one_line_error(second, "train.py", "another train.py is working on this run")
+        toolkit.assert_one_line_error(second, "train.py", "another train.py works on this run")
         assert (training.models / "run").is_dir()
     finally:
         first.kill()
@@ -322,7 +328,7 @@ def test_two_workers_lose_one_stop_clearly_and_resume(workers):
         process.wait()
     for trainer in workers.start(1, "--resume"):
         assert trainer.wait(timeout=180) == 0, workers.log(0) + workers.log(1)
-    assert "going on from" in workers.log(1)
+    assert "continuing from" in workers.log(1)
     assert (workers.models / "two" / "0" / "saved_model.pb").is_file()
     saved = f"saved {workers.models / 'two' / '0'}"
     assert saved in workers.log(0)
@@ -339,11 +345,14 @@ def two_replicas() -> tf.distribute.Strategy:
 
 
 def make_trainer(strategy=None, precision="float32", classes=8, **options):
-    args = SimpleNamespace(label_smoothing=0.0, jit_compile=False, batch_size=4)
-    vars(args).update(options)
+    given = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, bool)]
+    given += [f"--{name}" for name, value in options.items() if value is True]
+    usual = ["--run_folder=x", "--epoch_start=0", "--epoch_end=9", BATCH, RATE]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *usual, f"--precision={precision}", *given])
+        args = train.parse_arguments()
     config = utils.load_config(toolkit.ROOT / "config.txt")
-    strategy = strategy or tf.distribute.get_strategy()
-    return train.Trainer(strategy, config, classes, precision, args)
+    return train.Trainer(strategy or tf.distribute.get_strategy(), config, classes, args)
 
 
 def small_batch(seed: int = 0):
@@ -356,6 +365,10 @@ def small_batch(seed: int = 0):
 def small_network(monkeypatch):
     """Two blocks, one of them with stride and projection, where more would only take longer."""
     monkeypatch.setattr(resnet50, "STAGES", [(1, 64, 256, 1), (1, 128, 512, 2)])
+
+
+def metrics(values: tf.Tensor) -> dict[str, float]:
+    return dict(zip(train.METRICS, values.numpy().tolist(), strict=True))
 
 
 def weights(trainer) -> np.ndarray:
@@ -426,17 +439,19 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(replicas, small_network
     strategy = two_replicas() if replicas > 1 else None
     trainer = make_trainer(strategy, "mixed_float16")
     trainer.step(*trainer.put(*small_batch()), 0.01)
-    trainer.optimizer.dynamic_scale.assign(2.0**100)
+    trainer.loss_scale.assign(2.0**100)
     before = weights(trainer)
-    loss = trainer.step(*trainer.put(*small_batch()), 0.01).numpy()
-    assert np.isfinite(loss).all()
+    momentum = [slot.numpy() for slot in trainer.optimizer.momentums]
+    loss = metrics(trainer.step(*trainer.put(*small_batch()), 0.01))
+    assert np.isfinite(loss["loss"]) and loss["skipped_steps"] == 1
+    for slot, then in zip(trainer.optimizer.momentums, momentum, strict=True):
+        np.testing.assert_array_equal(slot.numpy(), then)
     assert np.array_equal(weights(trainer), before)
-    assert float(trainer.optimizer.dynamic_scale.numpy()) == 2.0**99
-    trainer.checkpoint.write(str(tmp_path / "state"))
+    assert float(trainer.loss_scale.numpy()) == 2.0**99
+    trainer.state.write(str(tmp_path / "state"))
     restored = make_trainer(precision="mixed_float16")
-    restored.checkpoint.read(str(tmp_path / "state")).assert_existing_objects_matched()
-    assert float(restored.optimizer.dynamic_scale.numpy()) == 2.0**99
-    assert np.array_equal(weights(restored), before)
+    restored.state.read(str(tmp_path / "state")).assert_existing_objects_matched()
+    assert float(restored.loss_scale.numpy()) == 2.0**99
 
 
 def test_xla_takes_the_same_step(small_network):
@@ -458,10 +473,10 @@ def test_loss_against_numpy_with_label_smoothing_and_l2(small_network):
     targets[np.arange(4), labels] += 0.9
     log_softmax = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     plain = -(targets * log_softmax).sum(axis=1).mean()
-    loss, without_l2, top1 = trainer.step(*trainer.put(images, labels), 0.0).numpy()
-    assert without_l2 == pytest.approx(plain, rel=1e-5)
-    assert loss == pytest.approx(plain + 0.0001 / 2 * squares, rel=1e-5)
-    assert top1 == pytest.approx((logits.argmax(axis=1) == labels).mean())
+    values = metrics(trainer.step(*trainer.put(images, labels), 0.0))
+    assert values["loss_without_l2"] == pytest.approx(plain, rel=1e-5)
+    assert values["loss"] == pytest.approx(plain + 0.0001 / 2 * squares, rel=1e-5)
+    assert values["top1"] == pytest.approx((logits.argmax(axis=1) == labels).mean())
 
 
 def test_sgd_with_momentum_against_numpy(small_network):
@@ -490,7 +505,7 @@ def test_sgd_with_momentum_against_numpy(small_network):
 def rates(batches: int = 10, epochs: int = 6, **options) -> list[float]:
     args = {"learning_rate": 0.1, "lr_schedule": "constant", "warmup_epochs": 0}
     args = SimpleNamespace(**args | {"lr_drop_epochs": (), "epoch_end": epochs} | options)
-    return [train.learning_rate(step, batches, args) for step in range(batches * epochs)]
+    return [train.learning_rate(step, args, batches) for step in range(batches * epochs)]
 
 
 def test_learning_rate_schedules():
@@ -499,6 +514,8 @@ def test_learning_rate_schedules():
     np.testing.assert_allclose(steps, [0.1] * 20 + [0.01] * 20 + [0.001] * 20)
     cosine = rates(lr_schedule="cosine")
     np.testing.assert_allclose(cosine, 0.05 * (1 + np.cos(np.pi * np.arange(60) / 60)))
+    half = rates(batches=7, epochs=2, warmup_epochs=0.5)
+    np.testing.assert_allclose(half[:4], [0.1 / 3.5, 0.2 / 3.5, 0.3 / 3.5, 0.1])  # never above
     warm = rates(lr_schedule="cosine", warmup_epochs=2)
     np.testing.assert_allclose(warm[:20], np.arange(1, 21) / 20 * 0.1)
     np.testing.assert_allclose(warm[20:], 0.05 * (1 + np.cos(np.pi * np.arange(40) / 40)))
@@ -510,17 +527,17 @@ def test_compact_lists():
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "/tmp/x", "", ".hidden", "..", "a\nb"])
 def test_run_folder_cannot_lead_elsewhere(name):
-    config = SimpleNamespace(train=SimpleNamespace(path_for_saving=Path("/models")))
-    with pytest.raises(utils.UserError):
-        utils.run_folder(config, name)
+    with pytest.raises(argparse.ArgumentTypeError):
+        utils.run_name(name)
 
 
 def test_state_of_another_class_count_or_broken_is_refused(training):
     assert training.run("run", 0, 1).returncode == 0
     folder = training.models / "run" / "0"
     with pytest.raises(utils.UserError, match="classes"):
-        train.load_state(make_trainer(classes=5), folder, {"classes": 5}, exact=False)
-    checkpoint = next((folder / "training_state").glob("checkpoint.data*"))
+        spec = dataclasses.replace(toolkit.recipe_of(training.config).spec, classes=5)
+        train.load_state(make_trainer(classes=5), folder, spec, exact=False)
+    checkpoint = next((folder / "training_state").glob("state.data*"))
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     result = training.run("run", 1, 2)
     toolkit.assert_one_line_error(result, "train.py", "run/0", "cannot be read")
@@ -528,7 +545,7 @@ def test_state_of_another_class_count_or_broken_is_refused(training):
 
 def test_a_broken_model_is_renamed_and_made_again(training):
     assert training.run("run", 0, 2).returncode == 0
-    checkpoint = next((training.models / "run/1/training_state").glob("checkpoint.data*"))
+    checkpoint = next((training.models / "run/1/training_state").glob("state.data*"))
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     result = training.run("run", 0, 3, "--resume")
     assert result.returncode == 0, result.stderr
@@ -537,11 +554,11 @@ def test_a_broken_model_is_renamed_and_made_again(training):
         "0", "1", "1.broken", "2", "events",
     }  # fmt: skip
     again = toolkit.run("train.py", training.config, *training.arguments("run", 0, 3, "--resume"))
-    assert again.returncode == 0 and "to the end of epoch 2 already" in again.stdout
+    assert again.returncode == 0 and "already trained to the end of epoch 2" in again.stdout
 
 
 def test_epochs_that_are_not_there_cannot_be_resumed(training):
     arguments = training.arguments("misspelt", 1, 2, "--resume")
     result = toolkit.run("train.py", training.config, *arguments)
-    toolkit.assert_one_line_error(result, "train.py", "misspelt", "--epoch_start=1")
+    toolkit.assert_one_line_error(result, "train.py", "misspelt", "no such run", "no runs yet")
     assert not (training.models / "misspelt").exists()

@@ -50,9 +50,10 @@ def write_config(folder: Path, dataset: Path, buffer: Path, **values: object) ->
 
 def recipe_of(config: Path, batch_size: int = 4, **changes: object):
     """The runtime_preprocessing.Recipe that the command has with this config.txt."""
+    import utils
+
     import preprocess
     import runtime_preprocessing
-    import utils
 
     settings = utils.load_config(config)
     pictures = preprocess.training_pictures(settings)
@@ -107,13 +108,14 @@ def assert_one_line_error(result: subprocess.CompletedProcess, script: str, *wor
 
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
-    """What TensorBoard shows of the event files in a folder, by name and step."""
+    """The scalars in the event files of a folder, by name and step. None may appear twice."""
     import tensorflow as tf
 
     seen = {}
     for file in folder.iterdir():
         for event in tf.compat.v1.train.summary_iterator(str(file)):
             for value in event.summary.value:
-                assert value.metadata.plugin_data.plugin_name == "scalars"
-                seen[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+                assert value.HasField("simple_value")
+                assert (value.tag, event.step) not in seen
+                seen[value.tag, event.step] = value.simple_value
     return seen

@@ -1,0 +1,466 @@
+"""What a run keeps, refuses, continues from and says, in this process and with a small network.
+
+The whole commands are in test_training.py.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import toolkit
+import utils
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import resnet50
+import train
+from runtime_preprocessing import BatchSpec
+
+SPEC = BatchSpec(
+    batch_size=4,
+    seed=0,
+    dataset="/data",
+    N=10,
+    pictures="0123abcd",
+    classes=8,
+    class_names=[f"class {i}" for i in range(8)],
+    mu=[0.5, 0.5, 0.5],
+    sigma=[0.25, 0.25, 0.25],
+    resized=[],
+    worker=0,
+    workers=1,
+    batches_per_epoch=2,
+    epochs=[0, 9],
+)
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch):
+    monkeypatch.setattr(resnet50, "STAGES", [(1, 64, 256, 1), (1, 128, 512, 2)])
+
+
+def arguments(*flags: str) -> argparse.Namespace:
+    """What the command line of these flags gives, on a machine without a GPU."""
+    usual = ["--run_folder=run", "--epoch_end=9", "--batch_size=4", "--learning_rate=0.01"]
+    given = [flag.partition("=")[0] for flag in flags]
+    usual = [flag for flag in usual if flag.partition("=")[0] not in given]
+    if "--epoch_start" not in given:
+        usual.append("--epoch_start=0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *usual, *flags])
+        args = train.parse_arguments()
+    args.precision = args.precision or "float32"
+    return args
+
+
+def trainer_of(*flags: str, classes: int = 8, **settings: object) -> train.Trainer:
+    """`settings` are section__key=value of config.txt."""
+    config = utils.load_config(toolkit.ROOT / "config.txt")
+    for name, value in settings.items():
+        section, key = name.split("__")
+        setattr(getattr(config, section), key, value)
+    return train.Trainer(tf.distribute.get_strategy(), config, classes, arguments(*flags))
+
+
+def saver_of(run: train.Run, trainer: train.Trainer, spec: BatchSpec = SPEC) -> train.Saver:
+    return train.Saver(run, trainer, spec, trainer.config, trainer.args)
+
+
+@pytest.fixture
+def run(tmp_path) -> train.Run:
+    (tmp_path / "run").mkdir()
+    return train.Run(tmp_path / "run", chief=True)
+
+
+def batch(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Four pictures of 64x64: the network takes any size."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(4, 64, 64, 3)).astype(np.float16), np.arange(4, dtype=np.int32)
+
+
+def take_step(trainer: train.Trainer, seed: int = 0, rate: float = 0.01) -> dict[str, float]:
+    values = trainer.step(*trainer.put(*batch(seed)), rate)
+    return dict(zip(train.METRICS, values.numpy().tolist(), strict=True))
+
+
+def everything(trainer: train.Trainer) -> list[np.ndarray]:
+    """Weights, averages, momentum and counters."""
+    slots = [slot.value for slot in trainer.optimizer.momentums]
+    counters = [trainer.updates, trainer.loss_scale, trainer.good_updates]
+    return [v.numpy() for v in (*trainer.network.variables, *slots, *counters)]
+
+
+def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# --- starting and continuing ----------------------------------------------------------------
+
+
+def test_a_run_that_does_not_exist_cannot_be_resumed_and_those_that_do_are_named(tmp_path):
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(utils.UserError, match="mien: no such run.*mine, other"):
+        train.Run(tmp_path / "mien", chief=True).claim(arguments("--resume"))
+    assert not (tmp_path / "mien").exists()
+
+
+def test_a_state_within_an_epoch_is_never_removed_by_a_start_without_resume(run):
+    for name in ("0", "1", "2", "state_3_1"):
+        (run.folder / name).mkdir()
+    with pytest.raises(utils.UserError, match="state_3_1.*--resume.*epoch 3 again"):
+        run.claim(arguments("--epoch_start=3"))
+    assert (run.folder / "state_3_1").is_dir()
+    shutil.rmtree(run.folder / "state_3_1")
+    run.claim(arguments("--epoch_start=3"))
+
+
+def test_a_refused_start_leaves_no_folder_of_its_own(tmp_path):
+    run = train.Run(tmp_path / "new", chief=True)
+    run.claim(arguments())
+    run._remove_if_empty()
+    assert not run.folder.exists()
+    run.claim(arguments())
+    (run.folder / "0").mkdir()
+    run._remove_if_empty()
+    assert run.folder.exists()
+
+
+def test_continuing_restores_weights_averages_momentum_and_counters(run):
+    trainer = trainer_of()
+    take_step(trainer)
+    saver_of(run, trainer).save_epoch(2)
+    take_step(trainer, seed=1)
+    saver_of(run, trainer).save_rolling(3)
+    for flags, step in ((["--epoch_start=1"], 2), (["--resume"], 3)):
+        other = trainer_of(*flags)
+        assert train.restore(run, other, SPEC, other.args) == step
+        if step == 3:
+            assert same(everything(other), everything(trainer))
+        assert float(other.updates.numpy()) == step - 1
+    metrics = [take_step(each, seed=2) for each in (trainer, other)]
+    assert metrics[0] == metrics[1]
+    assert same(everything(other), everything(trainer))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("mixed_float16", "float32"), ("float32", "mixed_float16"), ("mixed_bfloat16", "float32")],
+)
+def test_any_precision_continues_from_any_other(run, before, after, capsys):
+    trainer = trainer_of(f"--precision={before}")
+    take_step(trainer)
+    saver_of(run, trainer).save_epoch(2)
+    other = trainer_of("--resume", f"--precision={after}")
+    assert train.restore(run, other, SPEC, other.args) == 2
+    assert same(everything(other), everything(trainer))
+    assert f"--precision is now {after}" in capsys.readouterr().out
+    assert math.isfinite(take_step(other)["loss"])
+
+
+def test_other_flags_of_the_schedule_are_said(run, capsys):
+    trainer = trainer_of("--lr_schedule=cosine", "--warmup_epochs=2")
+    saver_of(run, trainer).save_epoch(2)
+    other = trainer_of("--resume", "--learning_rate=0.5")
+    train.restore(run, other, SPEC, other.args)
+    said = capsys.readouterr().out
+    assert "--lr_schedule is now constant; the state was trained with cosine" in said
+    assert "--warmup_epochs is now 0.0" in said and "--learning_rate is now 0.5" in said
+    again = trainer_of("--resume", "--lr_schedule=cosine", "--warmup_epochs=2")
+    train.restore(run, again, SPEC, again.args)
+    assert "is now" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["mu", "sigma", "seed", "batch_size", "pictures", "N", "workers"])
+def test_a_state_within_an_epoch_fits_only_the_same_batches(run, key):
+    saver_of(run, trainer_of()).save_rolling(3)
+    value = {"mu": [0.1] * 3, "sigma": [0.1] * 3, "pictures": "other"}.get(key, 7)
+    other = trainer_of("--resume")
+    with pytest.raises(utils.UserError, match=f"{key} = "):
+        train.restore(run, other, dataclasses.replace(SPEC, **{key: value}), other.args)
+
+
+def test_a_model_without_its_training_state_is_named_with_the_way_out(run):
+    saver_of(run, trainer_of()).save_epoch(2)
+    shutil.rmtree(run.folder / "0" / "training_state")
+    for flags in (["--resume"], ["--epoch_start=1"]):
+        other = trainer_of(*flags)
+        with pytest.raises(utils.UserError, match="training_state is not there.*--init_from"):
+            train.restore(run, other, SPEC, other.args)
+    assert (run.folder / "0").is_dir()
+    assert run.is_trained_to(1) and not run.is_trained_to(2)
+
+
+def test_momentum_may_be_switched_on_and_off_between_runs(run):
+    for epoch, (before, after) in enumerate([(0.0, 0.9), (0.9, 0.0)]):
+        saver_of(run, trainer_of(train__sgd_momentum=before)).save_epoch(2 * epoch + 2)
+        other = trainer_of("--resume", train__sgd_momentum=after)
+        assert train.restore(run, other, SPEC, other.args) == 2 * epoch + 2
+
+
+# --- saving ---------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_are_not_saved(run):
+    trainer = trainer_of()
+    trainer.network.dense_bias.assign(tf.fill([8], float("nan")))
+    saver = saver_of(run, trainer)
+    for save, step in ((saver.save_epoch, 2), (saver.save_rolling, 3)):
+        with pytest.raises(utils.UserError, match="no longer finite.*smaller --learning_rate"):
+            save(step)
+    assert os.listdir(run.folder) == []
+
+
+def test_a_full_disk_while_a_state_is_saved_leaves_the_last_one(run, monkeypatch, capsys):
+    trainer = trainer_of()
+    saver = saver_of(run, trainer)
+    saver.save_rolling(1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver, "_write_state", full)
+    saver.save_rolling(3)
+    assert os.listdir(run.folder) == ["state_0_1"]
+    assert "not saved, training continues" in capsys.readouterr().err
+
+
+def keep(run: train.Run, evaluated: dict[int, float], epochs: int, *flags: str) -> list[int]:
+    for epoch in range(epochs):
+        (run.folder / str(epoch)).mkdir(exist_ok=True)
+    rows = [{"epoch": e, "top1_10crop": "", "top1_centre": top1} for e, top1 in evaluated.items()]
+    utils.write_csv(run.folder / "accuracy.csv", ["epoch", "top1_10crop", "top1_centre"], rows)
+    args = arguments(*flags)
+    train.Saver(run, None, SPEC, None, args)._remove_old_epochs(args.keep_last)
+    return run.epochs()
+
+
+def test_keep_last_keeps_the_newest_and_the_best(run):
+    assert keep(run, {0: 0.2, 1: 0.9, 2: 0.5, 3: 0.6, 4: 0.1}, 6, "--keep_last=2") == [1, 4, 5]
+
+
+def test_keep_last_waits_for_a_checker_at_work(run):
+    utils.lock(run.folder / ".check_accuracy.lock", "")
+    assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 2, 3, 4, 5]
+    utils.remove_lock(run.folder / ".check_accuracy.lock")
+    assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 4, 5]
+
+
+# --- the step -------------------------------------------------------------------------------
+
+
+def freeze_statistics(trainer: train.Trainer) -> None:
+    """Makes normalisation in training use the moving averages, as at inference."""
+    network = trainer.network
+
+    class Fixed(type(network)):
+        def __call__(self, x, limits=None):
+            for norm in self.norms:
+                norm.batch_mean, norm.batch_std = norm.moving_mean + 0, norm.moving_std + 0
+            return super().__call__(x)
+
+    network.__class__ = Fixed
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_a_batch_in_pieces_gives_the_update_of_the_whole(precision):
+    results = []
+    for pieces in (1, 4):
+        trainer = trainer_of(f"--accumulation_steps={pieces}", f"--precision={precision}")
+        freeze_statistics(trainer)
+        metrics = [take_step(trainer, rate=0.1) for _ in range(2)]
+        results.append((everything(trainer), metrics))
+    (whole, of_whole), (parts, of_parts) = results
+    tolerance = 1e-6 if precision == "float32" else 2e-3
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, atol=tolerance)
+    for one, other in zip(of_whole, of_parts, strict=True):
+        assert one == pytest.approx(other, rel=1e-2 if precision != "float32" else 1e-5)
+
+
+def test_averages_of_a_batch_in_pieces_are_those_of_the_mean_statistics():
+    trainer = trainer_of("--accumulation_steps=2")
+    images, _ = batch()
+    stem = trainer.network.stem
+    halves = [
+        stem.convolve(tf.constant(h, tf.float32), stem.kernel) for h in (images[:2], images[2:])
+    ]
+    means = [tf.reduce_mean(y, [0, 1, 2]).numpy() for y in halves]
+    stds = [tf.sqrt(tf.math.reduce_variance(y, [0, 1, 2]) + 1e-5).numpy() for y in halves]
+    take_step(trainer, rate=0.0)
+    np.testing.assert_allclose(stem.norm.moving_mean, 0.9 * np.mean(means, axis=0), atol=1e-5)
+    np.testing.assert_allclose(stem.norm.moving_std, 0.1 + 0.9 * np.mean(stds, axis=0), atol=1e-5)
+    assert int(trainer.updates.numpy()) == 1  # one update, however many pieces
+
+
+def test_a_batch_that_pieces_do_not_divide_is_refused():
+    with pytest.raises(utils.UserError, match="--batch_size=4.*3 pieces"):
+        trainer_of("--accumulation_steps=3")
+
+
+def operations(trainer: train.Trainer) -> list[str]:
+    """Types of all operations of the step, those of the functions that it calls included."""
+    images, labels = trainer.put(*batch())
+    step = trainer._step.get_concrete_function(images, labels, tf.constant(0.1), tf.constant(0.0))
+    graph = step.graph.as_graph_def()
+    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+    return [node.op for node in nodes]
+
+
+def test_float16_decides_about_skipping_a_step_on_the_device():
+    trainer = trainer_of("--precision=mixed_float16")
+    kinds = operations(trainer)
+    assert not {"If", "StatelessIf", "While", "StatelessWhile", "PyFunc"} & set(kinds)
+    # Every weight and its momentum is selected, not branched to.
+    assert kinds.count("SelectV2") >= 2 * len(trainer.network.trainable_variables)
+
+
+def test_jit_compile_compiles_the_whole_step_on_one_device():
+    trainer = trainer_of("--jit_compile")
+    images, labels = trainer.put(*batch())
+    inputs = images, labels, tf.constant(0.1), tf.constant(0.0)
+    compiled = trainer._step.experimental_get_compiler_ir(*inputs)(stage="hlo")
+    step = trainer._step.get_concrete_function(*inputs)
+    assert step.function_def.attr["_XlaMustCompile"].b
+    updated = len([v for v in step.graph.variables]) - 1
+    # All variables, the update included, go into the one compiled program and come out of it.
+    assert compiled.split("ENTRY")[1].count("parameter(") >= updated
+
+
+@pytest.mark.parametrize("scale", [2.0**100, 8.0])
+def test_the_loss_scale_halves_after_an_overflow_and_doubles_after_2000_good_steps(scale):
+    trainer = trainer_of("--precision=mixed_float16")
+    trainer.loss_scale.assign(scale)
+    trainer.good_updates.assign(1999)
+    metrics = take_step(trainer)
+    overflow = scale > 2.0**50
+    assert metrics["skipped_steps"] == overflow
+    assert float(trainer.loss_scale.numpy()) == (scale / 2 if overflow else scale * 2)
+    assert int(trainer.good_updates.numpy()) == 0
+
+
+def test_the_gradients_norm_does_not_depend_on_the_loss_scale():
+    norms = [
+        take_step(trainer_of(f"--precision={p}"))["gradient_norm"] for p in train.PRECISIONS[:2]
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+# --- the log --------------------------------------------------------------------------------
+
+
+def values_of(step: int, loss: float = 1.0) -> tf.Tensor:
+    return tf.constant([loss, loss / 2, 0.25, float(step), 1.0, 0.0, 0.0, 8.0, 0.0])
+
+
+def logged(run: train.Run, steps: range, upto: int, *flags: str) -> list[dict]:
+    trainer = type("Stand", (), {"compute_type": tf.float32, "args": arguments()})()
+    with train.Log(run, trainer, SPEC, steps, arguments("--log_seconds=0", *flags)) as log:
+        for step in range(steps.start, upto):
+            with log.waiting():
+                pass
+            log.add(step, 0.5, values_of(step))
+        log.settle()
+        log.write()
+    return utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
+
+
+def test_steps_trained_again_are_in_the_log_and_among_the_events_once(run):
+    logged(run, range(0, 18), 7)
+    rows = logged(run, range(4, 18), 9)
+    assert sorted({int(row["step"]) for row in rows}) == [int(row["step"]) for row in rows]
+    assert int(rows[-1]["step"]) == 8
+    assert [float(row["seconds"]) for row in rows] == sorted(float(r["seconds"]) for r in rows)
+    seen = toolkit.scalars(run.folder / "events" / "training")  # fails where one appears twice
+    assert {step for _, step in seen} == {int(row["step"]) for row in rows}
+    for row in rows:
+        for name in train.COLUMNS[5:]:
+            assert seen[f"training/{name}", int(row["step"])] == pytest.approx(
+                float(row[name]), rel=1e-4
+            )
+    text = (run.folder / "training_log.csv").read_bytes()
+    assert b"\r" not in text and text.endswith(b"\n")
+
+
+def test_a_row_averages_its_steps(run):
+    trainer = type("Stand", (), {"compute_type": tf.float16, "args": arguments()})()
+    with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
+        for step, loss in enumerate([1.0, 3.0, 8.0]):
+            log.add(step, 0.5, values_of(step, loss))
+        log.settle()
+        log.write()
+    (row,) = utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
+    assert float(row["loss"]) == 4 and float(row["loss_without_l2"]) == 2
+    assert (row["steps"], row["step"], row["epoch"], row["batch"]) == ("3", "2", "1", "0")
+    assert float(row["gradient_norm"]) == 1 and float(row["loss_scale"]) == 8
+
+
+def test_only_time_without_a_step_under_way_counts_as_waiting(run):
+    """On a GPU a step goes on while the next batch is waited for."""
+    trainer = type("Stand", (), {"compute_type": tf.float32, "args": arguments()})()
+    with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
+        log._finished = 100.0
+        for asked, given, waited in ((90, 95, 0), (90, 103, 3), (102, 103, 1)):
+            log._waited, log._finished, log._wait = 0.0, 100.0, (asked, given)
+            log.add(0, 0.5, values_of(0))
+            log.settle()
+            assert log._waited == waited
+
+
+def test_a_cut_off_row_is_dropped(run):
+    logged(run, range(0, 18), 4)
+    path = run.folder / "training_log.csv"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [row["step"] for row in logged(run, range(4, 18), 5)][-1] == "4"
+
+
+# --- the plan -------------------------------------------------------------------------------
+
+
+def renorm_lines(start: int, capsys, **settings: object) -> str:
+    config = utils.load_config(toolkit.ROOT / "config.txt").batch_renorm
+    config.start_relaxing_rmax = config.start_relaxing_dmax = start
+    config.reach_rmax_max = config.reach_dmax_max = start + 100
+    lines = list(train.renorm_plan(config, 50, arguments()))
+    return " ".join(lines) + capsys.readouterr().err
+
+
+def test_the_plan_says_in_which_epochs_the_limits_are_relaxed_or_warns(capsys):
+    said = renorm_lines(100, capsys)
+    assert "r_max to 3 in epochs 2.0 to 4.0" in said and "d_max to 5" in said
+    assert "warning" not in said
+    said = renorm_lines(450, capsys)  # 9 epochs of 50
+    assert "warning" in said and "plain batch normalization" in said
+
+
+def test_a_share_of_pictures_that_does_not_fill_a_batch_is_warned_of(run, capsys):
+    trainer = trainer_of()
+    list(train.plan(run, trainer, SPEC, range(0, 18), trainer.args))
+    assert "leaves out 2 pictures of 10" in capsys.readouterr().err
+    spec = dataclasses.replace(SPEC, N=1001, batches_per_epoch=250)
+    list(train.plan(run, trainer, spec, range(0, 18), trainer.args))
+    assert "leaves out" not in capsys.readouterr().err
+
+
+def test_models_and_states_remember_their_recipe(run):
+    trainer = trainer_of("--label_smoothing=0.1")
+    saver_of(run, trainer).save_epoch(4)
+    state = json.loads((run.folder / "1" / "training_state" / "state.json").read_text())
+    assert state["step"] == 4 and state["recipe"]["label_smoothing"] == 0.1
+    assert state["mu"] == SPEC.mu
+
+
+def test_weights_are_written_once_per_model(run):
+    """The momentum is as large as the weights; nothing else is large."""
+    trainer = trainer_of()
+    saver_of(run, trainer).save_epoch(2)
+    weights = sum(4 * v.shape.num_elements() for v in trainer.network.variables)
+    size = sum(path.stat().st_size for path in Path(run.folder / "0").rglob("*") if path.is_file())
+    assert size < 2.2 * weights + 1e6
