@@ -149,7 +149,7 @@ def kept(recipe: Recipe, folder: Path, args: argparse.Namespace) -> tuple[float,
 def measure_waiting(recipe: Recipe, size: int, rate: float, args: argparse.Namespace) -> float:
     """Share of its time that a training which takes so many pictures per second waits.
 
-    It begins with a full buffer and goes on for `args.seconds`, but takes at least one and a half buffers.
+    It begins with a full buffer, and takes one and a half buffers, or more in `args.seconds`.
     """
     recipe = without_end(recipe)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=ram_disk()) as name:

@@ -21,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+import toolkit  # first: it says where the scripts are
+
+# isort: split
 import preprocess
-import toolkit
 import toy_dataset
 import utils
 from preprocess import crop_file
