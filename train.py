@@ -878,7 +878,7 @@ class Saver:
     def _remove_rolling(self, but: Path | None = None) -> None:
         for _, _, folder in self.run.rolling():
             if folder != but:
-                shutil.rmtree(folder)
+                utils.remove_folder(folder)
 
     def _remove_old_epochs(self, keep: int) -> None:
         """All but the newest and the best; one not yet evaluated waits for check_accuracy.py."""

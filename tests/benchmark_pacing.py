@@ -5,7 +5,8 @@
 prints pictures per second of threads that make batches and nothing else beside the same threads
 filling a buffer of 1,000 batches that is read as fast as it fills; then, for each buffer_size and
 batch size, the share of its time that a training at 70% of the rate waits. `sleep_time` is the
-shipped one. The two of each comparison take turns, as other programs disturb both.
+shipped one. The two of each comparison take turns, as other programs disturb both. With
+`--delay=10` it prints instead what each number of threads reaches if every read takes 10 ms.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import toolkit
 import utils
 
 from benchmark_pipeline import pictures_below, ram_disk, recipe_of
-from runtime_preprocessing import Buffer, Recipe, Workers, keep_full, write_progress
+from runtime_preprocessing import Buffer, Recipe, Workers, benchmark, keep_full, write_progress
 
 SLEEP_TIME = utils.load_config(toolkit.ROOT / "config.txt").runtime_preprocessing.sleep_time
 SHARE = 0.7
@@ -35,6 +36,9 @@ SHARE = 0.7
 def main() -> None:
     args = parse_arguments()
     pictures = pictures_below(args.folder)
+    if args.delay:
+        measure_slow_storage(recipe_of(pictures, batch_size=16), args)
+        return
     print(f"{len(pictures)} JPEGs, {args.threads} threads, load {os.getloadavg()[0]:.1f} before")
     for batch_size in args.batch:
         recipe = recipe_of(pictures, batch_size=batch_size)
@@ -54,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=utils.cores())
     parser.add_argument("--seconds", type=float, default=20, help="for each figure")
     parser.add_argument("--rounds", type=int, default=1, help="median of so many")
+    parser.add_argument("--delay", type=float, default=0, help="milliseconds that a read takes")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--sizes", type=int, nargs="+", default=[20, 50, 200, 1000])
     return parser.parse_args()
@@ -144,13 +149,26 @@ def kept(recipe: Recipe, folder: Path, args: argparse.Namespace) -> tuple[float,
     return rate_of(work, recipe, args.seconds)
 
 
+def measure_slow_storage(recipe: Recipe, args: argparse.Namespace) -> None:
+    """The script's own benchmark, each read delayed: more threads hide what storage takes."""
+    read_file = utils.read_file
+
+    def slow(path: str) -> bytes:
+        time.sleep(args.delay / 1000)
+        return read_file(path)
+
+    utils.read_file = slow
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=ram_disk()) as name:
+        benchmark(recipe, Path(name), args.seconds)
+
+
 # --- waiting for batches ----------------------------------------------------------------------
 
 
 def measure_waiting(recipe: Recipe, size: int, rate: float, args: argparse.Namespace) -> float:
     """Share of its time that a training which takes so many pictures per second waits.
 
-    It begins with a full buffer and goes on for `args.seconds`, or for one and a half buffers.
+    It begins with a full buffer, and takes one and a half buffers, or more in `args.seconds`.
     """
     recipe = without_end(recipe)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=ram_disk()) as name:

@@ -24,6 +24,7 @@ import utils
 
 import numpy as np
 
+# isort: split
 import preprocess
 import toy_dataset
 from preprocess import crop_file

@@ -315,7 +315,7 @@ class Listed(Buffer):
 def test_the_folder_is_not_listed_for_every_batch(config, ram, monkeypatch):
     monkeypatch.setattr(runtime_preprocessing, "LOOK_AGAIN", NEVER)
     buffer = Listed(ram, recipe_of(config, epochs=[0, 3]), 6)
-    assert keep_full(buffer, 2, NEVER) >= 30
+    assert keep_full(buffer, 2, NEVER) >= 28  # the last may come after training has passed
     assert buffer.listed == 1
     buffer.leave()
     assert os.listdir(ram) == []
