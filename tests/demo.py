@@ -30,7 +30,7 @@ import utils
 
 TRAIN, VAL = 13, 3  # pictures of each class
 EPOCHS = 5
-RECIPE = ["--learning_rate=0.008", "--lr_schedule=cosine", "--warmup_epochs=0.5", "--deterministic"]
+RECIPE = ["--learning_rate=0.005", "--lr_schedule=cosine", "--warmup_epochs=0.5", "--deterministic"]
 SETTINGS = {
     "train__buffer_size": 40,
     "batch_renorm__rmax_max": 1.5,

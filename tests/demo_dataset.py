@@ -84,8 +84,8 @@ def rings(pen: Pen) -> None:
 
 
 def speckles(pen: Pen) -> None:
-    most = 0.3 * pen.unit
-    count = int(SIDE * SIDE / (9 * most * most))
+    most = 0.35 * pen.unit
+    count = int(SIDE * SIDE / (5 * most * most))
     for x, y, radius in pen.rng.uniform((0, 0, 1), (SIDE, SIDE, most), (count, 3)).tolist():
         pen.circle(x, y, radius)
 
@@ -105,9 +105,9 @@ def palings(pen: Pen) -> None:
 
 def waves(pen: Pen) -> None:
     xs = np.arange(0, SIDE + 4, 4)
-    shift = 0.8 * pen.unit * np.sin(2 * math.pi * xs / (3.2 * pen.unit))
+    shift = 0.6 * pen.unit * np.sin(2 * math.pi * xs / (4.5 * pen.unit))
     for y in pen.rows(1.3 * pen.unit):
-        pen.line(list(zip(xs.tolist(), (y + shift).tolist(), strict=True)), 0.5 * pen.unit)
+        pen.line(list(zip(xs.tolist(), (y + shift).tolist(), strict=True)), 0.6 * pen.unit)
 
 
 # --- arrangements ---------------------------------------------------------------------------
@@ -136,9 +136,9 @@ def honeycombs(pen: Pen) -> None:
 
 
 def nets(pen: Pen) -> None:
-    for x in np.arange(0, 2 * SIDE, 2 * pen.unit):
-        pen.line([(x, 0), (x - SIDE, SIDE)], 0.3 * pen.unit)
-        pen.line([(SIDE - x, 0), (2 * SIDE - x, SIDE)], 0.3 * pen.unit)
+    for x in np.arange(0, 2 * SIDE, 2.8 * pen.unit):
+        pen.line([(x, 0), (x - SIDE, SIDE)], 0.35 * pen.unit)
+        pen.line([(SIDE - x, 0), (2 * SIDE - x, SIDE)], 0.35 * pen.unit)
 
 
 DRAWN = (discs, rings, speckles, stripes, palings, waves, checks, bricks, honeycombs, nets)
