@@ -33,6 +33,7 @@ EPOCHS = 5
 RECIPE = ["--learning_rate=0.005", "--lr_schedule=cosine", "--warmup_epochs=0.5", "--deterministic"]
 SETTINGS = {
     "train__buffer_size": 40,
+    # 16 steps an epoch: the limits are relaxed in the last two of the five, and but a little.
     "batch_renorm__rmax_max": 1.5,
     "batch_renorm__dmax_max": 0.5,
     "batch_renorm__start_relaxing_rmax": 48,
