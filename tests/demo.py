@@ -2,71 +2,111 @@
 
     python3 tests/demo.py
 
-takes a few minutes on two cores, ends with a table of accuracies, and says where the chart lies.
-Everything is written below `.demo` in the repository and started afresh each time.
+takes up to five minutes on two cores, ends with a table of accuracies, and says where the charts
+lie and what to do next. Everything is written below `.demo` in the repository and started afresh
+each time; it is the same each time on the same kind of processor. Each command that it prints can
+be copied and run. README.md's pictures are from such a run: `accuracy.png` and `training.png` of
+`.demo/saved_models/demo`, and
+
+    python3 runtime_preprocessing.py --config=.demo/config.txt --epoch_start=0 --epoch_end=1 \\
+        --batch_size=24 --preview=tests/pictures/sheet.png
 """
 
 import csv
+import ctypes
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import toolkit
 import utils
 
-import toy_dataset
-
+TRAIN, VAL = 13, 3  # pictures of each class
 EPOCHS = 5
+RECIPE = ["--learning_rate=0.005", "--lr_schedule=cosine", "--warmup_epochs=0.5", "--deterministic"]
+SETTINGS = {
+    "train__buffer_size": 40,
+    # 16 steps an epoch: the limits are relaxed in the last two of the five, and but a little.
+    "batch_renorm__rmax_max": 1.5,
+    "batch_renorm__dmax_max": 0.5,
+    "batch_renorm__start_relaxing_rmax": 48,
+    "batch_renorm__start_relaxing_dmax": 48,
+    "batch_renorm__reach_rmax_max": 80,
+    "batch_renorm__reach_dmax_max": 80,
+}
 BATCH = "--batch_size=8"
 SPAN = ["--epoch_start=0", f"--epoch_end={EPOCHS}"]
 NAME = {"train.py": "train", "check_accuracy.py": "accuracy", "runtime_preprocessing.py": "buffer"}
+FOLDER = toolkit.ROOT / ".demo"
+RUN = FOLDER / "saved_models" / "demo"
 
 
 def main() -> None:
     started = time.monotonic()
-    folder = toolkit.ROOT / ".demo"
     utils.lock(toolkit.ROOT / ".demo.lock", "another demonstration runs here")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    print("making a dataset of 4 classes, 96 training and 24 validation pictures", flush=True)
-    toy_dataset.make(folder / "dataset")
-    shm = Path("/dev/shm")
-    buffer = Path(tempfile.mkdtemp(prefix="demo-buffer-", dir=shm if shm.is_dir() else folder))
-    config = toolkit.write_config(folder, folder / "dataset", buffer, train__buffer_size=40)
+    remove_the_last()
+    make_dataset()
+    buffer = make_buffer()
     try:
+        config = toolkit.write_config(FOLDER, FOLDER / "dataset", buffer, **SETTINGS)
         for script in ("preprocess_val.py", "get_mu_sigma.py"):
-            show(script, "")
-            subprocess.run(toolkit.command(script, config), check=True)
-        run = folder / "saved_models" / "demo"
+            command = toolkit.command(script, config)
+            show(command)
+            subprocess.run(command, check=True)
         train_and_check(config)
     finally:
         shutil.rmtree(buffer, ignore_errors=True)
-    print_table(run / "accuracy.csv")
-    print(f"\nThe chart: {run / 'accuracy.png'}\nTraining:  {run / 'training.png'}")
+    keep_last_model()
+    print_table(RUN / "accuracy.csv")
+    print_what_next()
     print(f"All of it took {time.monotonic() - started:.0f} seconds.")
+
+
+def remove_the_last() -> None:
+    """What the last demonstration left, its buffer too, should it have been killed."""
+    if (FOLDER / "config.txt").is_file():
+        buffer = Path(tomllib.loads((FOLDER / "config.txt").read_text())["train"]["buffer_folder"])
+        if buffer.name.startswith("demo-buffer-"):
+            shutil.rmtree(buffer, ignore_errors=True)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+def make_dataset() -> None:
+    import demo_dataset  # needs NumPy and Pillow; `utils` has said so in a line if they are absent
+
+    classes = len(demo_dataset.CLASSES)
+    print(
+        f"making a dataset of {classes} classes, {classes * TRAIN} training and {classes * VAL} "
+        f"validation pictures",
+        flush=True,
+    )
+    demo_dataset.make(FOLDER / "dataset", TRAIN, VAL)
+
+
+def make_buffer() -> Path:
+    shm = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="demo-buffer-", dir=shm if shm.is_dir() else FOLDER))
 
 
 def train_and_check(config: Path) -> None:
     """Preprocessor, trainer and checker as separate processes, their lines shown as they come."""
-    commands = {
+    arguments = {
         "runtime_preprocessing.py": [*SPAN, BATCH],
-        "train.py": ["--run_folder=demo", *SPAN, BATCH, "--learning_rate=0.02",
-                     "--lr_schedule=cosine", "--warmup_epochs=1", "--log_seconds=10"],
+        "train.py": ["--run_folder=demo", *SPAN, BATCH, *RECIPE, "--log_seconds=10"],
         "check_accuracy.py": ["--run_folder=demo", *SPAN],
-    }  # fmt: skip
+    }
     processes = {}
-    for script, arguments in commands.items():
-        show(script, " ".join(arguments))
-        processes[script] = subprocess.Popen(
-            toolkit.command(script, config, *arguments),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    for script in arguments:
+        command = toolkit.command(script, config, *arguments[script])
+        show(command)
+        processes[script] = start(command)
         threading.Thread(target=relay, args=(script, processes[script]), daemon=True).start()
     try:
         while any(process.poll() is None for process in processes.values()):
@@ -77,6 +117,22 @@ def train_and_check(config: Path) -> None:
     finally:
         for process in processes.values():
             process.terminate()
+        for process in processes.values():
+            process.wait()
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    """Starts a process that ends when this one does, even by SIGKILL (on Linux)."""
+    set_process_option = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    die_with_parent = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=set_process_option
+        and (lambda: set_process_option(die_with_parent, signal.SIGTERM)),
+    )
 
 
 def relay(script: str, process: subprocess.Popen) -> None:
@@ -84,8 +140,19 @@ def relay(script: str, process: subprocess.Popen) -> None:
         print(f"{NAME[script]:>9} | {line}", end="", flush=True)
 
 
-def show(script: str, arguments: str) -> None:
-    print(f"\n$ python3 {script} {arguments}", flush=True)
+def short(text: object) -> str:
+    """With the paths below the current folder relative to it."""
+    return str(text).replace(f"{Path.cwd()}/", "")
+
+
+def show(command: list[str]) -> None:
+    print(f"\n$ {shlex.join(short(part) for part in command)}", flush=True)
+
+
+def keep_last_model() -> None:
+    """Removes the models of the other epochs, 300 MB each."""
+    for epoch in range(EPOCHS - 1):
+        shutil.rmtree(RUN / str(epoch))
 
 
 def print_table(path: Path) -> None:
@@ -94,6 +161,28 @@ def print_table(path: Path) -> None:
         for row in csv.DictReader(file):
             cells = [float(row[name]) for name in row if name.startswith("top")]
             print("{:>6} {:>17.1%} {:>7.1%} {:>20.1%} {:>7.1%}".format(row["epoch"], *cells))
+
+
+def print_what_next() -> None:
+    size = sum(path.lstat().st_size for path in FOLDER.rglob("*"))
+    picture = next((FOLDER / "dataset" / "val").glob("*/*"))
+    predict = [sys.executable, toolkit.ROOT / "resnet50.py", RUN / str(EPOCHS - 1), picture]
+    print(f"""
+Next: look at the charts
+
+    {short(RUN / "accuracy.png")}
+    {short(RUN / "training.png")}
+
+ask the model what it sees in a picture
+
+    {shlex.join(map(short, predict))}
+
+and train on pictures of your own: see README.md, "Pictures of your own". The commands above can be
+run again; train.py and check_accuracy.py then need another --run_folder.
+
+{short(FOLDER)} holds {size / 1e6:,.0f} MB: the dataset, its crops and the last model, with its
+training state. The models of the other epochs are removed. To free it: rm -r {short(FOLDER)}
+""")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ writes FOLDER/train/<class>/*.JPEG and FOLDER/val/<class>/*.JPEG, a few megabyte
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -59,12 +59,17 @@ def picture(name: str, rng: np.random.Generator) -> Image.Image:
 
 def make(folder: Path, train: int = 24, val: int = 6, seed: int = 0) -> None:
     """So many pictures of each class for training and for validation."""
+    write(folder, picture, CLASSES, train, val, seed)
+
+
+def write(folder: Path, draw: Callable, classes: Iterable, train: int, val: int, seed: int):
+    """As many JPEG files of each class as asked for; draw(class, generator) makes a picture."""
     rng = np.random.default_rng(seed)
     for part, count in (("train", train), ("val", val)):
-        for name in CLASSES:
+        for name in classes:
             (folder / part / name).mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                image = picture(name, rng)
+                image = draw(name, rng)
                 image.save(folder / part / name / f"{name}_{i}.JPEG", "JPEG", quality=90)
 
 
