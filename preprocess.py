@@ -174,10 +174,14 @@ SAMPLED = 2000
 
 def beginning(path: str, count: int = 1024) -> bytes:
     """A file's size and first bytes; nothing if it is missing."""
-    try:
+
+    def read(path: str) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
         with open(descriptor, "rb", buffering=0) as file:
             return struct.pack("<q", os.fstat(descriptor).st_size) + (file.read(count) or b"")
+
+    try:
+        return utils.patiently(read, path)
     except OSError as error:
         if error.errno in NO_FILE:
             return b""
