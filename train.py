@@ -3,10 +3,13 @@
     python3 train.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30 --batch_size=64 \\
         --learning_rate=0.01
 
-saves a model after each epoch e to `saved_models/mytestrun/<e>/`: a TensorFlow SavedModel and, in
-its subfolder `training_state/`, what training needs besides the weights to continue from there.
-`--resume` added to the same command continues at the exact batch where training stopped, however it
-stopped. The log lines are also in `training_log.csv` and, for TensorBoard, in `events/`.
+takes one batch per step from `buffer_folder`: a forward and a backward pass, an update by SGD with
+momentum, an update of the moving averages. It saves a model after each epoch e to
+`saved_models/mytestrun/<e>/`: a TensorFlow SavedModel and, in its subfolder `training_state/`, what
+training needs besides the weights to continue from there. Every 10 minutes it saves a state within
+the epoch, `state_<epoch>_<batch>/`. `--resume` added to the same command continues at the exact batch
+of the latest one, however training stopped. The log lines are also in `training_log.csv` and, for
+TensorBoard, in `events/`.
 """
 
 import argparse
@@ -189,6 +192,8 @@ class Trainer:
                 f"--batch_size={args.batch_size} cannot be shared evenly among "
                 f"{self.local_replicas} GPUs, in {args.accumulation_steps} pieces each"
             )
+        if self.replicas > 1 and not hasattr(SkippingSGD.__base__, "_all_reduce_sum_gradients"):
+            raise UserError("this Keras sums gradients in a new way; install an older tensorflow")
         self.compute_type = tf.as_dtype(args.precision.removeprefix("mixed_"))
         tf.random.set_seed(config.train.seed)
         with strategy.scope():
@@ -234,12 +239,14 @@ class Trainer:
         return self._step(images, labels, tf.constant(rate), tf.constant(stopping))
 
     def _step(self, images, labels, rate, stopping):
+        """The step on all replicas. Compiled by XLA as a whole where there is only one."""
         if self.replicas == 1:
             return self._replica_step(images, labels, rate, stopping)
         values = self.strategy.run(self._replica_step, (images, labels, rate, stopping))
         return self.strategy.reduce(tf.distribute.ReduceOp.MEAN, values, axis=None)
 
     def _replica_step(self, images, labels, rate, stopping):
+        """All that a step is: gradients, their mean over the replicas, the update, the averages."""
         gradients, statistics, values = self._accumulate(images, labels)
         if self.replicas > 1:
             context = tf.distribute.get_replica_context()
