@@ -75,7 +75,7 @@ def expected_row(model: Stand, folder: Path, labels: np.ndarray) -> dict[str, fl
             order = np.argsort(-scores)
             top[f"top1_{name}"].append(labels[index] in order[:1])
             top[f"top5_{name}"].append(labels[index] in order[:5])
-        losses.append(-np.log(p[8][labels[index]]))
+        losses.append(-np.log(max(p[8][labels[index]], 1e-12)))
     accuracies = {name: float(np.mean(hits)) for name, hits in top.items()}
     return accuracies | {"loss_centre": float(np.mean(losses))}
 
