@@ -203,8 +203,8 @@ def test_waiting_says_whether_training_is_at_work_and_ends_with_it(tmp_path, mon
         elif len(naps) == 2:  # it went on, and was asked for two epochs, which are there
             (run / "1" / "assets" / "recipe.json").write_text('{"epoch_end": 2}')
 
-    monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
     utils.lock(run / ".train.lock", "")
+    monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
     assert not check_accuracy.wait_for(run / "2")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
