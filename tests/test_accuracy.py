@@ -75,7 +75,7 @@ def expected_row(model: Stand, folder: Path, labels: np.ndarray) -> dict[str, fl
             order = np.argsort(-scores)
             top[f"top1_{name}"].append(labels[index] in order[:1])
             top[f"top5_{name}"].append(labels[index] in order[:5])
-        losses.append(-np.log(p[8][labels[index]]))
+        losses.append(-np.log(max(p[8][labels[index]], 1e-12)))
     accuracies = {name: float(np.mean(hits)) for name, hits in top.items()}
     return accuracies | {"loss_centre": float(np.mean(losses))}
 
@@ -203,8 +203,8 @@ def test_waiting_says_whether_training_is_at_work_and_ends_with_it(tmp_path, mon
         elif len(naps) == 2:  # it went on, and was asked for two epochs, which are there
             (run / "1" / "assets" / "recipe.json").write_text('{"epoch_end": 2}')
 
-    monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
     utils.lock(run / ".train.lock", "")
+    monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
     assert not check_accuracy.wait_for(run / "2")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
