@@ -50,8 +50,8 @@ Position = tuple[int, int]
 BATCHES = 10
 """In an epoch: 40 pictures in batches of 4."""
 
-PATIENCE = 60
-"""Seconds after which something that should happen counts as not happening."""
+PATIENCE = int(os.environ.get("PATIENCE", 60))
+"""Seconds after which what should happen counts as not happening; fewer for mutants.py."""
 
 
 def span(epoch_start: int, epoch_end: int, batch_size: int = 4) -> list[str]:
