@@ -299,7 +299,7 @@ def test_gpu_1_is_the_default_because_gpu_0_trains(monkeypatch):
 def test_second_checker_on_a_run_is_refused(prepared):
     config, _, run, _ = prepared
     utils.lock(run / ".check_accuracy.lock", "taken")
-    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
+    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1", timeout=60)
     toolkit.assert_one_line_error(result, "check_accuracy.py", "another check_accuracy.py")
 
 

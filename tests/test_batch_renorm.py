@@ -156,8 +156,9 @@ def test_agrees_with_keras_over_50_steps_with_moving_limits_and_drifting_inputs(
 
 @pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(("r_max", "d_max"), [(1.0, 0.0), (1.2, 0.3), (3.0, 5.0), (1e6, 1e6)])
-def test_outputs_and_statistics_follow_the_paper(r_max, d_max):
-    layer, x = make_layer(), make_batch(3)
+@pytest.mark.parametrize("std", [0.3, 1.5])
+def test_outputs_and_statistics_follow_the_paper(r_max, d_max, std):
+    layer, x = make_layer(), make_batch(3, std=std)
     formula = paper(x, layer, r_max, d_max)
     y = layer(tf.constant(x), limits_of(r_max, d_max))
     np.testing.assert_allclose(y, formula.y, rtol=1e-5, atol=1e-5)
@@ -380,6 +381,7 @@ def test_a_constant_channel_gives_no_nan():
     layer, x = make_layer(), np.ones([4, 3, 3, CHANNELS], np.float32)
     y, *gradient = gradients(layer, x, limits_of(3, 5), np.ones_like(x))
     np.testing.assert_allclose(y, paper(x, layer, 3, 5).y, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(layer.batch_std, EPSILON**0.5, rtol=1e-3)  # inference divides by it
     assert all(np.isfinite(value).all() for value in gradient)
 
 
