@@ -111,6 +111,8 @@ def test_the_shipped_file_loads_with_its_types():
     assert isinstance(config.train.sleep_time, float) and config.train.sleep_time == 100
     assert isinstance(config.batch_renorm.rmax_max, float)
     assert isinstance(config.batch_renorm.reach_rmax_max, int)
+    assert config.utils.mu == [0.48180, 0.44969, 0.39839]
+    assert config.utils.sigma == [0.27336, 0.26435, 0.27563]
 
 
 def test_every_key_is_commented():
