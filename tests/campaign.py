@@ -267,7 +267,7 @@ def flip_bytes(tries: int = 2000) -> tuple[int, int]:
                 content[rng.integers(len(content))] = rng.integers(256)
             target.write_bytes(content)
             try:
-                crop = crop_file(target, int(rng.choice(utils.SIDES)), rng.random(2))
+                crop = crop_file(target, int(rng.choice(preprocess.SIDES)), rng.random(2))
                 lost += crop.size != (224, 224) or crop.mode != "RGB"
             except preprocess.BrokenPicture:
                 broken += 1
@@ -372,25 +372,29 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [fault.__name__ for fault in FAULTS]
+def print_table(faults: list[Callable], text: str) -> None:
+    """The command of a campaign: tries the faults and prints a table. Exits with 1 if any lost."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    names = [fault.__name__ for fault in faults]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--tries", type=int, help="instead of each fault's own number")
     args = parser.parse_args()
     rows = []
-    for fault in FAULTS:
+    for fault in faults:
         if fault.__name__ in args.only:
             print(f"{fault.__name__}: {fault.__doc__}", flush=True)
             start = time.monotonic()
             tried, lost = fault(args.tries) if args.tries else fault()
-            rows.append((fault.__doc__.splitlines()[0], tried, lost))
-            print(f"  tried {tried}, lost {lost}, {time.monotonic() - start:.0f} s", flush=True)
-    print("\n| fault | tried | survived | lost |\n| --- | --- | --- | --- |")
-    for text, tried, lost in rows:
-        print(f"| {text} | {tried} | {tried - lost} | {lost} |")
-    sys.exit(any(lost for _, _, lost in rows))
+            seconds = time.monotonic() - start
+            rows.append((fault, tried, lost, seconds))
+            print(f"  tried {tried}, lost {lost}, {seconds:.0f} s", flush=True)
+    print("\n| row | fault | tried | survived | lost | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for fault, tried, lost, seconds in rows:
+        what = fault.__doc__.splitlines()[0]
+        print(f"| {fault.__name__} | {what} | {tried} | {tried - lost} | {lost} | {seconds:.0f} |")
+    sys.exit(any(lost for _, _, lost, _ in rows))
 
 
 if __name__ == "__main__":
-    main()
+    print_table(FAULTS, __doc__)
