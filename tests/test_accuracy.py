@@ -277,6 +277,18 @@ def test_missing_or_broken_crops_are_one_line(prepared, damage, words):
     assert "Traceback" not in result.stderr
 
 
+def test_gpu_1_is_the_default_because_gpu_0_trains(monkeypatch):
+    asked = []
+
+    def choose(wanted: list[int], required: bool) -> list[int]:
+        asked.append((wanted, required))
+        return wanted
+
+    monkeypatch.setattr(utils, "choose_gpus", choose)
+    assert [check_accuracy.open_device(gpu) for gpu in (None, 0)] == ["GPU 1", "GPU 0"]
+    assert asked == [([1], False), ([0], True)]
+
+
 def test_second_checker_on_a_run_is_refused(prepared):
     config, _, run, _ = prepared
     utils.lock(run / ".check_accuracy.lock", "taken")
@@ -381,6 +393,14 @@ def test_training_curves_are_drawn_where_they_belong(tmp_path):
         (check_accuracy.GREEN, [0.75, 1.5, 2.25]),  # top-1, whose 100% is the highest loss
     ):
         assert drawn.values(colour, [1, 2, 3]) == pytest.approx(right, abs=0.04)
+
+
+def test_events_are_by_training_step_where_the_model_tells_it(tmp_path):
+    rows = [table_row(epoch, 0.1, 0.2, 0.3, 0.4) for epoch in range(2)]
+    rows[0].step, rows[1].step = 700, None
+    check_accuracy.show(tmp_path, rows)
+    seen = toolkit.scalars(tmp_path / "events" / "accuracy")
+    assert {step for _, step in seen} == {700, 1}
 
 
 def test_ticks_are_round_and_few():
