@@ -8,6 +8,7 @@ with what an undisturbed run makes. "Lost" counts whatever differs, and should b
 """
 
 import argparse
+import contextlib
 import csv
 import os
 import random
@@ -121,7 +122,10 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
             right = recipe.make(number)
             number += 1
             write_progress(place.buffer, spec, number)
-            return sum(not np.array_equal(a, b) for a, b in zip(arrays, right, strict=True))
+            wrong = sum(not np.array_equal(a, b) for a, b in zip(arrays, right, strict=True))
+            if wrong:
+                print(f"  batch {number - 1} is wrong")
+            return wrong
 
         for _ in range(tries):
             process = place.start("runtime_preprocessing.py", *span(1000, 4))
@@ -132,9 +136,11 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
             with_workers += len(processes(place)) > 1
             process.kill()
             process.wait()
-            if processes(place):
-                time.sleep(0.5)
-                lost += len(processes(place))
+            with contextlib.suppress(TimeoutError):
+                wait_for(lambda: not processes(place), 5)
+            if left := processes(place):
+                print(f"  left: {[Path(f'/proc/{pid}/status').read_text() for pid in left]}")
+                lost += len(left)
         process = place.start("runtime_preprocessing.py", *span(1000, 4))
         goal, end = number + 20, time.monotonic() + PATIENCE
         while number < goal and time.monotonic() < end:
@@ -143,6 +149,9 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
         write_progress(place.buffer, spec, spec.step(1000))
         lost += process.wait(timeout=PATIENCE) != 0
         lost += len(os.listdir(place.buffer))
+        if lost:
+            print(f"  at {number} of {goal}, {process.returncode}, {os.listdir(place.buffer)}")
+            print(place.log.read_text()[-1000:])
         print(f"  {number} batches were read and compared; {with_workers} kills met workers")
     return tries, lost
 
@@ -319,8 +328,8 @@ def no_room_for_models(tries: int = 3) -> tuple[int, int]:
     return tries, lost
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
+def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError

@@ -1,6 +1,6 @@
 """The second campaign of faults: a user's worst month with storage, containers and neighbours.
 
-    sudo python3 tests/campaign_storage.py                 # all of it, about 15 minutes on two cores
+    sudo python3 tests/campaign_storage.py           # all of it, about 15 minutes on two cores
     sudo python3 tests/campaign_storage.py --only containers closed_output
 
 Each fault is tried on the real commands with a toy dataset. It must end in a result equal to that
@@ -10,6 +10,7 @@ limit or change users need root; some need a C compiler. Without them a row says
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import random
@@ -31,7 +32,7 @@ import utils
 import numpy as np
 
 from campaign import PATIENCE, Place, final_state, print_table, processes, span, tree, wait_for
-from runtime_preprocessing import BATCH_FILE, write_progress
+from runtime_preprocessing import Recipe, read_progress, write_progress
 
 PREPARING = {
     "preprocess.py": ["--shorter_side=256"],
@@ -141,7 +142,10 @@ class StandIn:
     """Takes batch after batch as train.py does, and compares each with what it must be."""
 
     def __init__(self, place: Place, batch_size: int = 4):
-        self.place, self.recipe = place, toolkit.recipe_of(place.config, batch_size)
+        self.place, self.recipe = (
+            place,
+            mirrored(place, toolkit.recipe_of(place.config, batch_size)),
+        )
         self.spec, self.number, self.lost = self.recipe.spec, 0, 0
         self.arguments = span(1000, batch_size)
 
@@ -158,17 +162,24 @@ class StandIn:
             except (FileNotFoundError, NotADirectoryError):
                 if time.monotonic() > end or process and process.poll() is not None:
                     return False
+                self.tell()
                 time.sleep(0.002)
                 continue
             right = self.recipe.make(self.number)
             self.lost += any(not np.array_equal(a, b) for a, b in zip(arrays, right, strict=True))
             self.number += 1
-            with contextlib.suppress(OSError):
-                write_progress(self.place.buffer, self.spec, self.number)
+            self.tell()
         return True
 
+    def tell(self) -> None:
+        """Says which batch is next, where that is not said."""
+        with contextlib.suppress(OSError):
+            if read_progress(self.place.buffer, self.spec) != self.number:
+                write_progress(self.place.buffer, self.spec, self.number)
+
     def finish(self, process: subprocess.Popen) -> int:
-        """Ends the preprocessor as training does. Returns all that was lost."""
+        """Ends the preprocessor as training does, at work. Returns all that was lost."""
+        self.lost += not self.take(8, process)  # more than lay ready: it is at work
         write_progress(self.place.buffer, self.spec, self.spec.step(1000))
         self.lost += not ends_well(process)
         left = os.listdir(self.place.buffer)
@@ -176,6 +187,17 @@ class StandIn:
         if self.lost:
             print(f"  lost {self.lost}; left in the buffer: {left}")
         return self.lost
+
+
+def mirrored(place: Place, recipe: Recipe) -> Recipe:
+    """The recipe from copies of the pictures, which no fault touches."""
+    mirror, folder = place.folder / "mirror", recipe.pictures.folder
+    shutil.copytree(folder, mirror / "originals", dirs_exist_ok=True)
+    copies = {side: mirror / str(side) for side in recipe.copies}
+    for side, copy in copies.items():
+        shutil.copytree(recipe.copies[side], copy, dirs_exist_ok=True)
+    pictures = dataclasses.replace(recipe.pictures, folder=mirror / "originals")
+    return Recipe(recipe.spec, pictures, copies)
 
 
 def buffer_place(**values: object) -> Place:
@@ -242,10 +264,10 @@ def small_disk(folder: Path, size: str = "64m") -> Iterator[bool]:
 def fill(folder: Path, leave: int) -> Path:
     """A file that takes all of a disk but so many bytes."""
     filler = folder / "filler"
-    size = shutil.disk_usage(folder).free - leave
-    with open(filler, "wb") as file:
-        if size > 0:
-            os.posix_fallocate(file.fileno(), 0, size)
+    with open(filler, "wb") as file, contextlib.suppress(OSError):  # others write meanwhile
+        while (size := shutil.disk_usage(folder).free - leave) > 0:
+            os.posix_fallocate(file.fileno(), file.tell(), size)
+            file.seek(size, os.SEEK_CUR)
     return filler
 
 
@@ -450,7 +472,8 @@ def readonly_disk(tries: int = 5) -> tuple[int, int]:
                     time.sleep(moments.uniform(0, 0.8))
                 lost += not ends_equal(place, script, process)
                 tried += 1
-    return tried + readonly_buffer(tries, moments)[0], lost + readonly_buffer(tries, moments)[1]
+    more_tried, more_lost = readonly_buffer(tries, moments)
+    return tried + more_tried, lost + more_lost
 
 
 def readonly_buffer(tries: int, moments: random.Random) -> tuple[int, int]:
@@ -743,18 +766,19 @@ def python_of_everybody() -> tuple[str, dict[str, str]] | None:
 
 
 def two_users(tries: int = 3) -> tuple[int, int]:
-    """Another user starts each script with the same config, while the first works and afterwards."""
+    """Another user starts each script with the same config, beside the first and after it."""
     if os.getuid() or not (python := python_of_everybody()):
         print("  needs root, and a Python that another user may start")
         return 0, 0
     tried = lost = 0
 
     def other(script: str, *more: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [python[0], *toolkit.command(script, place.config, *more)[1:]],
-            stdout=open(log, "w"), stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=os.environ | python[1] | {"HOME": "/tmp"}, preexec_fn=become_another_user,
-        )  # fmt: skip
+        with open(log, "w") as file:
+            process = subprocess.Popen(
+                [python[0], *toolkit.command(script, place.config, *more)[1:]],
+                stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env=os.environ | python[1] | {"HOME": "/tmp"}, preexec_fn=become_another_user,
+            )  # fmt: skip
         process.log, process.script = log, script
         return process
 
@@ -806,7 +830,7 @@ def ends_in_a_line_or_does_nothing(process: subprocess.Popen) -> bool:
 
 
 def buffer_deleted(tries: int = 20) -> tuple[int, int]:
-    """The buffer's folder is removed under a running preprocessor, and made again by hand or not."""
+    """The buffer's folder is removed under a running preprocessor, and made again or not."""
     tried = lost = 0
     with buffer_place() as place:
         stand_in = StandIn(place)
@@ -838,7 +862,8 @@ def buffer_deleted_training(tries: int = 2) -> tuple[int, int]:
     for turn in range(tries):
         name, place = f"deleted{turn}", trainings().place
         pair = trainings().pair(name, "--checkpoint_minutes=0")
-        wait_for(lambda pair=pair: pair[1].log.read_text().count("images/s") > 2 + turn)
+        lines = 3 + turn
+        wait_for(lambda p=pair, n=lines: p[1].log.read_text().count("images/s") >= n)
         shutil.rmtree(place.buffer, ignore_errors=True)
         for process in pair:
             try:
@@ -1052,10 +1077,6 @@ def checker_disturbed(tries: int = 8) -> tuple[int, int]:
         lost += table.read_bytes() != whole
         tried += 1
     return tried, lost
-
-
-def names_of_batches(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if BATCH_FILE.fullmatch(name)]
 
 
 FAULTS = [
