@@ -7,9 +7,9 @@ takes one batch per step from `buffer_folder`: a forward and a backward pass, an
 momentum, an update of the moving averages. It saves a model after each epoch e to
 `saved_models/mytestrun/<e>/`: a TensorFlow SavedModel and, in its subfolder `training_state/`, what
 training needs besides the weights to continue from there. Every 10 minutes it saves a state within
-the epoch, `state_<epoch>_<batch>/`. `--resume` added to the same command continues at the exact batch
-of the latest one, however training stopped. The log lines are also in `training_log.csv` and, for
-TensorBoard, in `events/`.
+the epoch, `state_<epoch>_<batch>/`. `--resume` added to the same command continues from the latest
+state at the exact batch, however training stopped. The log lines are also in `training_log.csv`
+and, for TensorBoard, in `events/`.
 """
 
 import argparse

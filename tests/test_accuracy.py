@@ -75,7 +75,7 @@ def expected_row(model: Stand, folder: Path, labels: np.ndarray) -> dict[str, fl
             order = np.argsort(-scores)
             top[f"top1_{name}"].append(labels[index] in order[:1])
             top[f"top5_{name}"].append(labels[index] in order[:5])
-        losses.append(-np.log(p[8][labels[index]]))
+        losses.append(-np.log(max(p[8][labels[index]], 1e-12)))
     accuracies = {name: float(np.mean(hits)) for name, hits in top.items()}
     return accuracies | {"loss_centre": float(np.mean(losses))}
 
@@ -203,8 +203,8 @@ def test_waiting_says_whether_training_is_at_work_and_ends_with_it(tmp_path, mon
         elif len(naps) == 2:  # it went on, and was asked for two epochs, which are there
             (run / "1" / "assets" / "recipe.json").write_text('{"epoch_end": 2}')
 
-    monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
     utils.lock(run / ".train.lock", "")
+    monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
     assert not check_accuracy.wait_for(run / "2")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
@@ -275,6 +275,18 @@ def test_missing_or_broken_crops_are_one_line(prepared, damage, words):
     for word in words:
         assert word in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_gpu_1_is_the_default_because_gpu_0_trains(monkeypatch):
+    asked = []
+
+    def choose(wanted: list[int], required: bool) -> list[int]:
+        asked.append((wanted, required))
+        return wanted
+
+    monkeypatch.setattr(utils, "choose_gpus", choose)
+    assert [check_accuracy.open_device(gpu) for gpu in (None, 0)] == ["GPU 1", "GPU 0"]
+    assert asked == [([1], False), ([0], True)]
 
 
 def test_second_checker_on_a_run_is_refused(prepared):
@@ -381,6 +393,14 @@ def test_training_curves_are_drawn_where_they_belong(tmp_path):
         (check_accuracy.GREEN, [0.75, 1.5, 2.25]),  # top-1, whose 100% is the highest loss
     ):
         assert drawn.values(colour, [1, 2, 3]) == pytest.approx(right, abs=0.04)
+
+
+def test_events_are_by_training_step_where_the_model_tells_it(tmp_path):
+    rows = [table_row(epoch, 0.1, 0.2, 0.3, 0.4) for epoch in range(2)]
+    rows[0].step, rows[1].step = 700, None
+    check_accuracy.show(tmp_path, rows)
+    seen = toolkit.scalars(tmp_path / "events" / "accuracy")
+    assert {step for _, step in seen} == {700, 1}
 
 
 def test_ticks_are_round_and_few():

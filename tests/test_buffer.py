@@ -41,6 +41,7 @@ from runtime_preprocessing import (
     check_spec,
     end_preprocessing,
     keep_full,
+    worker_of_workers,
 )
 
 Position = tuple[int, int]
@@ -516,6 +517,13 @@ def test_batches_of_another_making_are_removed(tmp_path, toy, ram, change, named
     assert os.listdir(ram) == []
 
 
+def test_every_field_but_the_epochs_makes_another_buffer(config):
+    spec = recipe_of(config).spec
+    for each in dataclasses.fields(spec):
+        other = dataclasses.replace(spec, **{each.name: "other"})
+        assert (other == spec) == (each.name == "epochs"), each.name
+
+
 def test_batches_without_buffer_json_are_of_another_making(tmp_path, toy, ram):
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=2)
     recipe = recipe_of(config)
@@ -964,6 +972,43 @@ def test_training_with_other_arguments_is_told_both_values(config, ram):
         assert all(word in str(error.value) for word in words), error.value
     (ram / "buffer.json").unlink()
     assert BatchSpec.read(ram) is None
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("train", "N", 41), ("utils", "mu", [0.1, 0.2, 0.3]), ("utils", "sigma", [0.1, 0.2, 0.3])],
+)
+def test_training_with_other_settings_is_told_both_values(config, ram, section, key, value):
+    stock(config, ram, 0)
+    settings, spec = utils.load_config(config), BatchSpec.read(ram)
+    setattr(getattr(settings, section), key, value)
+    with pytest.raises(utils.UserError) as error:
+        check_spec(spec, settings, 4, ram)
+    assert f"{key} = {getattr(spec, key)}, this training has {key} = {value}" in str(error.value)
+
+
+def tf_config(kind: str, index: int, **cluster: list[str]) -> str:
+    return json.dumps({"cluster": cluster, "task": {"type": kind, "index": index}})
+
+
+def test_training_as_another_worker_is_told_both_values(config, ram, monkeypatch):
+    stock(config, ram, 0)
+    monkeypatch.setenv("TF_CONFIG", tf_config("worker", 1, worker=["a:1", "b:1"]))
+    with pytest.raises(utils.UserError, match="with worker = 0, this training has worker = 1"):
+        check_spec(BatchSpec.read(ram), utils.load_config(config), 4, ram)
+
+
+def test_the_chief_is_worker_0(monkeypatch):
+    cluster = {"chief": ["a:1"], "worker": ["b:1", "c:1"]}
+    for task, expected in ((("chief", 0), 0), (("worker", 0), 1), (("worker", 1), 2)):
+        monkeypatch.setenv("TF_CONFIG", tf_config(*task, **cluster))
+        assert worker_of_workers() == (expected, 3)
+    monkeypatch.setenv("TF_CONFIG", tf_config("worker", 1, worker=["b:1", "c:1"]))
+    assert worker_of_workers() == (1, 2)
+    for wrong in (tf_config("worker", 2, **cluster), tf_config("ps", 0, **cluster), "{}", "x"):
+        monkeypatch.setenv("TF_CONFIG", wrong)
+        with pytest.raises(utils.UserError, match="TF_CONFIG"):
+            worker_of_workers()
 
 
 def test_a_buffer_that_becomes_another_stops_training(config, ram):

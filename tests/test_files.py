@@ -592,3 +592,14 @@ def test_available_memory_is_that_of_the_container(name, tmp_path):
 def test_this_machine_has_cores_and_memory():
     assert 1 <= utils.cores() <= os.cpu_count()
     assert utils.available_memory() > 10**8
+
+
+# --- working through many things --------------------------------------------------------------
+
+
+def test_results_come_in_the_order_of_the_items():
+    def work(item: int) -> int:
+        time.sleep(0.002 * (7 * item % 5))
+        return item
+
+    assert list(utils.map_in_order(work, range(30), 3)) == list(range(30))

@@ -20,7 +20,7 @@ from PIL import Image, features
 import import_torchvision
 import preprocess_val
 import resnet50
-from preprocess import picture_in
+from preprocess import decode
 from resnet50 import ResNet50, export_model, load_model, load_signature, model_recipe, read_weights
 from test_resnet50 import BLOCKS, EPSILON, keras_resnet50, pour, random_network
 
@@ -160,8 +160,7 @@ PICTURES = {
 
 def checkers_crop(content: bytes) -> np.ndarray:
     """The centre crop that check_accuracy.py evaluates: uint8 [224, 224, 3]."""
-    with picture_in(content) as image:
-        return preprocess_val.ten_crops(image)[8]
+    return preprocess_val.ten_crops(decode(content))[8]
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -267,6 +267,16 @@ SMALL = ((1, 64, 1), (1, 128, 2))
 STEPS = 10
 
 
+@pytest.fixture(scope="module")
+def batches(dataset, tmp_path_factory) -> list[Batch]:
+    """Those that the commands have, cut to a size that is quick to train on."""
+    folder = tmp_path_factory.mktemp("recipe")
+    config = toolkit.write_config(folder, dataset, folder, **RECIPE.settings())
+    recipe = toolkit.recipe_of(config, RECIPE.batch_size)
+    made = [recipe.make(step) for step in range(STEPS)]
+    return [(np.ascontiguousarray(images[:, :128, :128]), labels) for images, labels in made]
+
+
 @dataclasses.dataclass(frozen=True)
 class Way:
     """A way to take the same step, and how far it may be off: kernels, gammas, losses …"""
@@ -332,8 +342,10 @@ class ScriptsTrainer:
 
     def step(self, images: np.ndarray, labels: np.ndarray, rate: float) -> Row:
         """The values of the log that a step has."""
+        from train import METRICS
+
         values = self.trainer.step(*self.trainer.put(images, labels), rate).numpy()
-        return dict(zip(("loss", "loss_without_l2", "top1"), values.tolist(), strict=False))
+        return dict(zip(METRICS, values.tolist(), strict=True))
 
 
 @functools.cache
@@ -342,19 +354,20 @@ def small_second_trainer() -> oracle.Trainer:
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_steps_of_a_small_network(way, beginnings, tmp_path, monkeypatch):
-    """Weights, averages, momentum and losses, with each replica's own batch statistics."""
+def test_steps_of_a_small_network(way, batches, tmp_path, monkeypatch):
+    """Weights, averages, momentum, limits and losses, with each replica's own statistics."""
     stages = [(count, channels, 4 * channels, stride) for count, channels, stride in SMALL]
     monkeypatch.setattr("resnet50.STAGES", stages)
     trainer, second = ScriptsTrainer(RECIPE, tmp_path, way, monkeypatch), small_second_trainer()
     start = trainer.state()
     second.start(start.weights)
-    for step, (images, labels) in enumerate(beginnings[0].batches[:STEPS]):
-        batch = np.ascontiguousarray(images[:, :128, :128]), labels
+    for step, batch in enumerate(batches):
         real = trainer.step(*batch, RECIPE.rate(step))
         expected = second.step(*batch, RECIPE.rate(step), way.replicas)
         for name in ("loss", "loss_without_l2"):
             assert real[name] == pytest.approx(expected[name], rel=way.loss_tolerance()), step
+        for name in ("r_max", "d_max"):
+            assert real[name] == pytest.approx(expected[name], rel=1e-5), (step, name)
         assert real["top1"] == expected["top1"], step
     real, expected = trainer.state(), second.state()
     assert real.updates == expected.updates == STEPS

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -729,14 +730,22 @@ class SlowStorage:
 
 
 def test_benchmark_says_what_slow_storage_gives(config, ram, monkeypatch, capsys):
-    """200 pictures per second, for every number of threads, and when it is started again."""
-    storage = SlowStorage()
+    """200 pictures per second, for every number of threads, and when it is started again.
+
+    Never more. A busy machine may give less, so the best of some starts counts.
+    """
+    storage, best = SlowStorage(), defaultdict(int)
     monkeypatch.setattr(runtime_preprocessing, "crop_file", storage.crop_file)
-    for _ in range(2):
+    for start in range(6):
         runtime_preprocessing.benchmark(storage.recipe(config), ram, seconds=1)
-    lines = re.findall(r"(\d+) threads? +([\d,]+) pictures/s", capsys.readouterr().out)
-    assert len(lines) >= 8 and int(lines[-1][0]) >= 8, lines
-    assert all(160 <= int(rate) <= 240 for _, rate in lines), lines
+        output = capsys.readouterr().out.replace(",", "")
+        for threads, rate in re.findall(r"(\d+) threads? +(\d+) pict", output):
+            assert int(rate) <= 240, (threads, rate)
+            best[int(threads)] = max(best[int(threads)], int(rate))
+        assert max(best) >= 8, best
+        if start and min(best.values()) >= 160:
+            break
+    assert min(best.values()) >= 160, best
     assert os.listdir(ram) == []
 
 

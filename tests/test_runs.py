@@ -4,12 +4,15 @@ The whole commands are in test_training.py.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import toolkit
@@ -122,6 +125,21 @@ def test_a_state_within_an_epoch_is_never_removed_by_a_start_without_resume(run)
     run.claim(arguments("--epoch_start=3"))
 
 
+def test_models_are_neither_overwritten_nor_skipped(run):
+    for name in ("0", "1"):
+        (run.folder / name).mkdir()
+    for start, words in ((0, "0 is there.*overwritten"), (1, "1 is there"), (3, "2, which is not")):
+        with pytest.raises(utils.UserError, match=words):
+            run.claim(arguments(f"--epoch_start={start}"))
+    run.claim(arguments("--epoch_start=2"))
+
+
+def test_a_run_has_one_trainer_at_a_time(run):
+    run.claim(arguments())
+    with pytest.raises(utils.UserError, match="another train.py"):
+        train.Run(run.folder, chief=True).claim(arguments())
+
+
 def test_a_refused_start_leaves_no_folder_of_its_own(tmp_path):
     run = train.Run(tmp_path / "new", chief=True)
     run.claim(arguments())
@@ -205,12 +223,93 @@ def test_momentum_may_be_switched_on_and_off_between_runs(run):
         assert train.restore(run, other, SPEC, other.args) == 2 * epoch + 2
 
 
+# --- the loop -------------------------------------------------------------------------------
+
+
+class Parts:
+    """Stands in for trainer, reader, saver and log of the loop. Notes what each of them is told."""
+
+    def __init__(self, steps: range, batches: int, due: int | None = None):
+        """`batches`: how many there are before the stop. `due`: when a state is to be saved."""
+        self.steps, self.spec, self.batches, self.due = steps, SPEC, batches, due
+        self.args = arguments("--learning_rate=0.8", "--warmup_epochs=4")  # rises by 0.1 per step
+        self.told: list[object] = []
+
+    def waiting(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def should_stop(self, *_: object) -> bool:
+        return False
+
+    def next(self, _stop: object) -> tuple[int] | None:
+        self.batches -= 1
+        return (self.batches,) if self.batches >= 0 else None
+
+    def step(self, batch: int, rate: float, _stop: object) -> int:
+        self.told.append(("batch", batch, round(rate, 9)))
+        return batch
+
+    def add(self, step: int, rate: float, values: int) -> None:
+        self.told.append(("step", step, round(rate, 9), values))
+        self.at = step + 1
+
+    def settle(self) -> None:
+        self.told.append("settle")
+
+    def write(self) -> None:
+        self.told.append("write")
+
+    def is_due(self) -> bool:
+        return self.at == self.due
+
+    def save_epoch(self, step: int) -> None:
+        self.told.append(("epoch", step))
+
+    def save_rolling(self, step: int) -> None:
+        self.told.append(("state", step))
+
+
+def test_the_loop_trains_on_each_batch_once_and_saves_what_is_known_to_be_good():
+    parts = Parts(range(3, 6), 3, due=5)
+    assert train.train(parts, parts, parts, parts, train.Stop())
+    assert parts.told == [
+        *[("batch", 2, 0.4), ("step", 3, 0.4, 2), "settle", ("epoch", 4), "write"],
+        *[("batch", 1, 0.5), ("step", 4, 0.5, 1), "settle", ("state", 5)],
+        *[("batch", 0, 0.6), ("step", 5, 0.6, 0), "settle", ("epoch", 6), "write"],
+    ]
+
+
+def test_the_loop_saves_a_stopped_training_before_it_says_so(monkeypatch):
+    parts = Parts(range(4, 18), 1)
+    monkeypatch.setattr("builtins.print", lambda line: parts.told.append(line))
+    assert not train.train(parts, parts, parts, parts, train.Stop())
+    *told, said = parts.told
+    steps = [("batch", 0, 0.5), ("step", 4, 0.5, 0)]
+    assert told == [*steps, "settle", ("state", 5), "write"]
+    assert "before epoch 2, batch 1" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_an_event_and_a_second_one_ends_training(number):
+    before = signal.signal(number, signal.SIG_DFL)  # a test under nohup ignores SIGHUP
+    try:
+        with train.stop_on_signals() as stop:
+            assert callable(signal.getsignal(number))
+            os.kill(os.getpid(), number)
+            assert stop.wait(10) and stop.number == number
+            assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+
+
 # --- saving ---------------------------------------------------------------------------------
 
 
-def test_weights_that_are_not_finite_are_not_saved(run):
+@pytest.mark.parametrize("part", ["weights", "momentum"])
+def test_weights_that_are_not_finite_are_not_saved(run, part):
     trainer = trainer_of()
-    trainer.network.dense_bias.assign(tf.fill([8], float("nan")))
+    broken = trainer.network.dense_bias if part == "weights" else trainer.optimizer.momentums[-1]
+    broken.assign(tf.fill(broken.shape, float("nan")))
     saver = saver_of(run, trainer)
     for save, step in ((saver.save_epoch, 2), (saver.save_rolling, 3)):
         with pytest.raises(utils.UserError, match="no longer finite.*smaller --learning_rate"):
@@ -230,6 +329,23 @@ def test_a_full_disk_while_a_state_is_saved_leaves_the_last_one(run, monkeypatch
     saver.save_rolling(3)
     assert os.listdir(run.folder) == ["state_0_1"]
     assert "not saved, training continues" in capsys.readouterr().err
+
+
+def test_states_are_removed_once_something_newer_is_saved(run):
+    saver = saver_of(run, trainer_of())
+    for step, left in ((1, ["state_0_1"]), (2, ["state_0_1"]), (3, ["state_1_1"])):
+        saver.save_rolling(step)
+        assert os.listdir(run.folder) == left  # none at the end of an epoch, which has its model
+    saver.save_epoch(4)
+    assert os.listdir(run.folder) == ["1"]
+
+
+def test_a_state_is_due_after_checkpoint_minutes(run):
+    saver = saver_of(run, trainer_of("--checkpoint_minutes=3"))
+    now = time.monotonic()
+    for seconds, due in ((170, False), (190, True)):
+        saver._last = now - seconds
+        assert saver.is_due() == due
 
 
 def keep(run: train.Run, evaluated: dict[int, float], epochs: int, *flags: str) -> list[int]:
@@ -254,6 +370,11 @@ def test_keep_last_waits_for_a_checker_at_work(run):
 
 
 # --- the step -------------------------------------------------------------------------------
+
+
+def test_the_seed_decides_the_initial_weights():
+    one, again, other = (everything(trainer_of(train__seed=seed)) for seed in (1, 1, 2))
+    assert same(one, again) and not same(one, other)
 
 
 def freeze_statistics(trainer: train.Trainer) -> None:
@@ -334,16 +455,20 @@ def test_jit_compile_compiles_the_whole_step_on_one_device():
     assert compiled.split("ENTRY")[1].count("parameter(") >= updated
 
 
-@pytest.mark.parametrize("scale", [2.0**100, 8.0])
-def test_the_loss_scale_halves_after_an_overflow_and_doubles_after_2000_good_steps(scale):
+@pytest.mark.parametrize(
+    ("scale", "good", "next_scale", "next_good"),
+    [(2.0**100, 7, 2.0**99, 0), (8.0, 1998, 8.0, 1999), (8.0, 1999, 16.0, 0)],
+)
+def test_the_loss_scale_halves_after_an_overflow_and_doubles_after_2000_good_steps(
+    scale, good, next_scale, next_good
+):
     trainer = trainer_of("--precision=mixed_float16")
     trainer.loss_scale.assign(scale)
-    trainer.good_updates.assign(1999)
+    trainer.good_updates.assign(good)
     metrics = take_step(trainer)
-    overflow = scale > 2.0**50
-    assert metrics["skipped_steps"] == overflow
-    assert float(trainer.loss_scale.numpy()) == (scale / 2 if overflow else scale * 2)
-    assert int(trainer.good_updates.numpy()) == 0
+    assert metrics["skipped_steps"] == (next_scale < scale)
+    assert float(trainer.loss_scale.numpy()) == next_scale
+    assert int(trainer.good_updates.numpy()) == next_good
 
 
 def test_the_gradients_norm_does_not_depend_on_the_loss_scale():
@@ -394,12 +519,23 @@ def test_a_row_averages_its_steps(run):
     with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
         for step, loss in enumerate([1.0, 3.0, 8.0]):
             log.add(step, 0.5, values_of(step, loss))
+        log._row_start = time.perf_counter() - 1000
         log.settle()
         log.write()
     (row,) = utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
     assert float(row["loss"]) == 4 and float(row["loss_without_l2"]) == 2
     assert (row["steps"], row["step"], row["epoch"], row["batch"]) == ("3", "2", "1", "0")
     assert float(row["gradient_norm"]) == 1 and float(row["loss_scale"]) == 8
+    assert float(row["images_per_second"]) == pytest.approx(3 * 4 / 1000, rel=0.05)
+
+
+def test_a_loss_that_is_no_number_stops_training(run):
+    trainer = type("Stand", (), {"compute_type": tf.float32, "args": arguments()})()
+    with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
+        log.add(0, 0.5, values_of(0))
+        log.add(1, 0.5, values_of(1, math.nan))
+        with pytest.raises(utils.UserError, match="epoch 0, batch 1: the loss is nan"):
+            log.settle()
 
 
 def test_only_time_without_a_step_under_way_counts_as_waiting(run):
