@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -393,7 +394,11 @@ def print_table(faults: list[Callable], text: str) -> None:
         if fault.__name__ in args.only:
             print(f"{fault.__name__}: {fault.__doc__}", flush=True)
             start = time.monotonic()
-            tried, lost = fault(args.tries) if args.tries else fault()
+            try:
+                tried, lost = fault(args.tries) if args.tries else fault()
+            except Exception:  # the other rows are tried all the same
+                traceback.print_exc()
+                tried, lost = 1, 1
             seconds = time.monotonic() - start
             rows.append((fault, tried, lost, seconds))
             print(f"  tried {tried}, lost {lost}, {seconds:.0f} s", flush=True)
