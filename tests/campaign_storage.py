@@ -1010,7 +1010,7 @@ def strangers_survive(place: Place, where: str, folder: Path, treasure: Path) ->
     return well and not gone and treasure.read_bytes() == PRECIOUS
 
 
-RUN_NAMES = ["0", "state_0_1", "accuracy.csv", "accuracy.png", "training.png", "training_log.csv",
+RUN_NAMES = ["accuracy.csv", "accuracy.png", "training.png", "training_log.csv",
              "events", ".train.lock", ".check_accuracy.lock"]  # fmt: skip
 """Names of the toolkit's own files in a run's folder."""
 
@@ -1019,7 +1019,7 @@ def strangers_in_a_run(tries: int = 1) -> tuple[int, int]:
     """Files of such names in a run's folder, which train.py and check_accuracy.py are given."""
     tried = lost = 0
     for kind in ("file", "folder", "link") * tries:
-        with buffer_place() as place:
+        with Place(1, val=1) as place:
             run = utils.load_config(place.config).train.path_for_saving / "run"
             treasure = place.folder / "treasure"
             treasure.write_bytes(PRECIOUS)
@@ -1027,19 +1027,19 @@ def strangers_in_a_run(tries: int = 1) -> tuple[int, int]:
                 strange(run / name, kind, treasure)
             assert ends_well(launch(place, "preprocess_val.py"))
             before = tree(run)
-            arguments = ["--run_folder=run", "--epoch_start=0"]
-            training = ["--batch_size=4", "--learning_rate=0.1", "--resume"]
+            arguments = ["--run_folder=run", "--epoch_start=0", "--epoch_end=1"]
+            training = ["--batch_size=4", "--learning_rate=0.1"]
+            preprocessor = launch(place, "runtime_preprocessing.py", *span(1, 4))
             ended = [
-                ends_in_a_line(launch(place, "train.py", *arguments, "--epoch_end=2", *more))
-                for more in (training, training[:-1])
+                ends_in_a_line(launch(place, "train.py", *arguments, *training)),
+                ends_in_a_line(launch(place, "check_accuracy.py", *arguments)),
             ]
-            checker = launch(place, "check_accuracy.py", *arguments, "--epoch_end=1")
-            ended.append(ends_in_a_line(checker))
+            preprocessor.terminate()
             changed = [name for name in before if tree(run).get(name) != before[name]]
             if changed:
                 print(f"  {kind}: changed or gone: {changed}")
             lost += ended.count(False) + len(changed) + (treasure.read_bytes() != PRECIOUS)
-            tried += 3
+            tried += 2 * len(RUN_NAMES)
     return tried, lost
 
 
@@ -1084,9 +1084,9 @@ def checker_disturbed(tries: int = 8) -> tuple[int, int]:
 FAULTS = [
     containers, errors_of_storage, full_disk, readonly_disk, stopped_and_continued, dataset_away,
     wrong_clock, few_files_and_little_memory, two_users, buffer_deleted, closed_output,
-    strangers_files, strangers_in_a_run, checker_disturbed, containers_training,
+    strangers_files, checker_disturbed, containers_training,
     errors_of_storage_training, readonly_models, stopped_training, wrong_clock_training,
-    limited_training, buffer_deleted_training, closed_output_training,
+    limited_training, buffer_deleted_training, closed_output_training, strangers_in_a_run,
 ]  # fmt: skip
 
 
