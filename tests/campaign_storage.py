@@ -9,6 +9,7 @@ equal result. "Lost" counts whatever else happens, and should be 0 everywhere. R
 limit or change users need root; some need a C compiler. Without them a row says so and tries less.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -45,13 +46,17 @@ ANOTHER_USER = 12345
 """The number of a user who is nobody else."""
 
 
+SCRATCH = tempfile.TemporaryDirectory(prefix="campaign-")
+"""For the faults' own files; removed in the end."""
+
+
 # --- tools ----------------------------------------------------------------------------------
 
 
 @functools.cache
 def bad_storage() -> Path | None:
     """The compiled library of bad_storage.c; None without a compiler."""
-    library = Path(tempfile.mkdtemp(prefix="campaign-")) / "bad_storage.so"
+    library = Path(SCRATCH.name) / "bad_storage.so"
     source = Path(__file__).with_suffix("").with_name("bad_storage.c")
     compiler = shutil.which("gcc") or shutil.which("cc")
     if not compiler:
@@ -65,7 +70,7 @@ class BadDisk:
     """The environment that puts these folders on a bad disk, and a count of its faults."""
 
     def __init__(self, *folders: Path, every: int = 0, clock: int = 0):
-        self.aside = Path(tempfile.mkdtemp(prefix="campaign-"))
+        self.aside = Path(tempfile.mkdtemp(dir=SCRATCH.name))
         self.flag = self.aside / "readonly"
         self.environment = {
             "LD_PRELOAD": str(bad_storage()),
@@ -283,6 +288,7 @@ class Trainings:
 
     def __init__(self):
         self.place = Place(4, val=2, train__buffer_size=4, runtime_preprocessing__sleep_time=0.1)
+        atexit.register(self.place.__exit__)
         self.models = utils.load_config(self.place.config).train.path_for_saving
         assert not self.lost("whole", *self.pair("whole"))
         self.right = final_state(self.models / "whole", self.epochs - 1)
