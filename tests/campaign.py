@@ -160,9 +160,12 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
 def final_state(run: Path, epoch: int) -> dict[str, np.ndarray]:
     import tensorflow as tf
 
-    reader = tf.train.load_checkpoint(str(run / str(epoch) / "training_state" / "checkpoint"))
-    names = [name for name in reader.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name]
-    return {name: reader.get_tensor(name) for name in names}
+    state = {}
+    for part in ("variables/variables", "training_state/state"):
+        reader = tf.train.load_checkpoint(str(run / str(epoch) / part))
+        names = [name for name in reader.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name]
+        state |= {f"{part}/{name}": reader.get_tensor(name) for name in names}
+    return state
 
 
 def kill_trainer(tries: int = 20, epochs: int = 30) -> tuple[int, int]:
@@ -211,9 +214,11 @@ def incomplete(folder: Path) -> bool:
     if folder.name == "events":
         return False
     state = folder / "training_state"
-    needed = [state / "state.json", state / "checkpoint.index"]
+    needed = [state / "state.json", state / "state.index"]
     if folder.name.isdigit():
         needed += [folder / "saved_model.pb", folder / "variables" / "variables.index"]
+    else:
+        needed.append(state / "weights.index")
     return not all(path.is_file() for path in needed)
 
 

@@ -287,7 +287,7 @@ class Trainings:
     epochs = 2
 
     def __init__(self):
-        self.place = Place(4, val=2, train__buffer_size=4, runtime_preprocessing__sleep_time=0.1)
+        self.place = Place(2, val=2, train__buffer_size=4, runtime_preprocessing__sleep_time=0.1)
         atexit.register(self.place.__exit__)
         self.models = utils.load_config(self.place.config).train.path_for_saving
         assert not self.lost("whole", *self.pair("whole"))
@@ -418,13 +418,13 @@ def errors_of_storage(tries: int = 2000) -> tuple[int, int]:
 
 
 def errors_of_storage_training(tries: int = 1) -> tuple[int, int]:
-    """EIO on one read in 20 of pictures and batches through a whole training."""
+    """EIO on one read in 10 of pictures and batches through a whole training."""
     if not bad_storage():
         return 0, 0
     tried = lost = 0
     for turn in range(tries):
         name, place = f"eio{turn}", trainings().place
-        disk = BadDisk(place.folder / "dataset", place.buffer, every=20)
+        disk = BadDisk(place.folder / "dataset", place.buffer, every=10)
         lost += trainings().lost(name, *trainings().pair(name, **disk.environment))
         tried += disk.faults
     return tried, lost
@@ -870,7 +870,7 @@ def buffer_deleted_training(tries: int = 2) -> tuple[int, int]:
     for turn in range(tries):
         name, place = f"deleted{turn}", trainings().place
         pair = trainings().pair(name, "--checkpoint_minutes=0")
-        lines = 3 + turn
+        lines = 1 + 2 * turn
         wait_for(lambda p=pair, n=lines: p[1].log.read_text().count("images/s") >= n)
         shutil.rmtree(place.buffer, ignore_errors=True)
         for process in pair:
@@ -1091,8 +1091,8 @@ FAULTS = [
     containers, errors_of_storage, full_disk, readonly_disk, stopped_and_continued, dataset_away,
     wrong_clock, few_files_and_little_memory, two_users, buffer_deleted, closed_output,
     strangers_files, checker_disturbed, containers_training,
-    errors_of_storage_training, readonly_models, stopped_training, wrong_clock_training,
-    limited_training, buffer_deleted_training, closed_output_training, strangers_in_a_run,
+    errors_of_storage_training, stopped_training, wrong_clock_training, buffer_deleted_training,
+    readonly_models, limited_training, closed_output_training, strangers_in_a_run,
 ]  # fmt: skip
 
 
