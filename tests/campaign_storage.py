@@ -1,6 +1,6 @@
 """The second campaign of faults: a user's worst month with storage, containers and neighbours.
 
-    sudo python3 tests/campaign_storage.py                 # all of it, about 15 minutes on two cores
+    sudo python3 tests/campaign_storage.py           # all of it, about 15 minutes on two cores
     sudo python3 tests/campaign_storage.py --only containers closed_output
 
 Each fault is tried on the real commands with a toy dataset. It must end in a result equal to that
@@ -9,7 +9,9 @@ equal result. "Lost" counts whatever else happens, and should be 0 everywhere. R
 limit or change users need root; some need a C compiler. Without them a row says so and tries less.
 """
 
+import atexit
 import contextlib
+import dataclasses
 import functools
 import os
 import random
@@ -31,7 +33,7 @@ import utils
 import numpy as np
 
 from campaign import PATIENCE, Place, final_state, print_table, processes, span, tree, wait_for
-from runtime_preprocessing import BATCH_FILE, write_progress
+from runtime_preprocessing import Recipe, read_progress, write_progress
 
 PREPARING = {
     "preprocess.py": ["--shorter_side=256"],
@@ -44,13 +46,17 @@ ANOTHER_USER = 12345
 """The number of a user who is nobody else."""
 
 
+SCRATCH = tempfile.TemporaryDirectory(prefix="campaign-")
+"""For the faults' own files; removed in the end."""
+
+
 # --- tools ----------------------------------------------------------------------------------
 
 
 @functools.cache
 def bad_storage() -> Path | None:
     """The compiled library of bad_storage.c; None without a compiler."""
-    library = Path(tempfile.mkdtemp(prefix="campaign-")) / "bad_storage.so"
+    library = Path(SCRATCH.name) / "bad_storage.so"
     source = Path(__file__).with_suffix("").with_name("bad_storage.c")
     compiler = shutil.which("gcc") or shutil.which("cc")
     if not compiler:
@@ -64,7 +70,7 @@ class BadDisk:
     """The environment that puts these folders on a bad disk, and a count of its faults."""
 
     def __init__(self, *folders: Path, every: int = 0, clock: int = 0):
-        self.aside = Path(tempfile.mkdtemp(prefix="campaign-"))
+        self.aside = Path(tempfile.mkdtemp(dir=SCRATCH.name))
         self.flag = self.aside / "readonly"
         self.environment = {
             "LD_PRELOAD": str(bad_storage()),
@@ -140,8 +146,13 @@ def ends(process: subprocess.Popen) -> bool:
 class StandIn:
     """Takes batch after batch as train.py does, and compares each with what it must be."""
 
-    def __init__(self, place: Place, batch_size: int = 4):
-        self.place, self.recipe = place, toolkit.recipe_of(place.config, batch_size)
+    def __init__(self, place: Place, batch_size: int = 4, tells: bool = True):
+        """`tells`: whether it writes its progress."""
+        self.tells = tells
+        self.place, self.recipe = (
+            place,
+            mirrored(place, toolkit.recipe_of(place.config, batch_size)),
+        )
         self.spec, self.number, self.lost = self.recipe.spec, 0, 0
         self.arguments = span(1000, batch_size)
 
@@ -155,20 +166,27 @@ class StandIn:
             paths = self.spec.files(self.place.buffer, self.number)
             try:
                 arrays = [np.load(path, allow_pickle=False) for path in paths]
-            except (FileNotFoundError, NotADirectoryError):
+            except (OSError, ValueError):  # not there, or somebody else's
                 if time.monotonic() > end or process and process.poll() is not None:
                     return False
+                self.tell()
                 time.sleep(0.002)
                 continue
             right = self.recipe.make(self.number)
             self.lost += any(not np.array_equal(a, b) for a, b in zip(arrays, right, strict=True))
             self.number += 1
-            with contextlib.suppress(OSError):
-                write_progress(self.place.buffer, self.spec, self.number)
+            self.tell()
         return True
 
+    def tell(self) -> None:
+        """Says which batch is next, where that is not said."""
+        with contextlib.suppress(OSError):
+            if self.tells and read_progress(self.place.buffer, self.spec) != self.number:
+                write_progress(self.place.buffer, self.spec, self.number)
+
     def finish(self, process: subprocess.Popen) -> int:
-        """Ends the preprocessor as training does. Returns all that was lost."""
+        """Ends the preprocessor as training does, at work. Returns all that was lost."""
+        self.lost += not self.take(8, process)  # more than lay ready: it is at work
         write_progress(self.place.buffer, self.spec, self.spec.step(1000))
         self.lost += not ends_well(process)
         left = os.listdir(self.place.buffer)
@@ -176,6 +194,17 @@ class StandIn:
         if self.lost:
             print(f"  lost {self.lost}; left in the buffer: {left}")
         return self.lost
+
+
+def mirrored(place: Place, recipe: Recipe) -> Recipe:
+    """The recipe from copies of the pictures, which no fault touches."""
+    mirror, folder = place.folder / "mirror", recipe.pictures.folder
+    shutil.copytree(folder, mirror / "originals", dirs_exist_ok=True)
+    copies = {side: mirror / str(side) for side in recipe.copies}
+    for side, copy in copies.items():
+        shutil.copytree(recipe.copies[side], copy, dirs_exist_ok=True)
+    pictures = dataclasses.replace(recipe.pictures, folder=mirror / "originals")
+    return Recipe(recipe.spec, pictures, copies)
 
 
 def buffer_place(**values: object) -> Place:
@@ -242,10 +271,10 @@ def small_disk(folder: Path, size: str = "64m") -> Iterator[bool]:
 def fill(folder: Path, leave: int) -> Path:
     """A file that takes all of a disk but so many bytes."""
     filler = folder / "filler"
-    size = shutil.disk_usage(folder).free - leave
-    with open(filler, "wb") as file:
-        if size > 0:
-            os.posix_fallocate(file.fileno(), 0, size)
+    with open(filler, "wb") as file, contextlib.suppress(OSError):  # others write meanwhile
+        while (size := shutil.disk_usage(folder).free - leave) > 0:
+            os.posix_fallocate(file.fileno(), file.tell(), size)
+            file.seek(size, os.SEEK_CUR)
     return filler
 
 
@@ -258,7 +287,8 @@ class Trainings:
     epochs = 2
 
     def __init__(self):
-        self.place = Place(4, val=2, train__buffer_size=4, runtime_preprocessing__sleep_time=0.1)
+        self.place = Place(2, val=2, train__buffer_size=4, runtime_preprocessing__sleep_time=0.1)
+        atexit.register(self.place.__exit__)
         self.models = utils.load_config(self.place.config).train.path_for_saving
         assert not self.lost("whole", *self.pair("whole"))
         self.right = final_state(self.models / "whole", self.epochs - 1)
@@ -388,13 +418,13 @@ def errors_of_storage(tries: int = 2000) -> tuple[int, int]:
 
 
 def errors_of_storage_training(tries: int = 1) -> tuple[int, int]:
-    """EIO on one read in 20 of pictures and batches through a whole training."""
+    """EIO on one read in 10 of pictures and batches through a whole training."""
     if not bad_storage():
         return 0, 0
     tried = lost = 0
     for turn in range(tries):
         name, place = f"eio{turn}", trainings().place
-        disk = BadDisk(place.folder / "dataset", place.buffer, every=20)
+        disk = BadDisk(place.folder / "dataset", place.buffer, every=10)
         lost += trainings().lost(name, *trainings().pair(name, **disk.environment))
         tried += disk.faults
     return tried, lost
@@ -450,7 +480,8 @@ def readonly_disk(tries: int = 5) -> tuple[int, int]:
                     time.sleep(moments.uniform(0, 0.8))
                 lost += not ends_equal(place, script, process)
                 tried += 1
-    return tried + readonly_buffer(tries, moments)[0], lost + readonly_buffer(tries, moments)[1]
+    more_tried, more_lost = readonly_buffer(tries, moments)
+    return tried + more_tried, lost + more_lost
 
 
 def readonly_buffer(tries: int, moments: random.Random) -> tuple[int, int]:
@@ -743,18 +774,19 @@ def python_of_everybody() -> tuple[str, dict[str, str]] | None:
 
 
 def two_users(tries: int = 3) -> tuple[int, int]:
-    """Another user starts each script with the same config, while the first works and afterwards."""
+    """Another user starts each script with the same config, beside the first and after it."""
     if os.getuid() or not (python := python_of_everybody()):
         print("  needs root, and a Python that another user may start")
         return 0, 0
     tried = lost = 0
 
     def other(script: str, *more: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [python[0], *toolkit.command(script, place.config, *more)[1:]],
-            stdout=open(log, "w"), stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=os.environ | python[1] | {"HOME": "/tmp"}, preexec_fn=become_another_user,
-        )  # fmt: skip
+        with open(log, "w") as file:
+            process = subprocess.Popen(
+                [python[0], *toolkit.command(script, place.config, *more)[1:]],
+                stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env=os.environ | python[1] | {"HOME": "/tmp"}, preexec_fn=become_another_user,
+            )  # fmt: skip
         process.log, process.script = log, script
         return process
 
@@ -806,7 +838,7 @@ def ends_in_a_line_or_does_nothing(process: subprocess.Popen) -> bool:
 
 
 def buffer_deleted(tries: int = 20) -> tuple[int, int]:
-    """The buffer's folder is removed under a running preprocessor, and made again by hand or not."""
+    """The buffer's folder is removed under a running preprocessor, and made again or not."""
     tried = lost = 0
     with buffer_place() as place:
         stand_in = StandIn(place)
@@ -838,7 +870,8 @@ def buffer_deleted_training(tries: int = 2) -> tuple[int, int]:
     for turn in range(tries):
         name, place = f"deleted{turn}", trainings().place
         pair = trainings().pair(name, "--checkpoint_minutes=0")
-        wait_for(lambda pair=pair: pair[1].log.read_text().count("images/s") > 2 + turn)
+        lines = 1 + 2 * turn
+        wait_for(lambda p=pair, n=lines: p[1].log.read_text().count("images/s") >= n)
         shutil.rmtree(place.buffer, ignore_errors=True)
         for process in pair:
             try:
@@ -966,7 +999,7 @@ def strangers_survive(place: Place, where: str, folder: Path, treasure: Path) ->
     """Whether the scripts leave strangers' files alone, and work or end in a line."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if where == "buffer":
-        stand_in = StandIn(place)
+        stand_in = StandIn(place, tells=False)
         process = stand_in.start()
         if well := stand_in.take(4, process):
             well = not stand_in.lost
@@ -983,7 +1016,7 @@ def strangers_survive(place: Place, where: str, folder: Path, treasure: Path) ->
     return well and not gone and treasure.read_bytes() == PRECIOUS
 
 
-RUN_NAMES = ["0", "state_0_1", "accuracy.csv", "accuracy.png", "training.png", "training_log.csv",
+RUN_NAMES = ["accuracy.csv", "accuracy.png", "training.png", "training_log.csv",
              "events", ".train.lock", ".check_accuracy.lock"]  # fmt: skip
 """Names of the toolkit's own files in a run's folder."""
 
@@ -992,7 +1025,7 @@ def strangers_in_a_run(tries: int = 1) -> tuple[int, int]:
     """Files of such names in a run's folder, which train.py and check_accuracy.py are given."""
     tried = lost = 0
     for kind in ("file", "folder", "link") * tries:
-        with buffer_place() as place:
+        with Place(1, val=1) as place:
             run = utils.load_config(place.config).train.path_for_saving / "run"
             treasure = place.folder / "treasure"
             treasure.write_bytes(PRECIOUS)
@@ -1000,19 +1033,19 @@ def strangers_in_a_run(tries: int = 1) -> tuple[int, int]:
                 strange(run / name, kind, treasure)
             assert ends_well(launch(place, "preprocess_val.py"))
             before = tree(run)
-            arguments = ["--run_folder=run", "--epoch_start=0"]
-            training = ["--batch_size=4", "--learning_rate=0.1", "--resume"]
+            arguments = ["--run_folder=run", "--epoch_start=0", "--epoch_end=1"]
+            training = ["--batch_size=4", "--learning_rate=0.1"]
+            preprocessor = launch(place, "runtime_preprocessing.py", *span(1, 4))
             ended = [
-                ends_in_a_line(launch(place, "train.py", *arguments, "--epoch_end=2", *more))
-                for more in (training, training[:-1])
+                ends_in_a_line(launch(place, "train.py", *arguments, *training)),
+                ends_in_a_line(launch(place, "check_accuracy.py", *arguments)),
             ]
-            checker = launch(place, "check_accuracy.py", *arguments, "--epoch_end=1")
-            ended.append(ends_in_a_line(checker))
+            preprocessor.terminate()
             changed = [name for name in before if tree(run).get(name) != before[name]]
             if changed:
                 print(f"  {kind}: changed or gone: {changed}")
             lost += ended.count(False) + len(changed) + (treasure.read_bytes() != PRECIOUS)
-            tried += 3
+            tried += 2 * len(RUN_NAMES)
     return tried, lost
 
 
@@ -1054,16 +1087,12 @@ def checker_disturbed(tries: int = 8) -> tuple[int, int]:
     return tried, lost
 
 
-def names_of_batches(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if BATCH_FILE.fullmatch(name)]
-
-
 FAULTS = [
     containers, errors_of_storage, full_disk, readonly_disk, stopped_and_continued, dataset_away,
     wrong_clock, few_files_and_little_memory, two_users, buffer_deleted, closed_output,
-    strangers_files, strangers_in_a_run, checker_disturbed, containers_training,
-    errors_of_storage_training, readonly_models, stopped_training, wrong_clock_training,
-    limited_training, buffer_deleted_training, closed_output_training,
+    strangers_files, checker_disturbed, containers_training,
+    errors_of_storage_training, stopped_training, wrong_clock_training, buffer_deleted_training,
+    readonly_models, limited_training, closed_output_training, strangers_in_a_run,
 ]  # fmt: skip
 
 

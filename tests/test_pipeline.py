@@ -9,6 +9,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -689,6 +690,69 @@ def test_a_file_that_vanishes_is_a_broken_picture(tmp_path, own_toy, capsys):
     recipe.make(recipe.spec.step(0, 0))
     recipe.make(recipe.spec.step(1, 0))
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    """Moves a folder away, and back as soon as somebody waits for it."""
+    moved, one_at_a_time = [], threading.Lock()
+
+    def come_back(_seconds: float) -> None:
+        with one_at_a_time:
+            for elsewhere, folder in moved:
+                elsewhere.rename(folder)
+            moved.clear()
+
+    def move(folder: Path) -> None:
+        moved.append((folder.with_name("elsewhere"), folder))
+        folder.rename(folder.with_name("elsewhere"))
+
+    monkeypatch.setattr(utils.time, "sleep", come_back)
+    return move
+
+
+def test_pictures_that_are_gone_for_a_moment_change_no_batch(tmp_path, own_toy, absent, capsys):
+    recipe = recipe_of(toolkit.write_config(tmp_path, own_toy, Path("unused")))
+    right = content(recipe, 0, 0)
+    absent(own_toy / "train")
+    assert content(recipe, 0, 0) == right
+    assert not recipe.failures and not capsys.readouterr().err
+
+
+def test_copies_that_are_gone_for_a_moment_change_no_batch(tmp_path, toy, absent):
+    config = toolkit.write_config(tmp_path, toy, Path("unused"))
+    assert toolkit.run("preprocess.py", config, "--shorter_side=256").returncode == 0
+    recipe = recipe_of(config, 40)
+    with_copies = content(recipe, 0, 0)
+    assert with_copies != content(Recipe(recipe.spec, recipe.pictures, {}), 0, 0)
+    absent(tmp_path / "preprocessed" / "256")
+    assert content(recipe, 0, 0) == with_copies
+
+
+def test_pictures_that_are_gone_do_not_change_what_is_prepared(tmp_path, toy, own_toy, absent):
+    right = get_mu_sigma.mu_sigma(*pictures_of(tmp_path, toy))
+    pictures, failures = pictures_of(tmp_path, own_toy)
+    absent(own_toy / "train")
+    np.testing.assert_array_equal(get_mu_sigma.mu_sigma(pictures, failures), right)
+    assert not failures
+    fingerprint = dataclasses.replace(pictures).fingerprint
+    absent(own_toy / "train")
+    assert dataclasses.replace(pictures).fingerprint == fingerprint
+
+
+def pictures_of(tmp_path: Path, dataset: Path) -> tuple[preprocess.Pictures, preprocess.Failures]:
+    config = utils.load_config(toolkit.write_config(tmp_path, dataset, Path("unused")))
+    pictures = preprocess.training_pictures(config)
+    return pictures, preprocess.Failures(len(pictures))
+
+
+def test_pictures_that_stay_away_are_one_line(tmp_path, own_toy, monkeypatch):
+    recipe = recipe_of(toolkit.write_config(tmp_path, own_toy, Path("unused")))
+    (own_toy / "train").rename(own_toy / "elsewhere")
+    monkeypatch.setattr(utils, "PAUSES", (0, 0))
+    with pytest.raises(utils.UserError, match=f"{own_toy}/train: .* no such folder; check the"):
+        recipe.make(0)
+    assert not recipe.failures
 
 
 # --- the benchmark ----------------------------------------------------------------------------
