@@ -50,8 +50,8 @@ Position = tuple[int, int]
 BATCHES = 10
 """In an epoch: 40 pictures in batches of 4."""
 
-PATIENCE = 60
-"""Seconds after which something that should happen counts as not happening."""
+PATIENCE = int(os.environ.get("PATIENCE", 60))
+"""Seconds after which what should happen counts as not happening; fewer for mutants.py."""
 
 
 def span(epoch_start: int, epoch_end: int, batch_size: int = 4) -> list[str]:
@@ -899,6 +899,7 @@ def saved(save: Callable, *arrays: np.ndarray) -> bytes:
 WRONG = {
     "X": {
         "cut": lambda right: right[:-1],
+        "longer": lambda right: right + b"\0",
         "only a header": lambda right: right[:128],
         "empty": lambda right: b"",
         "zeros": lambda right: b"\0" * len(right),
@@ -914,6 +915,7 @@ WRONG = {
     },
     "Y": {
         "cut": lambda right: right[:-1],
+        "longer": lambda right: right + b"\0",
         "int64": lambda right: saved(np.save, np.zeros(4, np.int64)),
         "class too high": lambda right: saved(np.save, np.array([0, 1, 4, 2], np.int32)),
         "class below 0": lambda right: saved(np.save, np.array([0, 1, -1, 2], np.int32)),
