@@ -456,6 +456,41 @@ def test_two_replicas_take_the_step_of_one_with_the_whole_batch(small_network):
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
 
 
+def test_each_replica_gets_its_share_on_its_own_device(small_network):
+    trainer = make_trainer(two_replicas())
+    images, labels = small_batch()
+    for whole, shares in zip((images, labels), trainer.put(images, labels), strict=True):
+        assert [share.device[-5:] for share in shares.values] == ["CPU:0", "CPU:1"]
+        np.testing.assert_array_equal(np.concatenate([s.numpy() for s in shares.values]), whole)
+
+
+def test_synthetic_measures_steps_as_training_takes_them(capsys):
+    """A step is sent while the one before is under way: its value is waited for afterwards."""
+    sent, waited = [], []
+
+    class Stand:
+        args = SimpleNamespace(batch_size=2, precision="float32")
+
+        def put(self, *batch):
+            return batch
+
+        def step(self, *_):
+            number = len(sent)
+            sent.append(number)
+
+            def numpy():
+                waited.append((number, len(sent)))
+                time.sleep(0.001)
+
+            return SimpleNamespace(numpy=numpy)
+
+    train.measure_speed(Stand(), seconds=0.1)
+    assert len(waited) > 4
+    for number, then in waited[2:]:  # the first two build the step
+        assert then == number + 2
+    assert "images/s" in capsys.readouterr().out
+
+
 def test_averages_of_two_replicas_are_those_of_the_mean_statistics(small_network):
     trainer = make_trainer(two_replicas())
     images, labels = small_batch()
