@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import utils
 from utils import CROP, UserError, plural
@@ -163,8 +164,15 @@ class Pictures:
         names = zlib.crc32(self.labels.tobytes(), self.paths.checksum())
         count = min(len(self), SAMPLED)
         sample = np.linspace(0, len(self) - 1, count).astype(int).tolist() if count else []
+
+        def look(index: int) -> bytes:
+            try:
+                return unless_gone(beginning, self.folder, self.path(index))
+            except MissingPicture:
+                return b""
+
         with ThreadPoolExecutor(16) as pool:  # so that a slow disk may work on many at once
-            beginnings = pool.map(lambda index: beginning(self.path(index)), sample)
+            beginnings = pool.map(look, sample)
             return f"{names:08x}-{zlib.crc32(b''.join(beginnings)):08x}"
 
 
@@ -173,7 +181,7 @@ SAMPLED = 2000
 
 
 def beginning(path: str, count: int = 1024) -> bytes:
-    """A file's size and first bytes; nothing if it is missing."""
+    """A file's size and first bytes. Raises MissingPicture."""
 
     def read(path: str) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
@@ -184,12 +192,33 @@ def beginning(path: str, count: int = 1024) -> bytes:
         return utils.patiently(read, path)
     except OSError as error:
         if error.errno in NO_FILE:
-            return b""
+            raise MissingPicture(os.strerror(error.errno).lower()) from None
         raise
 
 
 class BrokenPicture(Exception):
     """A picture that is missing or cannot be decoded. The message says why, for people."""
+
+
+class MissingPicture(BrokenPicture):
+    """There is no such file."""
+
+
+def unless_gone(work: Callable, folder: str | Path, picture: Any) -> Any:
+    """`work(picture)`. A file that is missing is looked for again once `folder` is there.
+
+    So a disk that is not mounted for a moment breaks no picture. Raises UserError if it stays away.
+    """
+    try:
+        return work(picture)
+    except MissingPicture:
+        utils.patiently(_look_for, folder)
+        return work(picture)
+
+
+def _look_for(folder: str | Path) -> None:
+    if not os.path.isdir(folder):
+        raise OSError(errno.ESTALE, "no such folder")
 
 
 class Failures:
@@ -233,7 +262,7 @@ def map_pictures(
 
     def each(index: int) -> object:
         try:
-            loaded = load(index)
+            loaded = unless_gone(load, pictures.folder, index)
         except BrokenPicture as error:
             failures.add(pictures.paths[index], error)
             return None
@@ -659,7 +688,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def read_picture(path: str | Path) -> bytes:
-    """A picture's file. Raises BrokenPicture if there is no such file.
+    """A picture's file. Raises MissingPicture if there is no such file.
 
     Other OSErrors pass: the storage fails, and says nothing about the picture.
     """
@@ -667,7 +696,7 @@ def read_picture(path: str | Path) -> bytes:
         return utils.read_file(path)
     except OSError as error:
         if error.errno in NO_FILE:
-            raise BrokenPicture(os.strerror(error.errno).lower()) from None
+            raise MissingPicture(os.strerror(error.errno).lower()) from None
         error.filename = error.filename or os.fspath(path)
         raise
 

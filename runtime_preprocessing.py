@@ -59,6 +59,7 @@ from preprocess import (
     crop_file,
     resized_folders,
     training_pictures,
+    unless_gone,
 )
 
 REFILL_BELOW = 0.8
@@ -464,13 +465,17 @@ class Recipe:
     def _crop(self, index: int, side: int, corner: list[float]) -> Image.Image | None:
         """The crop of a picture, from its resized copy if there is one. None if it is broken."""
         path = self._paths[index]
+
+        def crop_in(folder: Path) -> Image.Image:
+            return unless_gone(lambda p: crop_file(f"{folder}/{p}", side, corner), folder, path)
+
         try:
             if side in self.copies:
                 try:
-                    return crop_file(f"{self.copies[side]}/{path}", side, corner)
+                    return crop_in(self.copies[side])
                 except BrokenPicture:
-                    pass  # not resized yet, or broken: the original decides
-            return crop_file(f"{self.pictures.folder}/{path}", side, corner)
+                    pass  # broken, or not there because the original is: that decides
+            return crop_in(self.pictures.folder)
         except BrokenPicture as error:
             self.report(path, error)
             return None

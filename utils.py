@@ -119,6 +119,10 @@ def run(main: Callable[[], None]) -> None:
         _die(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except MemoryError:
         _die("not enough memory; close other programs, or use fewer threads or smaller batches")
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":  # Python has no type of its own for this
+            raise
+        _die(f"{error}: close other programs, or allow more memory or processes (ulimit -v, -u)")
     except KeyboardInterrupt:
         _stopped()
 

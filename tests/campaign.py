@@ -8,6 +8,7 @@ with what an undisturbed run makes. "Lost" counts whatever differs, and should b
 """
 
 import argparse
+import contextlib
 import csv
 import os
 import random
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,7 +123,10 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
             right = recipe.make(number)
             number += 1
             write_progress(place.buffer, spec, number)
-            return sum(not np.array_equal(a, b) for a, b in zip(arrays, right, strict=True))
+            wrong = sum(not np.array_equal(a, b) for a, b in zip(arrays, right, strict=True))
+            if wrong:
+                print(f"  batch {number - 1} is wrong")
+            return wrong
 
         for _ in range(tries):
             process = place.start("runtime_preprocessing.py", *span(1000, 4))
@@ -132,9 +137,11 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
             with_workers += len(processes(place)) > 1
             process.kill()
             process.wait()
-            if processes(place):
-                time.sleep(0.5)
-                lost += len(processes(place))
+            with contextlib.suppress(TimeoutError):
+                wait_for(lambda: not processes(place), 5)
+            if left := processes(place):
+                print(f"  left: {[Path(f'/proc/{pid}/status').read_text() for pid in left]}")
+                lost += len(left)
         process = place.start("runtime_preprocessing.py", *span(1000, 4))
         goal, end = number + 20, time.monotonic() + PATIENCE
         while number < goal and time.monotonic() < end:
@@ -143,6 +150,9 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
         write_progress(place.buffer, spec, spec.step(1000))
         lost += process.wait(timeout=PATIENCE) != 0
         lost += len(os.listdir(place.buffer))
+        if lost:
+            print(f"  at {number} of {goal}, {process.returncode}, {os.listdir(place.buffer)}")
+            print(place.log.read_text()[-1000:])
         print(f"  {number} batches were read and compared; {with_workers} kills met workers")
     return tries, lost
 
@@ -150,9 +160,12 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
 def final_state(run: Path, epoch: int) -> dict[str, np.ndarray]:
     import tensorflow as tf
 
-    reader = tf.train.load_checkpoint(str(run / str(epoch) / "training_state" / "checkpoint"))
-    names = [name for name in reader.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name]
-    return {name: reader.get_tensor(name) for name in names}
+    state = {}
+    for part in ("variables/variables", "training_state/state"):
+        reader = tf.train.load_checkpoint(str(run / str(epoch) / part))
+        names = [name for name in reader.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name]
+        state |= {f"{part}/{name}": reader.get_tensor(name) for name in names}
+    return state
 
 
 def kill_trainer(tries: int = 20, epochs: int = 30) -> tuple[int, int]:
@@ -201,9 +214,11 @@ def incomplete(folder: Path) -> bool:
     if folder.name == "events":
         return False
     state = folder / "training_state"
-    needed = [state / "state.json", state / "checkpoint.index"]
+    needed = [state / "state.json", state / "state.index"]
     if folder.name.isdigit():
         needed += [folder / "saved_model.pb", folder / "variables" / "variables.index"]
+    else:
+        needed.append(state / "weights.index")
     return not all(path.is_file() for path in needed)
 
 
@@ -267,7 +282,7 @@ def flip_bytes(tries: int = 2000) -> tuple[int, int]:
                 content[rng.integers(len(content))] = rng.integers(256)
             target.write_bytes(content)
             try:
-                crop = crop_file(target, int(rng.choice(utils.SIDES)), rng.random(2))
+                crop = crop_file(target, int(rng.choice(preprocess.SIDES)), rng.random(2))
                 lost += crop.size != (224, 224) or crop.mode != "RGB"
             except preprocess.BrokenPicture:
                 broken += 1
@@ -319,8 +334,8 @@ def no_room_for_models(tries: int = 3) -> tuple[int, int]:
     return tries, lost
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
+def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError
@@ -372,25 +387,33 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [fault.__name__ for fault in FAULTS]
+def print_table(faults: list[Callable], text: str) -> None:
+    """The command of a campaign: tries the faults and prints a table. Exits with 1 if any lost."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    names = [fault.__name__ for fault in faults]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--tries", type=int, help="instead of each fault's own number")
     args = parser.parse_args()
     rows = []
-    for fault in FAULTS:
+    for fault in faults:
         if fault.__name__ in args.only:
             print(f"{fault.__name__}: {fault.__doc__}", flush=True)
             start = time.monotonic()
-            tried, lost = fault(args.tries) if args.tries else fault()
-            rows.append((fault.__doc__.splitlines()[0], tried, lost))
-            print(f"  tried {tried}, lost {lost}, {time.monotonic() - start:.0f} s", flush=True)
-    print("\n| fault | tried | survived | lost |\n| --- | --- | --- | --- |")
-    for text, tried, lost in rows:
-        print(f"| {text} | {tried} | {tried - lost} | {lost} |")
-    sys.exit(any(lost for _, _, lost in rows))
+            try:
+                tried, lost = fault(args.tries) if args.tries else fault()
+            except Exception:  # the other rows are tried all the same
+                traceback.print_exc()
+                tried, lost = 1, 1
+            seconds = time.monotonic() - start
+            rows.append((fault, tried, lost, seconds))
+            print(f"  tried {tried}, lost {lost}, {seconds:.0f} s", flush=True)
+    print("\n| row | fault | tried | survived | lost | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for fault, tried, lost, seconds in rows:
+        what = fault.__doc__.splitlines()[0]
+        print(f"| {fault.__name__} | {what} | {tried} | {tried - lost} | {lost} | {seconds:.0f} |")
+    sys.exit(any(lost for _, _, lost, _ in rows))
 
 
 if __name__ == "__main__":
-    main()
+    print_table(FAULTS, __doc__)

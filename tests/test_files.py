@@ -603,3 +603,21 @@ def test_results_come_in_the_order_of_the_items():
         return item
 
     assert list(utils.map_in_order(work, range(30), 3)) == list(range(30))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
+def test_a_thread_that_cannot_start_is_one_line():
+    code = """
+import resource, threading
+import utils
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2_000_000,) * 2)  # a thread's stack takes 8 MB
+def main():
+    threading.Thread(target=print).start()
+utils.run(main)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=toolkit.ROOT, capture_output=True, text=True
+    )
+    toolkit.assert_one_line_error(result, "-c", "can't start new thread", "memory or processes")

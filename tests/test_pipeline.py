@@ -9,6 +9,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,7 @@ def test_files_of_a_restarted_command_are_the_same(tmp_path, toy, ram):
     config = toolkit.write_config(tmp_path, toy, ram)
     arguments = ("--epoch_start=0", "--epoch_end=2", "--batch_size=8")
     first = whole_files(config, 3, tmp_path / "log", *arguments)
-    (ram / "X_0_1.npy").unlink()  # not only later batches, also one from before
+    next(ram.glob("X_*.npy")).unlink()  # not only later batches, also one from before
     again = whole_files(config, 10, tmp_path / "log", *arguments)
     assert len(again) == 20
     assert first.items() <= again.items()
@@ -691,6 +692,69 @@ def test_a_file_that_vanishes_is_a_broken_picture(tmp_path, own_toy, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.fixture
+def absent(monkeypatch):
+    """Moves a folder away, and back as soon as somebody waits for it."""
+    moved, one_at_a_time = [], threading.Lock()
+
+    def come_back(_seconds: float) -> None:
+        with one_at_a_time:
+            for elsewhere, folder in moved:
+                elsewhere.rename(folder)
+            moved.clear()
+
+    def move(folder: Path) -> None:
+        moved.append((folder.with_name("elsewhere"), folder))
+        folder.rename(folder.with_name("elsewhere"))
+
+    monkeypatch.setattr(utils.time, "sleep", come_back)
+    return move
+
+
+def test_pictures_that_are_gone_for_a_moment_change_no_batch(tmp_path, own_toy, absent, capsys):
+    recipe = recipe_of(toolkit.write_config(tmp_path, own_toy, Path("unused")))
+    right = content(recipe, 0, 0)
+    absent(own_toy / "train")
+    assert content(recipe, 0, 0) == right
+    assert not recipe.failures and not capsys.readouterr().err
+
+
+def test_copies_that_are_gone_for_a_moment_change_no_batch(tmp_path, toy, absent):
+    config = toolkit.write_config(tmp_path, toy, Path("unused"))
+    assert toolkit.run("preprocess.py", config, "--shorter_side=256").returncode == 0
+    recipe = recipe_of(config, 40)
+    with_copies = content(recipe, 0, 0)
+    assert with_copies != content(Recipe(recipe.spec, recipe.pictures, {}), 0, 0)
+    absent(tmp_path / "preprocessed" / "256")
+    assert content(recipe, 0, 0) == with_copies
+
+
+def test_pictures_that_are_gone_do_not_change_what_is_prepared(tmp_path, toy, own_toy, absent):
+    right = get_mu_sigma.mu_sigma(*pictures_of(tmp_path, toy))
+    pictures, failures = pictures_of(tmp_path, own_toy)
+    absent(own_toy / "train")
+    np.testing.assert_array_equal(get_mu_sigma.mu_sigma(pictures, failures), right)
+    assert not failures
+    fingerprint = dataclasses.replace(pictures).fingerprint
+    absent(own_toy / "train")
+    assert dataclasses.replace(pictures).fingerprint == fingerprint
+
+
+def pictures_of(tmp_path: Path, dataset: Path) -> tuple[preprocess.Pictures, preprocess.Failures]:
+    config = utils.load_config(toolkit.write_config(tmp_path, dataset, Path("unused")))
+    pictures = preprocess.training_pictures(config)
+    return pictures, preprocess.Failures(len(pictures))
+
+
+def test_pictures_that_stay_away_are_one_line(tmp_path, own_toy, monkeypatch):
+    recipe = recipe_of(toolkit.write_config(tmp_path, own_toy, Path("unused")))
+    (own_toy / "train").rename(own_toy / "elsewhere")
+    monkeypatch.setattr(utils, "PAUSES", (0, 0))
+    with pytest.raises(utils.UserError, match=f"{own_toy}/train: .* no such folder; check the"):
+        recipe.make(0)
+    assert not recipe.failures
+
+
 # --- the benchmark ----------------------------------------------------------------------------
 
 
@@ -878,6 +942,8 @@ def test_description_changes_with_everything_a_batch_depends_on(tmp_path, own_to
         recipe_of(config, worker=1, workers=2).spec,
     ]
     (tmp_path / "preprocessed/256").mkdir(parents=True)
+    pictures = recipe_of(config).pictures
+    preprocess.note_copies(tmp_path / "preprocessed", [256], pictures, complete=True)
     descriptions.append(recipe_of(config).spec)
     (own_toy / "train/tiles/tiles_9.JPEG").rename(own_toy / "train/tiles/tiles_99.JPEG")
     descriptions.append(recipe_of(config).spec)
