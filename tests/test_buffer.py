@@ -927,6 +927,7 @@ WRONG = {
         "cut": lambda right: right[:-1],
         "longer": lambda right: right + b"\0",
         "int64": lambda right: saved(np.save, np.zeros(4, np.int64)),
+        "float32": lambda right: saved(np.save, np.zeros(4, np.float32)),
         "class too high": lambda right: saved(np.save, np.array([0, 1, 4, 2], np.int32)),
         "class below 0": lambda right: saved(np.save, np.array([0, 1, -1, 2], np.int32)),
     },
