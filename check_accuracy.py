@@ -80,7 +80,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = utils.Parser(
-        "Evaluates the model of each epoch on the validation pictures, while training runs.",
+        "Evaluates each epoch's model on the validation pictures while training runs.",
         "check_accuracy.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30",
     )
     parser.add_run()

@@ -349,10 +349,10 @@ class Trainer:
         own[2 * worker : 2 * worker + 2] = step, checksum
 
         def exchange():
-            # Each machine's numbers come from its first replica.
+            # Each machine's numbers come from its first replica; the others add zeros.
             context = tf.distribute.get_replica_context()
-            first = context.replica_id_in_sync_group % self.local_replicas == 0
-            mine = tf.constant(own if first else [0] * len(own), tf.int64)
+            first = tf.equal(context.replica_id_in_sync_group % self.local_replicas, 0)
+            mine = tf.cast(first, tf.int64) * tf.constant(own, tf.int64)
             return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
 
         everywhere = self.strategy.run(tf.function(exchange))

@@ -50,13 +50,13 @@ class Pen:
         corners = [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
         self.draw.polygon(corners, self.colour())
 
-    def scattered(self) -> Iterator[tuple[float, float, float]]:
-        """Places of figures that hardly overlap: x, y and radius."""
-        step = round(2.5 * self.unit)
+    def scattered(self, size: float) -> Iterator[tuple[float, float, float]]:
+        """Places of figures of about `size` units that hardly overlap: x, y and radius."""
+        step = round(2.6 * size * self.unit)
         for x in range(0, SIDE, step):
             for y in range(0, SIDE, step):
-                shift = self.rng.uniform(-0.3, 0.3, 2) * self.unit
-                radius = self.unit * self.rng.uniform(0.8, 1.1)
+                shift = self.rng.uniform(-0.3, 0.3, 2) * size * self.unit
+                radius = size * self.unit * self.rng.uniform(0.8, 1.1)
                 yield x + shift[0], y + shift[1], radius
 
     def rows(self, distance: float) -> np.ndarray:
@@ -74,13 +74,13 @@ def tint(rng: np.random.Generator, light: float) -> np.ndarray:
 
 
 def discs(pen: Pen) -> None:
-    for x, y, radius in pen.scattered():
-        pen.circle(x, y, 1.1 * radius)
+    for x, y, radius in pen.scattered(2.4):
+        pen.circle(x, y, radius)
 
 
 def rings(pen: Pen) -> None:
-    for x, y, radius in pen.scattered():
-        pen.circle(x, y, radius, 0.3 * radius)
+    for x, y, radius in pen.scattered(1.8):
+        pen.circle(x, y, radius, 0.45 * radius)
 
 
 def speckles(pen: Pen) -> None:
@@ -94,41 +94,41 @@ def speckles(pen: Pen) -> None:
 
 
 def stripes(pen: Pen) -> None:
-    for y in pen.rows(1.2 * pen.unit):
-        pen.line([(0, y), (SIDE, y)], 0.6 * pen.unit)
+    for y in pen.rows(1.1 * pen.unit):
+        pen.line([(0, y), (SIDE, y)], 0.5 * pen.unit)
 
 
 def palings(pen: Pen) -> None:
-    for x in pen.rows(1.6 * pen.unit):
-        pen.line([(x, 0), (x, SIDE)], 0.8 * pen.unit)
+    for x in pen.rows(3.4 * pen.unit):
+        pen.line([(x, 0), (x, SIDE)], 2.2 * pen.unit)
 
 
 def waves(pen: Pen) -> None:
     xs = np.arange(0, SIDE + 4, 4)
-    shift = 0.6 * pen.unit * np.sin(2 * math.pi * xs / (4.5 * pen.unit))
-    for y in pen.rows(1.3 * pen.unit):
-        pen.line(list(zip(xs.tolist(), (y + shift).tolist(), strict=True)), 0.6 * pen.unit)
+    shift = 1.5 * pen.unit * np.sin(2 * math.pi * xs / (6 * pen.unit))
+    for y in pen.rows(2.2 * pen.unit):
+        pen.line(list(zip(xs.tolist(), (y + shift).tolist(), strict=True)), 0.7 * pen.unit)
 
 
 # --- arrangements ---------------------------------------------------------------------------
 
 
 def checks(pen: Pen) -> None:
-    side = 1.3 * pen.unit
+    side = 2 * pen.unit
     for row, y in enumerate(pen.rows(side)):
         for x in pen.rows(2 * side) - row % 2 * side:
             pen.draw.rectangle([x, y, x + side, y + side], pen.colour())
 
 
 def bricks(pen: Pen) -> None:
-    width, height, joint = 3.6 * pen.unit, 1.5 * pen.unit, 0.3 * pen.unit
+    width, height, joint = 5 * pen.unit, 2 * pen.unit, 0.35 * pen.unit
     for row, y in enumerate(pen.rows(height)):
         for x in pen.rows(width) - row % 2 * width / 2:
             pen.draw.rectangle([x, y, x + width - joint, y + height - joint], pen.colour())
 
 
 def honeycombs(pen: Pen) -> None:
-    radius = 1.1 * pen.unit
+    radius = 1.2 * pen.unit
     width, height = math.sqrt(3) * radius, 1.5 * radius
     for row, y in enumerate(pen.rows(height)):
         for x in pen.rows(width) - row % 2 * width / 2:
@@ -136,9 +136,9 @@ def honeycombs(pen: Pen) -> None:
 
 
 def nets(pen: Pen) -> None:
-    for x in np.arange(0, 2 * SIDE, 2.8 * pen.unit):
-        pen.line([(x, 0), (x - SIDE, SIDE)], 0.35 * pen.unit)
-        pen.line([(SIDE - x, 0), (2 * SIDE - x, SIDE)], 0.35 * pen.unit)
+    for x in np.arange(0, 2 * SIDE, 4 * pen.unit):
+        pen.line([(x, 0), (x - SIDE, SIDE)], 0.3 * pen.unit)
+        pen.line([(SIDE - x, 0), (2 * SIDE - x, SIDE)], 0.3 * pen.unit)
 
 
 DRAWN = (discs, rings, speckles, stripes, palings, waves, checks, bricks, honeycombs, nets)

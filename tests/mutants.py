@@ -51,14 +51,14 @@ def main() -> None:
         sys.exit("\n".join(wrong) or f"no fault of that name: {args.only}")
     if args.list:
         for fault in faults:
-            print(f"{fault.module:26} {fault.name:58} {fault.file}: {fault.tests}")
+            print(f"{fault.module:26} {fault.name:46} {fault.file}: {fault.tests}")
         return
     check_tests(faults)
     start, survivors = time.monotonic(), []
-    print(f"{'fault':58} {'module':26} {'killed by':62} seconds")
+    print(f"{'fault':46} {'module':26} {'killed by':80} seconds")
     with ThreadPoolExecutor(args.jobs) as pool:
         for fault, (killer, seconds) in zip(faults, pool.map(outcome, faults), strict=True):
-            print(f"{fault.name:58} {fault.module:26} {killer:62} {seconds:7.1f}", flush=True)
+            print(f"{fault.name:46} {fault.module:26} {killer[:80]:80} {seconds:7.1f}", flush=True)
             survivors += [fault] * (not killer.startswith("test_"))
     print(
         f"{len(faults)} faults, {len(faults) - len(survivors)} killed, {len(survivors)} not, in "
@@ -141,7 +141,7 @@ def run_tests(fault: Fault, copy: Path) -> str:
     process = subprocess.Popen(
         [*command, "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={copy.parent / 'files'}"],
         cwd=copy,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PATIENCE": "20"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -277,6 +277,13 @@ def test_missing_or_broken_crops_are_one_line(prepared, damage, words):
     assert "Traceback" not in result.stderr
 
 
+def test_another_number_of_crops_than_n_is_told_both_numbers(prepared):
+    _, folder, _, labels = prepared
+    assert len(Crops(folder, len(labels)).labels) == 20
+    with pytest.raises(utils.UserError, match=r"\[preprocess\] N is 21, .* 20 pictures"):
+        Crops(folder, 21)
+
+
 def test_gpu_1_is_the_default_because_gpu_0_trains(monkeypatch):
     asked = []
 

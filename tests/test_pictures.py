@@ -346,6 +346,12 @@ def test_enormous_pictures_are_refused_unseen(kind, size, tmp_path, never_decode
         opened(tmp_path, bomb(*size, kind))
 
 
+def test_a_crop_of_an_enormous_picture_is_refused_too(tmp_path):
+    Image.new("L", (9600, 9400), 200).save(tmp_path / "a.jpg")
+    with pytest.raises(BrokenPicture):
+        preprocess.crop_file(tmp_path / "a.jpg", 256, (0.5, 0.5))
+
+
 def test_commands_refuse_enormous_pictures_unseen(tmp_path):
     folder = tmp_path / "data/train/cat"
     folder.mkdir(parents=True)

@@ -302,6 +302,32 @@ def test_a_signal_is_an_event_and_a_second_one_ends_training(number):
         signal.signal(number, before)
 
 
+def test_a_run_that_begins_from_a_model_takes_its_weights_and_starts_afresh(run, tmp_path, capsys):
+    trainer = trainer_of()
+    take_step(trainer)
+    saver_of(run, trainer).save_epoch(2)
+    flag = f"--init_from={run.folder / '0'}"
+    new_run = train.Run(tmp_path / "new", chief=True)
+    same_classes = trainer_of(flag)
+    assert train.restore(new_run, same_classes, SPEC, same_classes.args) == 0
+    assert same(
+        [v.numpy() for v in same_classes.network.variables],
+        [v.numpy() for v in trainer.network.variables],
+    )
+    assert int(same_classes.updates.numpy()) == 0
+    assert not any(slot.numpy().any() for slot in same_classes.optimizer.momentums)
+    capsys.readouterr()
+    others = trainer_of(flag, classes=3)
+    spec = dataclasses.replace(SPEC, classes=3, class_names=["a", "b", "c"])
+    assert train.restore(new_run, others, spec, others.args) == 0
+    assert "the dense layer is new: 3 classes" in capsys.readouterr().out
+    np.testing.assert_array_equal(others.network.stem.kernel, trainer.network.stem.kernel)
+    np.testing.assert_array_equal(
+        others.network.stem.norm.moving_std, trainer.network.stem.norm.moving_std
+    )
+    assert others.network.dense_kernel.shape == (512, 3)
+
+
 # --- saving ---------------------------------------------------------------------------------
 
 

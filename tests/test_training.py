@@ -6,8 +6,11 @@ import dataclasses
 import functools
 import json
 import random
+import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -174,6 +177,31 @@ def test_signals_save_the_exact_batch_and_resume_goes_on_there(training, number)
     assert batches == list(range(len(batches)))
 
 
+def test_a_closed_pipe_costs_no_step(training):
+    """`train.py … | tee log` and Ctrl-C: both get the signal, and the pipe is gone first."""
+    training.preprocess(40)
+    arguments = training.arguments("piped", 0, 40, "--log_seconds=0", "--keep_last=1")
+    process = subprocess.Popen(
+        toolkit.command("train.py", training.config, *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if "epoch 0, 2 of 2" in line:
+            break
+    process.stdout.close()
+    _wait_until(lambda: len(training.log("piped")) > 2)  # trains on without a reader
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 128 + signal.SIGINT
+    rows, run = training.log("piped"), training.models / "piped"
+    done = int(rows[-1]["step"]) + 1
+    epoch, batch = divmod(done, EPOCH)
+    saved = run / (f"state_{epoch}_{batch}" if batch else str(epoch - 1))
+    state = json.loads((saved / "training_state" / "state.json").read_text())
+    assert state["step"] == done
+
+
 def test_models_are_not_overwritten_and_a_missing_epoch_is_named(training):
     assert training.run("run", 0, 1).returncode == 0
     again = toolkit.run("train.py", training.config, *training.arguments("run", 0, 1))
@@ -335,6 +363,32 @@ def test_two_workers_lose_one_stop_clearly_and_resume(workers):
     assert saved not in workers.log(1)  # only the chief writes
 
 
+def test_a_stop_of_one_worker_stops_all_at_the_same_step_and_unequal_ones_do_not_begin(workers):
+    trainers = workers.start(40, "--checkpoint_minutes=60")
+    _wait_until(lambda: "epoch 0, 2 of" in workers.log(0))
+    trainers[1].send_signal(signal.SIGTERM)
+    for trainer in trainers:
+        assert trainer.wait(timeout=300) == 128 + signal.SIGTERM, workers.log(0) + workers.log(1)
+    stops = [re.findall("stopped before (.*);", workers.log(index)) for index in range(2)]
+    assert stops[0] == stops[1] != []
+    run = workers.models / "two"
+    assert list(run.glob("state_*")) or (run / "0").exists()
+    for process in workers.processes:
+        process.kill()
+        process.wait()
+    # The second machine's folder is another one, with an older state.
+    other = workers.folder / "own"
+    shutil.copytree(run, other / "two")
+    for state in (other / "two").glob("state_*"):
+        shutil.rmtree(state)
+    text = workers.configs[1].read_text()
+    workers.configs[1].write_text(text.replace(str(workers.models), str(other)))
+    for trainer in workers.start(40, "--resume"):
+        assert trainer.wait(timeout=300) == 2, workers.log(0) + workers.log(1)
+    assert "would begin" in workers.log(0) + workers.log(1)
+    assert "Traceback" not in workers.log(0) + workers.log(1)
+
+
 # --- the step, in this process --------------------------------------------------------------
 
 
@@ -400,6 +454,41 @@ def test_two_replicas_take_the_step_of_one_with_the_whole_batch(small_network):
     assert np.abs(results[0][0] - start).max() > 1e-3
     np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-6)
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
+
+
+def test_each_replica_gets_its_share_on_its_own_device(small_network):
+    trainer = make_trainer(two_replicas())
+    images, labels = small_batch()
+    for whole, shares in zip((images, labels), trainer.put(images, labels), strict=True):
+        assert [share.device[-5:] for share in shares.values] == ["CPU:0", "CPU:1"]
+        np.testing.assert_array_equal(np.concatenate([s.numpy() for s in shares.values]), whole)
+
+
+def test_synthetic_measures_steps_as_training_takes_them(capsys):
+    """A step is sent while the one before is under way: its value is waited for afterwards."""
+    sent, waited = [], []
+
+    class Stand:
+        args = SimpleNamespace(batch_size=2, precision="float32")
+
+        def put(self, *batch):
+            return batch
+
+        def step(self, *_):
+            number = len(sent)
+            sent.append(number)
+
+            def numpy():
+                waited.append((number, len(sent)))
+                time.sleep(0.001)
+
+            return SimpleNamespace(numpy=numpy)
+
+    train.measure_speed(Stand(), seconds=0.1)
+    assert len(waited) > 4
+    for number, then in waited[2:]:  # the first two build the step
+        assert then == number + 2
+    assert "images/s" in capsys.readouterr().out
 
 
 def test_averages_of_two_replicas_are_those_of_the_mean_statistics(small_network):
