@@ -419,13 +419,13 @@ def errors_of_storage(tries: int = 2000) -> tuple[int, int]:
 
 
 def errors_of_storage_training(tries: int = 1) -> tuple[int, int]:
-    """EIO on one read in 10 of pictures and batches through a whole training."""
+    """EIO on one read in 50 of pictures and batches through a whole training."""
     if not bad_storage():
         return 0, 0
     tried = lost = 0
     for turn in range(tries):
         name, place = f"eio{turn}", trainings().place
-        disk = BadDisk(place.folder / "dataset", place.buffer, every=10)
+        disk = BadDisk(place.folder / "dataset", place.buffer, every=50)
         lost += trainings().lost(name, *trainings().pair(name, **disk.environment))
         tried += disk.faults
     return tried, lost
