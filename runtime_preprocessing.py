@@ -347,7 +347,7 @@ def write_progress(folder: Path, spec: BatchSpec, step: int) -> None:
 def read_progress(folder: Path, spec: BatchSpec) -> int | None:
     """The step that training needs next; None if the file is missing or holds anything else."""
     try:
-        text = (folder / PROGRESS).read_bytes()
+        text = utils.read_file(folder / PROGRESS)
     except FileNotFoundError:
         return None
     match = POSITION.fullmatch(text)

@@ -99,13 +99,14 @@ def launch(
     *arguments: str,
     before: tuple[str, ...] = (),
     preexec: Callable | None = None,
+    python: str = sys.executable,
     **environment: str,
 ) -> subprocess.Popen:
     """Starts a script, perhaps by another command `before` it. Its output goes to a log."""
     log = place.folder / f"log-{len(place.processes)}.txt"
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [*before, *toolkit.command(script, place.config, *arguments)],
+            [*before, python, *toolkit.command(script, place.config, *arguments)[1:]],
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -418,13 +419,13 @@ def errors_of_storage(tries: int = 2000) -> tuple[int, int]:
 
 
 def errors_of_storage_training(tries: int = 1) -> tuple[int, int]:
-    """EIO on one read in 10 of pictures and batches through a whole training."""
+    """EIO on one read in 50 of pictures and batches through a whole training."""
     if not bad_storage():
         return 0, 0
     tried = lost = 0
     for turn in range(tries):
         name, place = f"eio{turn}", trainings().place
-        disk = BadDisk(place.folder / "dataset", place.buffer, every=10)
+        disk = BadDisk(place.folder / "dataset", place.buffer, every=50)
         lost += trainings().lost(name, *trainings().pair(name, **disk.environment))
         tried += disk.faults
     return tried, lost
@@ -759,82 +760,68 @@ def become_another_user() -> None:
     os.setuid(ANOTHER_USER)
 
 
-def python_of_everybody() -> tuple[str, dict[str, str]] | None:
-    """An interpreter that another user may start, and its environment; None if there is none."""
-    packages = {"PYTHONPATH": str(Path(np.__file__).parent.parent)}
+def as_another_user() -> dict[str, object] | None:
+    """How to launch a script as another user; None if there is no Python that they may start."""
+    packages = str(Path(np.__file__).parent.parent)
     for python in (sys.executable, "/usr/bin/python3"):
         with contextlib.suppress(OSError):
-            command = [python, "-c", "import numpy, PIL.Image"]
-            if not subprocess.run(
-                command, env=os.environ | packages, preexec_fn=become_another_user,
+            test = subprocess.run(
+                [python, "-c", "import numpy, PIL.Image"],
+                env=os.environ | {"PYTHONPATH": packages},
+                preexec_fn=become_another_user,
                 stderr=subprocess.DEVNULL,
-            ).returncode:  # fmt: skip
-                return python, packages
+            )
+            if test.returncode == 0:
+                how = {"python": python, "preexec": become_another_user}
+                return how | {"PYTHONPATH": packages, "HOME": "/tmp"}
     return None
 
 
 def two_users(tries: int = 3) -> tuple[int, int]:
     """Another user starts each script with the same config, beside the first and after it."""
-    if os.getuid() or not (python := python_of_everybody()):
+    if os.getuid() or not (how := as_another_user()):
         print("  needs root, and a Python that another user may start")
         return 0, 0
     tried = lost = 0
-
-    def other(script: str, *more: str) -> subprocess.Popen:
-        with open(log, "w") as file:
-            process = subprocess.Popen(
-                [python[0], *toolkit.command(script, place.config, *more)[1:]],
-                stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=os.environ | python[1] | {"HOME": "/tmp"}, preexec_fn=become_another_user,
-            )  # fmt: skip
-        process.log, process.script = log, script
-        return process
-
     with buffer_place() as place:
-        log = place.folder / "other.txt"
         place.folder.chmod(0o755)
         for script, more in PREPARING.items():
             assert ends_well(launch(place, script, *more))
-        before = tree(results(place))
-        stand_in = StandIn(place)
-        os.chmod(place.buffer, 0o755)
-        for state in ("at work", "killed"):
+        before, stand_in = tree(results(place)), StandIn(place)
+        for killed in (False, True):
+            os.chmod(place.buffer, 0o755)
             process = stand_in.start()
             lost += not stand_in.take(8, process)
-            if state == "killed":
+            if killed:
                 process.kill()
                 process.wait()
             for mode in (0o755, 0o1777):
                 os.chmod(place.buffer, mode)
-                for _ in range(tries):
-                    lost += not ends_in_a_line(
-                        other("runtime_preprocessing.py", *stand_in.arguments)
-                    )
-                    for script, more in PREPARING.items():
-                        lost += not ends_in_a_line_or_does_nothing(other(script, *more))
-                        tried += 1
-                    tried += 1
+                begins = [stand_in.start(**how) for _ in range(tries)]
+                lost += sum(not ends_in_a_line(each) for each in begins)
+                again = [launch(place, *command(s), **how) for s in [*PREPARING] * tries]
+                lost += sum(not ends(each) for each in again)  # perhaps there is nothing to do
+                tried += len(begins) + len(again)
+            if not killed:
                 for script in ("train.py", "check_accuracy.py"):
-                    training = ["--batch_size=4", "--learning_rate=0.1"] * (script == "train.py")
-                    epochs = ["--run_folder=r", "--epoch_start=0", "--epoch_end=2"]
-                    if state == "at work" and mode == 0o755:
-                        lost += not ends_in_a_line(other(script, *epochs, *training))
-                        tried += 1
-            os.chmod(place.buffer, 0o755)
-            if state == "at work":
+                    lost += not ends_in_a_line(launch(place, *command(script), **how))
+                    tried += 1
                 lost += not stand_in.take(20, process)
                 process.terminate()
                 process.wait()
         lost += tree(results(place)) != before
-        process = stand_in.start()
-        lost += not stand_in.take(8, process)
-        lost += stand_in.finish(process)
+        lost += stand_in.finish(stand_in.start())
     return tried, lost
 
 
-def ends_in_a_line_or_does_nothing(process: subprocess.Popen) -> bool:
-    """All has been prepared already, so there may be nothing to do."""
-    return ends(process)
+def command(script: str) -> list[str]:
+    """A script with its flags."""
+    training = ["--run_folder=r", "--epoch_start=0", "--epoch_end=2"]
+    flags = PREPARING | {
+        "check_accuracy.py": training,
+        "train.py": [*training, "--batch_size=4", "--learning_rate=0.1"],
+    }
+    return [script, *flags[script]]
 
 
 def buffer_deleted(tries: int = 20) -> tuple[int, int]:

@@ -5,6 +5,7 @@ The real command works on it; training is a stand-in that reads the batches in o
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import multiprocessing
@@ -42,7 +43,9 @@ from runtime_preprocessing import (
     check_spec,
     end_preprocessing,
     keep_full,
+    read_progress,
     worker_of_workers,
+    write_progress,
 )
 
 Position = tuple[int, int]
@@ -1031,3 +1034,18 @@ def test_a_buffer_that_becomes_another_stops_training(config, ram):
         dataclasses.replace(buffer.spec, class_names=["cats"] * 4).write(ram)
         with pytest.raises(utils.UserError, match="other class_names than when this training"):
             next_batch(reader)
+
+
+def test_a_passing_error_of_the_storage_does_not_hide_the_progress(config, ram, monkeypatch):
+    spec, failures, read = recipe_of(config).spec, [errno.EIO, errno.ESTALE], os.read
+    write_progress(ram, spec, 13)
+
+    def fails_twice(*arguments: object) -> bytes:
+        if failures:
+            raise OSError(failures.pop(), "the storage fails")
+        return read(*arguments)
+
+    monkeypatch.setattr(utils, "PAUSES", (0, 0))
+    monkeypatch.setattr(os, "read", fails_twice)
+    assert read_progress(ram, spec) == 13
+    assert not failures  # they were met
