@@ -863,7 +863,7 @@ def buffer_deleted_training(tries: int = 2) -> tuple[int, int]:
         for process in pair:
             try:
                 process.wait(20)
-                lost += not ends_in_a_line(process)
+                lost += not ends(process)  # train.py may have read its last batches already
             except subprocess.TimeoutExpired:
                 print(f"  {process.script} goes on: {process.log.read_text()[-200:]}")
                 process.terminate()
