@@ -198,6 +198,7 @@ def test_waiting_says_whether_training_is_at_work_and_ends_with_it(tmp_path, mon
 
     def sleep(_: float) -> None:
         naps.append(0)
+        assert len(naps) < 9, "waits for ever"
         if len(naps) == 1:
             utils.remove_lock(run / ".train.lock")  # the training stops
         elif len(naps) == 2:  # it went on, and was asked for two epochs, which are there
