@@ -506,7 +506,7 @@ class LeftOut:
         is_picture = suffix in self.SUFFIXES or (even_usual and suffix in PICTURE_SUFFIXES)
         if not is_picture and self._looks and suffix not in PICTURE_SUFFIXES:
             self._looks -= 1
-            with contextlib.suppress(OSError):  # it is not needed
+            with contextlib.suppress(OSError, MissingPicture):  # it is not needed
                 is_picture = self.BEGINNING.match(beginning(str(path)), 8) is not None
         if is_picture:
             self.count += 1
