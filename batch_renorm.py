@@ -101,8 +101,13 @@ class BatchRenorm(tf.Module):
 
     def update(self, mean: tf.Tensor, std: tf.Tensor, momentum: tf.Tensor) -> None:
         """Moves the averages towards the batch statistics `mean` and `std`, float32 [channels]."""
-        self.moving_mean.assign(momentum * self.moving_mean + (1 - momentum) * mean)
-        self.moving_std.assign(momentum * self.moving_std + (1 - momentum) * std)
+        move(self.moving_mean, mean, momentum)
+        move(self.moving_std, std, momentum)
+
+
+def move(average: tf.Variable, value: tf.Tensor, momentum: tf.Tensor) -> None:
+    """Moves an average towards `value`; `momentum` is the weight of the old one."""
+    average.assign(momentum * average + (1 - momentum) * value)
 
 
 def _average_variable(initial: tf.Tensor, name: str) -> tf.Variable:

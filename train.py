@@ -50,7 +50,7 @@ from runtime_preprocessing import (
 with utils.quiet_tensorflow():
     import tensorflow as tf
 
-    from batch_renorm import limits_at, momentum_at
+    from batch_renorm import limits_at, momentum_at, move
     from resnet50 import (
         ResNet50,
         epochs_in,
@@ -330,7 +330,7 @@ class Trainer:
         def update(strategy, statistics, momentum):
             for norm, means in zip(self.network.norms, statistics, strict=True):
                 for average, mean in zip((norm.moving_mean, norm.moving_std), means, strict=True):
-                    strategy.extended.update(average, _move, args=(mean, momentum), group=False)
+                    strategy.extended.update(average, move, args=(mean, momentum), group=False)
 
         context = tf.distribute.get_replica_context()
         context.merge_call(update, args=(statistics, momentum))
@@ -383,10 +383,6 @@ def shared(array: np.ndarray) -> tf.Tensor:
     if array.ctypes.data % 64:
         return tf.constant(array)
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
-
-
-def _move(average: tf.Variable, value: tf.Tensor, momentum: tf.Tensor) -> None:
-    average.assign(momentum * average + (1 - momentum) * value)
 
 
 METRICS = (

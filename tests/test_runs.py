@@ -25,6 +25,7 @@ import tensorflow as tf
 import resnet50
 import train
 from runtime_preprocessing import BatchSpec
+from test_training import normalise_with_averages
 
 SPEC = BatchSpec(
     batch_size=4,
@@ -403,25 +404,12 @@ def test_the_seed_decides_the_initial_weights():
     assert same(one, again) and not same(one, other)
 
 
-def freeze_statistics(trainer: train.Trainer) -> None:
-    """Makes normalisation in training use the moving averages, as at inference."""
-    network = trainer.network
-
-    class Fixed(type(network)):
-        def __call__(self, x, limits=None):
-            for norm in self.norms:
-                norm.batch_mean, norm.batch_std = norm.moving_mean + 0, norm.moving_std + 0
-            return super().__call__(x)
-
-    network.__class__ = Fixed
-
-
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
 def test_a_batch_in_pieces_gives_the_update_of_the_whole(precision):
     results = []
     for pieces in (1, 4):
         trainer = trainer_of(f"--accumulation_steps={pieces}", f"--precision={precision}")
-        freeze_statistics(trainer)
+        normalise_with_averages(trainer)
         metrics = [take_step(trainer, rate=0.1) for _ in range(2)]
         results.append((everything(trainer), metrics))
     (whole, of_whole), (parts, of_parts) = results
