@@ -117,15 +117,16 @@ def train(
         if step % reader.spec.batches_per_epoch == 0:
             log.settle()
             saver.save_epoch(step)
-            log.write()
+            log.say()
         elif saver.is_due():
             log.settle()
             saver.save_rolling(step)
+            log.say()
     if step == log.steps.stop:
         return True
     log.settle()
     saver.save_rolling(step)  # first saved, then said: a terminal may hold up what is printed
-    log.write()
+    log.say()
     print(
         f"stopped before {reader.spec.position(step)}; the same command with --resume continues "
         f"there"
@@ -917,7 +918,7 @@ class Log:
     ):
         self.run, self.trainer, self.spec, self.steps, self.args = run, trainer, spec, steps, args
         self._pool = ThreadPoolExecutor(1)
-        self._under_way, self._settled = deque(), []
+        self._under_way, self._settled, self._unsaid = deque(), [], []
         self._stopping = math.inf
         self._waited = self._finished = 0.0
         self._wait = (0.0, 0.0)
@@ -949,12 +950,22 @@ class Log:
         if len(self._under_way) > 1:
             self._settle_first()
         if time.monotonic() - self._shown >= self.args.log_seconds:
-            self.write()
+            self._write()
+            self.say()
 
     def settle(self) -> None:
-        """Waits for all steps. Raises UserError at a loss that is not a number."""
+        """Waits for all steps and writes their row. A state that is saved now has all rows before
+        it in the log, whenever the process is killed. Raises UserError at a loss that is not a
+        number.
+        """
         while self._under_way:
             self._settle_first()
+        self._write()
+
+    def say(self) -> None:
+        """Prints the rows that were written since the last time."""
+        while self._unsaid:
+            self._print(self._unsaid.pop(0))
 
     def _settle_first(self) -> None:
         step, rate, future, (asked, given) = self._under_way.popleft()
@@ -978,8 +989,8 @@ class Log:
         """
         return stop.is_set() if worker_of_workers()[1] == 1 else self._stopping <= step - 2
 
-    def write(self) -> None:
-        """A line about the steps that have ended since the last one."""
+    def _write(self) -> None:
+        """A row about the steps that have ended since the last one."""
         if not self._settled:
             return
         steps, last = self._settled, self._settled[-1]
@@ -1000,8 +1011,8 @@ class Log:
         self._settled, self._waited = [], 0.0
         self._shown, self._row_start = time.monotonic(), last["at"]
         if self.run.chief:
-            self._print(row)
             self._append(row)
+            self._unsaid.append(row)
 
     def _print(self, row: dict) -> None:
         left = (self.steps.stop - row["step"] - 1) * self.args.batch_size / row["images_per_second"]

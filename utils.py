@@ -716,15 +716,19 @@ def as_written(text: str) -> bytes:
 def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
     """The whole rows of a table, as text by column; none if there is no such file.
 
-    A row that was cut off or whose table lacks one of `columns` is left out.
+    A row that was cut off is left out. Raises UserError if the table lacks one of `columns`: it is
+    somebody else's, and must not be written over.
     """
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    return [
-        row for row in rows if not {None} & {*row, *row.values()} and row.keys() >= set(columns)
-    ]
+        table = csv.DictReader(file)
+        rows = list(table)
+    if missing := set(columns).difference(table.fieldnames or columns):
+        raise UserError(
+            f"{path}: another table than expected, without the column {min(missing)}; move it away"
+        )
+    return [row for row in rows if not {None} & {*row, *row.values()}]
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:

@@ -257,8 +257,8 @@ class Parts:
     def settle(self) -> None:
         self.told.append("settle")
 
-    def write(self) -> None:
-        self.told.append("write")
+    def say(self) -> None:
+        self.told.append("say")
 
     def is_due(self) -> bool:
         return self.at == self.due
@@ -274,9 +274,9 @@ def test_the_loop_trains_on_each_batch_once_and_saves_what_is_known_to_be_good()
     parts = Parts(range(3, 6), 3, due=5)
     assert train.train(parts, parts, parts, parts, train.Stop())
     assert parts.told == [
-        *[("batch", 2, 0.4), ("step", 3, 0.4, 2), "settle", ("epoch", 4), "write"],
-        *[("batch", 1, 0.5), ("step", 4, 0.5, 1), "settle", ("state", 5)],
-        *[("batch", 0, 0.6), ("step", 5, 0.6, 0), "settle", ("epoch", 6), "write"],
+        *[("batch", 2, 0.4), ("step", 3, 0.4, 2), "settle", ("epoch", 4), "say"],
+        *[("batch", 1, 0.5), ("step", 4, 0.5, 1), "settle", ("state", 5), "say"],
+        *[("batch", 0, 0.6), ("step", 5, 0.6, 0), "settle", ("epoch", 6), "say"],
     ]
 
 
@@ -286,7 +286,7 @@ def test_the_loop_saves_a_stopped_training_before_it_says_so(monkeypatch):
     assert not train.train(parts, parts, parts, parts, train.Stop())
     *told, said = parts.told
     steps = [("batch", 0, 0.5), ("step", 4, 0.5, 0)]
-    assert told == [*steps, "settle", ("state", 5), "write"]
+    assert told == [*steps, "settle", ("state", 5), "say"]
     assert "before epoch 2, batch 1" in said
 
 
@@ -507,7 +507,6 @@ def logged(run: train.Run, steps: range, upto: int, *flags: str) -> list[dict]:
                 pass
             log.add(step, 0.5, values_of(step))
         log.settle()
-        log.write()
     return utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
 
 
@@ -535,7 +534,6 @@ def test_a_row_averages_its_steps(run):
             log.add(step, 0.5, values_of(step, loss))
         log._row_start = time.perf_counter() - 1000
         log.settle()
-        log.write()
     (row,) = utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
     assert float(row["loss"]) == 4 and float(row["loss_without_l2"]) == 2
     assert (row["steps"], row["step"], row["epoch"], row["batch"]) == ("3", "2", "1", "0")
@@ -560,7 +558,7 @@ def test_only_time_without_a_step_under_way_counts_as_waiting(run):
         for asked, given, waited in ((90, 95, 0), (90, 103, 3), (102, 103, 1)):
             log._waited, log._finished, log._wait = 0.0, 100.0, (asked, given)
             log.add(0, 0.5, values_of(0))
-            log.settle()
+            log._settle_first()
             assert log._waited == waited
 
 
@@ -569,6 +567,34 @@ def test_a_cut_off_row_is_dropped(run):
     path = run.folder / "training_log.csv"
     path.write_bytes(path.read_bytes()[:-20])
     assert [row["step"] for row in logged(run, range(4, 18), 5)][-1] == "4"
+
+
+def test_a_state_is_saved_after_the_rows_of_its_steps(run, monkeypatch):
+    """So that a kill between the two costs no row."""
+    trainer = type("Stand", (), {"compute_type": tf.float32, "args": arguments()})()
+    with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
+        log.add(0, 0.5, values_of(0))
+        log.settle()
+        assert len(utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)) == 1
+
+
+def test_a_row_is_printed_once_and_only_when_said(run, capsys):
+    trainer = type("Stand", (), {"compute_type": tf.float32, "args": arguments()})()
+    with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
+        log.add(0, 0.5, values_of(0))
+        log.settle()
+        assert capsys.readouterr().out == ""
+        log.say()
+        log.say()
+    assert capsys.readouterr().out.count("loss 0.500 + 0.500 L2") == 1
+
+
+def test_a_table_of_somebody_else_is_not_written_over(run):
+    path = run.folder / "training_log.csv"
+    path.write_text("step,thoughts\n1,mine\n")
+    with pytest.raises(utils.UserError, match="training_log.csv: another table .* move it away"):
+        logged(run, range(0, 18), 1)
+    assert path.read_text() == "step,thoughts\n1,mine\n"
 
 
 # --- the plan -------------------------------------------------------------------------------
