@@ -447,7 +447,7 @@ def measure_resizing(pictures: Pictures, folder: Path, seconds: float) -> None:
             f"{ours.rate / theirs.rate:.1f} times scikit-image on one core, "
             f"{ours.cpu_rate / theirs.cpu_rate:.1f} times a CPU second"
         )
-    pixels = [decoded(pictures.folder / path) for path in pictures.paths[:16]]
+    pixels = [decoded(pictures.folder / path) for path in itertools.islice(pictures.paths, 16)]
     images = [Image.fromarray(each) for each in pixels]
     ours = timed(lambda: [list(pillow_copies(each, list(SIDES))) for each in images])
     theirs = timed(lambda: [list(skimage_copies(each, list(SIDES))) for each in pixels])
