@@ -621,6 +621,14 @@ def test_a_restart_of_the_crops_keeps_what_is_finished(settings, mixed, tmp_path
     assert not (folder / ".X10_3.npy.aside-0123456789abcdef").exists()
 
 
+def test_labels_are_written_when_the_crops_are_on_the_disk(settings, tmp_path, monkeypatch):
+    folder, there = tmp_path / "preprocessed/val", []
+    monkeypatch.setattr(os, "sync", lambda: there.extend(path.name for path in folder.iterdir()))
+    in_process(preprocess_val, monkeypatch, settings)
+    assert {f"X10_{i}.npy" for i in range(9)} <= set(there)
+    assert "y.npy" not in there and (folder / "y.npy").exists()
+
+
 def test_killed_and_started_again_it_cuts_the_same(tmp_path, toy):
     dataset = linked_dataset(tmp_path / "data", toy, "val", 80)
     config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
