@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 import utils
-from utils import CROP, UserError
+from utils import CROP, UserError, plural
 
 import numpy as np
 from PIL import Image
@@ -25,20 +25,18 @@ CROP_FILE_BYTES = utils.array_file_size(np.uint8, (10, CROP, CROP, 3))
 
 
 def main() -> None:
-    args = utils.Parser(
-        "Cuts the ten crops of each validation picture.", "preprocess_val.py"
-    ).parse()
-    config = utils.load_config(args.config)
+    parser = utils.Parser("Cuts the ten crops of each validation picture.", "preprocess_val.py")
+    config = utils.load_config(parser.parse().config)
     pictures = validation_pictures(config)
     folder = utils.make_folder(config.preprocess.path_to_save / "val")
     jobs = missing(pictures, folder)
+    needed = len(jobs) * CROP_FILE_BYTES
     print(
-        f"{utils.plural(len(pictures), 'validation picture')} of "
-        f"{utils.plural(len(pictures.class_names), 'class')}, "
-        f"{pictures.layout}; the crops of {len(jobs):,} are still to be cut, "
-        f"{utils.file_size(len(jobs) * CROP_FILE_BYTES)}"
+        f"{plural(len(pictures), 'validation picture')} of "
+        f"{plural(len(pictures.class_names), 'class')}, {pictures.layout}; "
+        f"the crops of {len(jobs):,} are still to be cut, {utils.file_size(needed)}"
     )
-    utils.check_room(folder, len(jobs) * CROP_FILE_BYTES, "the crops need")
+    utils.check_room(folder, needed, "the crops need")
     labels = pictures.labels.astype(np.int64)
     failures = write_all(pictures, folder, jobs, labels)
     if jobs:
@@ -46,7 +44,7 @@ def main() -> None:
     utils.write_lines(folder / utils.CLASS_NAMES, pictures.class_names)
     utils.save_array(folder / "y.npy", labels)
     print(
-        f"ten crops of {utils.plural(len(pictures) - len(failures), 'picture')} are in {folder}; "
+        f"ten crops of {plural(len(pictures) - len(failures), 'picture')} are in {folder}; "
         f"{failures}. Next: check_accuracy.py finds them there"
     )
 
@@ -68,7 +66,7 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
     lines = [f"{_size(pictures.path(i))} {path!r}\n" for i, path in enumerate(pictures.paths)]
     if not listing.is_file() or listing.read_bytes() != "".join(lines).encode():
         if old:
-            print(f"{folder}: removing {utils.plural(len(old), 'file')} made from other pictures")
+            print(f"{folder}: removing {plural(len(old), 'file')} made from other pictures")
         for name in old:
             (folder / name).unlink()
         utils.write_text(listing, "".join(lines))
@@ -143,14 +141,16 @@ class Crops:
         Raises UserError if files are missing, or are not as many as `expected` (0: any number).
         """
         self.folder, self.count = folder, count
+        file = folder / "y.npy"
         try:
-            self.labels = np.load(folder / "y.npy", allow_pickle=False)
+            with open(file, "rb") as content:
+                self.labels = np.lib.format.read_array(content, allow_pickle=False)
         except FileNotFoundError:
-            raise UserError(f"{folder / 'y.npy'}: not there; run preprocess_val.py first") from None
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{folder / 'y.npy'}: {error}; run preprocess_val.py again") from None
+            raise UserError(f"{file}: not there; run preprocess_val.py first") from None
+        except ValueError as error:
+            raise UserError(f"{file}: {error}; run preprocess_val.py again") from None
         if self.labels.dtype != np.int64 or self.labels.ndim != 1:
-            raise UserError(f"{folder / 'y.npy'}: holds no labels; run preprocess_val.py again")
+            raise UserError(f"{file}: holds no labels; run preprocess_val.py again")
         if expected not in (0, len(self.labels)):
             raise UserError(
                 f"[preprocess] N is {expected}, but {folder} holds the crops of "
@@ -161,7 +161,7 @@ class Crops:
         if absent := [i for i in self.indices if f"X10_{i}.npy" not in there]:
             raise UserError(
                 f"{folder / f'X10_{absent[0]}.npy'}: not there; the crops of "
-                f"{utils.plural(len(absent), 'picture')} are missing; run preprocess_val.py again"
+                f"{plural(len(absent), 'picture')} are missing; run preprocess_val.py again"
             )
         if not len(self.indices):
             raise UserError(f"{folder}: not a single picture to evaluate; run preprocess_val.py")
