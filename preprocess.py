@@ -71,7 +71,7 @@ def main() -> None:
         os.sync()  # the note below must not survive a power failure that the copies do not
     note_copies(root, folders, pictures, complete=True)
     print(
-        f"resized copies of {plural(len(pictures) - len(failures), 'picture')} in "
+        f"resized copies of {plural(len(pictures) - len(failures), 'picture')} at "
         f"{plural(len(folders), 'shorter side')} are in {root}; {failures}. "
         f"Next: runtime_preprocessing.py finds them there"
     )
@@ -220,10 +220,10 @@ class Failures:
                 return
             self.paths.add(path)
             utils.warn(f"{path}: left out, {error}")
-            if len(self.paths) > self.allowed or len(self.paths) == self.pictures:
+            if len(self) > self.allowed or len(self) == self.pictures:
                 raise UserError(
-                    f"{len(self.paths)} of {self.pictures} pictures could not be decoded, more "
-                    f"than 1 in 100; the last was {path}. Replace or remove the pictures warned of"
+                    f"{len(self)} of {self.pictures} pictures could not be decoded, more than 1 in "
+                    f"100; the last was {path}. Replace or remove those named in the warnings"
                 )
 
     def __str__(self) -> str:
@@ -521,7 +521,7 @@ def _warn_of_unused(folder: Path, others: list[str]) -> None:
     if unused:
         utils.warn(
             f"{folder}: {plural(len(unused), 'picture')} not used, the first is "
-            f"{folder / unused[0]}; used are those in class folders with the suffixes "
+            f"{folder / unused[0]}; only files in class folders with these suffixes are used: "
             f"{', '.join(PICTURE_SUFFIXES)}"
         )
 
@@ -878,7 +878,7 @@ def claim(root: Path, pictures: Pictures, wanted: list[int]) -> None:
         if not is_ours and (any(folder.iterdir()) if folder.is_dir() else folder.exists()):
             raise UserError(
                 f"{folder}: not made by preprocess.py, which would have left {note}; take another "
-                f"path_to_save, or remove it"
+                f"path_to_save, or remove the folder"
             )
         if folder.exists() and "replaced" in (reason := why_unused(root, side, pictures)):
             raise UserError(f"{folder}: {reason}; remove that folder and start again")
@@ -911,7 +911,7 @@ def why_unused(root: Path, side: int, pictures: Pictures) -> str:
     if copied == pictures.fingerprint and complete:
         return ""
     if copied != pictures.fingerprint and copied[:9] == pictures.fingerprint[:9]:
-        return "pictures were replaced since these copies were made"
+        return "pictures were replaced after these copies were made"
     return "copies incomplete"
 
 

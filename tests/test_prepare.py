@@ -392,7 +392,7 @@ def test_copies_of_pictures_that_were_replaced_since_are_refused(tmp_path, mixed
     result = toolkit.run("preprocess.py", config, "--shorter_side=256")
     toolkit.assert_one_line_error(result, "preprocess.py", "preprocessed/256", "were replaced")
     assert (
-        "were replaced since these copies were made; the originals"
+        "were replaced after these copies were made; the originals"
         in preview(config, tmp_path).stderr
     )
     result = toolkit.run("get_mu_sigma.py", config, "--shorter_side=256")
