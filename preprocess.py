@@ -930,10 +930,9 @@ def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
     except UserError as error:
         utils.warn(f"{root}: {error}; the originals are used")
         return {}
-    reasons = {side: why_unused(root, side, pictures) for side in folders}
-    unused = [side for side in folders if reasons[side]]
+    unused = {side: reason for side in folders if (reason := why_unused(root, side, pictures))}
     if unused:
-        side, reason = unused[0], reasons[unused[0]]
+        side, reason = next(iter(unused.items()))
         if len(unused) > 1:
             reason += f" (also in {plural(len(unused) - 1, 'other shorter side')})"
         elif "incomplete" in reason:
