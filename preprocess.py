@@ -18,7 +18,6 @@ import csv
 import errno
 import functools
 import io
-import itertools
 import json
 import os
 import re
@@ -477,23 +476,34 @@ def _in_class_folders(root: Path, part: str) -> Pictures:
             f"{folder / unknown[0]}: a class that the training set does not have "
             f"({len(unknown)} such); validation needs the class folders of {root / 'train'}"
         )
-    counts, others = dict.fromkeys(classes, 0), []
+    others = []
 
-    def paths() -> Iterator[str]:
+    def labelled() -> Iterator[tuple[str, int]]:
         for name in found:
-            files = sorted(_files(folder, name))
-            in_class = list(filter(_is_picture_name, files))
-            others.extend(itertools.filterfalse(_is_picture_name, files))
-            counts[name] = len(in_class)
-            yield from in_class
+            label = classes.index(name)
+            for path in sorted(_files(folder, name)):
+                if _is_picture_name(path):
+                    yield path, label
+                else:
+                    others.append(path)
 
-    all_paths = Paths(paths())
+    paths, labels = _collected(labelled())
     others += sorted(entry.name for entry in _visible(folder) if entry.name not in found)
     _warn_of_unused(folder, others)
-    ranks = np.arange(len(classes), dtype=np.int32)
-    labels = np.repeat(ranks, np.fromiter(counts.values(), int))
     layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
-    return Pictures(folder, all_paths, labels, _readable(root, classes), layout)
+    return Pictures(folder, paths, labels, _readable(root, classes), layout)
+
+
+def _collected(labelled: Iterable[tuple[str, int]]) -> tuple[Paths, np.ndarray]:
+    """The paths, and the labels as int32 [n]."""
+    labels = array("i")
+
+    def paths() -> Iterator[str]:
+        for path, label in labelled:
+            labels.append(label)
+            yield path
+
+    return Paths(paths()), np.array(labels, np.int32)
 
 
 UNUSED_SUFFIXES = (
@@ -574,14 +584,17 @@ def _listed(root: Path, part: str) -> Pictures:
             f"{near[-1]}: no such folder; {root / part}.txt lists pictures that must lie there, or "
             f"in 2012_{part}/"
         )
-    parts = filter(None, ("train", _validation_part(root)))
-    listed = {name: _read_list(root / f"{name}.txt") for name in parts}
-    classes = 1 + int(listed["train"][1].max())
-    for name, (paths, labels) in listed.items():
-        if len(beyond := np.flatnonzero(labels >= classes)):
+    listed = {}
+    for name in filter(None, ("train", _validation_part(root))):
+        file = root / f"{name}.txt"
+        paths, labels = listed[name] = _collected(_read_list(file))
+        if not len(paths):
+            raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
+        last = listed["train"][1].max()
+        if len(beyond := np.flatnonzero(labels > last)):
             raise UserError(
-                f"{root / name}.txt: {paths[beyond[0]]} has label {labels[beyond[0]]}, "
-                f"but the labels of {root / 'train.txt'} end with {classes - 1}"
+                f"{file}: {paths[beyond[0]]} has label {labels[beyond[0]]}, but the labels of "
+                f"{root / 'train.txt'} end with {last}"
             )
     return Pictures(folder, *listed[part], _names_of_labels(root, *listed["train"]), "list files")
 
@@ -597,32 +610,19 @@ def _names_of_labels(root: Path, paths: Paths, labels: np.ndarray) -> list[str]:
     return [str(label) for label in range(classes)]
 
 
-def _read_list(file: Path) -> tuple[Paths, np.ndarray]:
-    """The paths and labels, int32, in a file of `filename label` lines. Raises UserError."""
-    labels = array("i")
-
-    def paths() -> Iterator[str]:
-        with open(file, "rb") as lines:
-            for number, line in enumerate(map(os.fsdecode, lines), 1):
-                if not line.strip():
-                    continue
-                match = re.fullmatch(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*", line)
-                if not match:
-                    raise UserError(
-                        f"{file}: line {number}: expected 'filename label', not {line.rstrip()!r}"
-                    )
+def _read_list(file: Path) -> Iterator[tuple[str, int]]:
+    """Path and label of each `filename label` line. Raises UserError."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(map(os.fsdecode, lines), 1):
+            match = re.fullmatch(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*", line)
+            where = f"{file}: line {number}"
+            if match:
                 path, label = match.groups()
                 if os.path.isabs(path) or ".." in Path(path).parts:
-                    raise UserError(
-                        f"{file}: line {number}: {path} lies outside the folder of pictures"
-                    )
-                labels.append(int(label))
-                yield path
-
-    listed = Paths(paths())
-    if not len(listed):
-        raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
-    return listed, np.array(labels, np.int32)
+                    raise UserError(f"{where}: {path} lies outside the folder of pictures")
+                yield path, int(label)
+            elif line.strip():
+                raise UserError(f"{where}: expected 'filename label', not {line.rstrip()!r}")
 
 
 # --- reading and decoding a picture ---------------------------------------------------------
