@@ -22,9 +22,7 @@ from preprocess import (
     Failures,
     Pictures,
     copies_of_others,
-    decode,
     map_pictures,
-    read_picture,
     training_pictures,
     why_unused,
 )
@@ -52,17 +50,13 @@ def parse_arguments() -> argparse.Namespace:
         "Computes mean and standard deviation of the training pictures' channels.",
         "get_mu_sigma.py",
     )
-    parser.add_argument(
-        "--shorter_side",
-        type=utils.whole(1),
-        metavar="S",
-        help="read the resized copies of preprocess.py, not the originals",
-    )
+    text = "read the resized copies of preprocess.py, not the originals"
+    parser.add("--shorter_side", utils.whole(1), text)
     return parser.parse()
 
 
 def resized(pictures: Pictures, root: Path, side: int) -> Pictures:
-    """The copies of the pictures at that shorter side. Raises UserError if they are not there."""
+    """The copies of the pictures at this shorter side. Raises UserError if they are not there."""
     folder = root / str(side)
     if copies_of_others(root, pictures):
         raise UserError(f"{folder}: its copies are of other pictures; take another path_to_save")
@@ -77,7 +71,7 @@ def resized(pictures: Pictures, root: Path, side: int) -> Pictures:
 
 
 def check_own(result: Path) -> None:
-    """Raises UserError if the result would overwrite a file that no earlier start wrote."""
+    """Raises UserError if the result would overwrite a file that is not an earlier result."""
     if os.path.lexists(result) and not (
         result.is_file() and utils.read_file(result).startswith(b"[utils]\nmu_0 = ")
     ):
@@ -90,12 +84,9 @@ def check_own(result: Path) -> None:
 def mu_sigma(pictures: Pictures, failures: Failures) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, float64 [3] each, RGB, pixels scaled to 0…1.
 
-    E[x] and E[x²] are each picture's, exact from its histogram of integers, averaged over all
-    pictures in their order: the same to the last bit on any number of cores.
+    E[x] and E[x²] of each picture come exactly from its histogram, and are averaged in the order of
+    the pictures: the result is the same to the last bit on any number of cores.
     """
-
-    def load(index: int) -> Image.Image:
-        return decode(read_picture(pictures.path(index)))
 
     def moments(_index: int, image: Image.Image) -> np.ndarray:
         """E[x] and E[x²] of a picture, float64 [2, 3]."""
@@ -105,20 +96,20 @@ def mu_sigma(pictures: Pictures, failures: Failures) -> tuple[np.ndarray, np.nda
         return sums / counts[0].sum()
 
     total, used = np.zeros((2, 3)), 0
-    for result in map_pictures(pictures, range(len(pictures)), load, moments, failures):
+    everything = range(len(pictures))
+    for result in map_pictures(pictures, everything, pictures.decoded, moments, failures):
         if result is not None:
             total, used = total + result, used + 1
-    if not used:
-        raise UserError(f"{pictures.folder}: not one picture could be decoded")
     mean, mean_square = total / used
     return mean / 255, np.sqrt(mean_square - mean**2) / 255
 
 
 def toml(mu: np.ndarray, sigma: np.ndarray) -> str:
     """The [utils] section of config.txt."""
-    lines = [f"{name}_{i} = {v:.5f}" for name, vs in (("mu", mu), ("sigma", sigma))
-             for i, v in enumerate(vs)]  # fmt: skip
-    return "\n".join(["[utils]", *lines]) + "\n"
+    lines = ["[utils]"]
+    lines += [f"mu_{i} = {value:.5f}" for i, value in enumerate(mu)]
+    lines += [f"sigma_{i} = {value:.5f}" for i, value in enumerate(sigma)]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

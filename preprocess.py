@@ -4,11 +4,12 @@
 
 writes `<path_to_save>/256/<path of the original below the training folder>`: shorter side 256
 pixels, aspect kept, JPEG. `--shorter_side=all` makes the 33 sides 256, 263, … 480 and decodes each
-original once. Started again, it continues where it stopped. You may skip it:
-runtime_preprocessing.py then works from the originals. README says when copies help.
+original once. Started again, it continues where it stopped. This step is optional: without copies
+runtime_preprocessing.py works from the originals. README says when copies help.
 
-Other scripts import what stands here about pictures, in this order: the list of pictures and how
-to work through it, dataset layouts, reading and decoding, cutting a crop, resized copies.
+The other scripts import from here what they need to know about pictures. In this order: the list of
+pictures and how to work through it, dataset layouts, reading and decoding, cutting a crop, resized
+copies.
 """
 
 import argparse
@@ -26,7 +27,6 @@ import threading
 import warnings
 import zlib
 from array import array
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -53,11 +53,11 @@ def main() -> None:
     utils.lock(
         root / COPIES_OF,
         f"{root}: another preprocess.py adds to the copies there, or runtime_preprocessing.py "
-        f"makes batches from them; wait for its end or take another path_to_save",
+        f"makes batches from them; wait until it ends, or take another path_to_save",
     )
     folders = {side: root / str(side) for side in args.shorter_side}
     wanted = missing(pictures, folders)
-    total = sum(int((wanted >> np.uint64(bit) & np.uint64(1)).sum()) for bit in range(len(folders)))
+    total = sum(bits.bit_count() for bits in wanted.tolist())
     print(
         f"{plural(len(pictures), 'training picture')}, {pictures.layout}; {total:,} of "
         f"{len(pictures) * len(folders):,} resized copies are still to be made"
@@ -70,7 +70,7 @@ def main() -> None:
         os.sync()  # the note below must not survive a power failure that the copies do not
     note_copies(root, folders, pictures, complete=True)
     print(
-        f"resized copies of {plural(len(pictures) - len(failures), 'picture')} in "
+        f"resized copies of {plural(len(pictures) - len(failures), 'picture')} at "
         f"{plural(len(folders), 'shorter side')} are in {root}; {failures}. "
         f"Next: runtime_preprocessing.py finds them there"
     )
@@ -78,16 +78,10 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = utils.Parser(
-        "Makes resized copies of all training pictures.",
-        "preprocess.py --shorter_side=256",
+        "Makes resized copies of all training pictures.", "preprocess.py --shorter_side=256"
     )
-    parser.add_argument(
-        "--shorter_side",
-        type=sides,
-        required=True,
-        metavar="S",
-        help="shorter side in pixels, one of 256, 263, … 480, or all",
-    )
+    text = "shorter side in pixels, one of 256, 263, … 480, or all"
+    parser.add("--shorter_side", sides, text, utils.REQUIRED)
     return parser.parse()
 
 
@@ -107,8 +101,8 @@ def sides(text: str) -> list[int]:
 class Paths(Sequence[str]):
     """The paths of all pictures, as one block of bytes.
 
-    As Python strings, the paths of ImageNet take 150 MB, in each process: to read a string is to
-    change its reference count, so forked processes soon have a copy of their own.
+    As Python strings, the paths of ImageNet take 150 MB in each process: reading a string changes
+    its reference count, so every forked process soon has its own copy.
     """
 
     def __init__(self, paths: Iterable[str]):
@@ -122,9 +116,7 @@ class Paths(Sequence[str]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+        index = range(len(self))[index]  # counts from the end, or raises IndexError
         return os.fsdecode(self._block[self._ends[index] : self._ends[index + 1]])
 
     def __eq__(self, other: object) -> bool:
@@ -136,7 +128,7 @@ class Paths(Sequence[str]):
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of the training or of the validation set, in a fixed order."""
+    """The pictures of the training or the validation set, in a fixed order."""
 
     folder: Path
     paths: Paths
@@ -144,7 +136,7 @@ class Pictures:
     labels: np.ndarray
     """int32 [len(paths)]: the rank of the class in sorted order."""
     class_names: list[str]
-    """Readable where the dataset comes with names, else the names of the class folders."""
+    """Readable names if the dataset has them, else the names of the class folders."""
     layout: str
 
     def __len__(self) -> int:
@@ -153,17 +145,20 @@ class Pictures:
     def path(self, index: int) -> str:
         return f"{self.folder}/{self.paths[index]}"
 
+    def decoded(self, index: int) -> Image.Image:
+        """8-bit RGB. Raises BrokenPicture, and OSError if the storage fails."""
+        return decode(read_picture(self.path(index)))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Two checksums: of all names and labels, and of what is in the files.
 
         The first changes when a picture is added, removed, renamed or moved to another class. The
         second changes when pictures are replaced under their old names. It covers the sizes and
-        first bytes of SAMPLED pictures, spread evenly; all would take minutes from a cold disk.
+        first bytes of SAMPLED pictures, evenly spaced: from a cold disk, all would take minutes.
         """
         names = zlib.crc32(self.labels.tobytes(), self.paths.checksum())
-        count = min(len(self), SAMPLED)
-        sample = np.linspace(0, len(self) - 1, count).astype(int).tolist() if count else []
+        sample = np.linspace(0, len(self) - 1, min(len(self), SAMPLED)).astype(int).tolist()
 
         def look(index: int) -> bytes:
             try:
@@ -171,29 +166,13 @@ class Pictures:
             except MissingPicture:
                 return b""
 
-        with ThreadPoolExecutor(16) as pool:  # so that a slow disk may work on many at once
+        with ThreadPoolExecutor(16) as pool:  # a slow disk serves many requests at once
             beginnings = pool.map(look, sample)
             return f"{names:08x}-{zlib.crc32(b''.join(beginnings)):08x}"
 
 
 SAMPLED = 2000
-"""Pictures whose content is looked at to notice that they were replaced."""
-
-
-def beginning(path: str, count: int = 1024) -> bytes:
-    """A file's size and first bytes. Raises MissingPicture."""
-
-    def read(path: str) -> bytes:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
-        with open(descriptor, "rb", buffering=0) as file:
-            return struct.pack("<q", os.fstat(descriptor).st_size) + (file.read(count) or b"")
-
-    try:
-        return utils.patiently(read, path)
-    except OSError as error:
-        if error.errno in NO_FILE:
-            raise MissingPicture(os.strerror(error.errno).lower()) from None
-        raise
+"""Pictures that the fingerprint looks into."""
 
 
 class BrokenPicture(Exception):
@@ -205,9 +184,9 @@ class MissingPicture(BrokenPicture):
 
 
 def unless_gone(work: Callable, folder: str | Path, picture: Any) -> Any:
-    """`work(picture)`. A file that is missing is looked for again once `folder` is there.
+    """`work(picture)`. If the file is missing, waits until `folder` is there and tries once more.
 
-    So a disk that is not mounted for a moment breaks no picture. Raises UserError if it stays away.
+    So a disk that is unmounted for a moment breaks no picture. Raises UserError if it stays away.
     """
     try:
         return work(picture)
@@ -225,9 +204,8 @@ class Failures:
     """Names each broken picture once, and counts them. Safe to use from threads."""
 
     def __init__(self, pictures: int):
-        """`pictures` is the size of the set: more than 1 in 100 of it may not fail."""
-        self.allowed = max(1, pictures // 100)
-        self.pictures = pictures
+        """`pictures` is the size of the set, of which 1 in 100 may fail."""
+        self.pictures, self.allowed = pictures, max(1, pictures // 100)
         self.paths: set[str] = set()
         self._lock = threading.Lock()
 
@@ -241,10 +219,10 @@ class Failures:
                 return
             self.paths.add(path)
             utils.warn(f"{path}: left out, {error}")
-            if len(self.paths) > self.allowed or len(self.paths) == self.pictures:
+            if len(self) > self.allowed or len(self) == self.pictures:
                 raise UserError(
-                    f"{len(self.paths)} of {self.pictures} pictures could not be decoded, more "
-                    f"than 1 in 100; the last was {path}. Replace those warned of, or remove them"
+                    f"{len(self)} of {self.pictures} pictures could not be decoded, more than 1 in "
+                    f"100; the last was {path}. Replace or remove those named in the warnings"
                 )
 
     def __str__(self) -> str:
@@ -254,10 +232,10 @@ class Failures:
 def map_pictures(
     pictures: Pictures, indices: Sequence[int], load: Callable, work: Callable, failures: Failures
 ) -> Iterator:
-    """`work(index, load(index))` for these pictures on all cores, results in order, with progress.
+    """`work(index, load(index))` for these pictures, on all cores. Results come in order.
 
-    `load` reads and decodes. A picture that it finds broken is added to `failures` and its result
-    is None.
+    `load` reads and decodes. If it raises BrokenPicture, the picture is added to `failures` and its
+    result is None.
     """
 
     def each(index: int) -> object:
@@ -269,7 +247,7 @@ def map_pictures(
         return work(index, loaded)
 
     progress = utils.Progress(len(indices), "pictures")
-    # More threads than cores: some of them wait for the disk.
+    # More threads than cores, because some wait for the disk.
     for result in utils.map_in_order(each, map(int, indices), 2 * utils.cores() + 4):
         progress.add()
         yield result
@@ -284,7 +262,7 @@ PICTURE_SUFFIXES = (
 """Files that count as pictures. Their format is found by content, whatever the suffix."""
 
 VALIDATION = ("val", "valid", "validation", "test")
-"""What the folder of the validation set may be called, and its list file."""
+"""Names that the validation set's folder and its list file may have."""
 
 
 def training_pictures(config: SimpleNamespace) -> Pictures:
@@ -294,13 +272,13 @@ def training_pictures(config: SimpleNamespace) -> Pictures:
     if _validation_part(root) is None:
         layout = f"{pictures.layout}, no validation set: nothing can be evaluated"
         pictures = replace(pictures, layout=layout)
-    return _counted(pictures, "train", config.train.N)
+    return _checked(pictures, "train", config.train.N)
 
 
 def validation_pictures(config: SimpleNamespace) -> Pictures:
     """Finds the validation set below `ImageNet_folder`, labelled like the training set.
 
-    Raises UserError, also where only the devkit's ground truth is there.
+    Raises UserError, also if the devkit's ground truth is all that gives the classes.
     """
     root = _dataset_root(config.preprocess.ImageNet_folder)
     part = _validation_part(root)
@@ -313,15 +291,11 @@ def validation_pictures(config: SimpleNamespace) -> Pictures:
         )
     if _has_lists(root):
         pictures = _listed(root, part)
+    elif _subfolders(root / part):
+        pictures = _in_class_folders(root, part)
     else:
-        classes = _subfolders(root / "train")
-        in_folders = _subfolders(root / part)
-        pictures = (
-            _in_class_folders(root, part, classes)
-            if in_folders
-            else _flat_validation(root, root / part, classes)
-        )
-    return _counted(pictures, "preprocess", config.preprocess.N)
+        pictures = _flat_validation(root, part)
+    return _checked(pictures, "preprocess", config.preprocess.N)
 
 
 def _validation_part(root: Path) -> str | None:
@@ -333,7 +307,8 @@ def _validation_part(root: Path) -> str | None:
     return next(found, None)
 
 
-def _counted(pictures: Pictures, section: str, expected: int) -> Pictures:
+def _checked(pictures: Pictures, section: str, expected: int) -> Pictures:
+    """The pictures, if there are as many as [section] N says. Warns of empty classes."""
     if not len(pictures):
         raise UserError(
             f"{pictures.folder}: no pictures found; expected class folders with "
@@ -354,12 +329,8 @@ def _counted(pictures: Pictures, section: str, expected: int) -> Pictures:
     return pictures
 
 
-BELOW = (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
-"""Where train/ and the lists may lie in a dataset's folder; Kaggle's tree is deep."""
-
-
 def _dataset_root(folder: Path) -> Path:
-    """The folder that holds train/ (or the lists)."""
+    """The folder that holds train/ or the lists."""
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; [preprocess] ImageNet_folder must name the one that holds "
@@ -377,27 +348,26 @@ def _dataset_root(folder: Path) -> Path:
 
 
 def _root_in(folder: Path) -> Path | None:
-    roots = (folder / below for below in BELOW)
+    """Here, or deeper where Kaggle's archive has it; None if there is none."""
+    roots = (folder / below for below in (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"))
     return next((root for root in roots if (root / "train").is_dir() or _has_lists(root)), None)
 
 
 def _has_lists(root: Path) -> bool:
     """Whether train.txt lists the pictures.
 
-    Beside class folders a text file may be anything, except that val.txt always is a list.
+    Beside class folders it may be any text, unless there is also a val.txt or a 2012_train/.
     """
-
-    def has_classes(part: str) -> bool:
-        return (root / part).is_dir() and bool(_subfolders(root / part))
 
     if not (root / "train.txt").is_file():
         return False
     listed = [name for name in VALIDATION if (root / f"{name}.txt").is_file()]
-    if "val" in listed or any(not has_classes(name) for name in listed):
-        return True
-    if (root / "2012_train").is_dir():
-        return True
-    return (root / "train").is_dir() and not has_classes("train")
+    return (
+        "val" in listed
+        or (root / "2012_train").is_dir()
+        or not all(_subfolders(root / name) for name in listed)
+        or ((root / "train").is_dir() and not _subfolders(root / "train"))
+    )
 
 
 UNPACK_CLASSES = 'for f in *.tar; do mkdir -p "${f%.tar}" && tar -xf "$f" -C "${f%.tar}"; done'
@@ -420,148 +390,156 @@ ARCHIVES = {
     r".*\.(h5|hdf5|lmdb|mdb|rec|beton|npz|pkl)": "made for another program and not read; write "
     "each picture to train/<class>/",
 }
-"""What people have instead of folders of pictures: pattern of the name, and the way out."""
+"""What people have instead of folders of pictures: by its name, what it is, what to do."""
 
 
 def _content(folder: Path) -> str:
-    """What lies in a folder that is no dataset, and what to do about it."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    """What a folder holds that is no dataset, and what to do about it."""
+    names = sorted(entry.name for entry in _visible(folder))
     for pattern, way_out in ARCHIVES.items():
         found = [name for name in names if re.fullmatch(pattern, name, re.IGNORECASE)]
         if found:
             others = f" and {plural(len(found) - 1, 'other')} are" if len(found) > 1 else " is"
             way_out = way_out.replace("FOLDER", shlex.quote(str(folder)))
             return f"{folder / found[0]}{others} {way_out.replace('NAME', shlex.quote(found[0]))}"
-    if any(name.lower().endswith(PICTURE_SUFFIXES) for name in names):
+    if any(map(_is_picture_name, names)):
         return "its pictures are not in class folders: move each into a folder of its class"
     with contextlib.suppress(OSError):  # it is only a hint
-        below = [name for each in _subfolders(folder)[:3] for name in os.listdir(folder / each)]
-        if any(name.lower().endswith(PICTURE_SUFFIXES) for name in below):
+        below = [e.name for name in _subfolders(folder)[:3] for e in _visible(folder / name)]
+        if any(map(_is_picture_name, below)):
             return f"its folders look like classes: move them into {folder / 'train'}"
     more = f" and {plural(len(names) - 8, 'other')}" if len(names) > 8 else ""
     return f"it holds {', '.join(names[:8])}{more}" if names else "it is empty"
 
 
-def _near(root: Path, *names: str) -> Path | None:
-    """The first of these files in the folder, or in the three above it (Kaggle's root)."""
-    for folder in (root, *list(root.resolve().parents)[:3]):
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
-    return None
+def _is_picture_name(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def _visible(folder: Path) -> Iterator[os.DirEntry]:
+    """What is in a folder, without hidden files and folders, in no order."""
+    with os.scandir(folder) as entries:
+        yield from (entry for entry in entries if not entry.name.startswith("."))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Follows links. A broken one is no folder, and no error."""
+    return not entry.is_file(follow_symlinks=False) and os.path.isdir(entry.path)
 
 
 def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        folders = [
-            e.name
-            for e in entries
-            if not e.is_file(follow_symlinks=False) and os.path.isdir(e.path)
-        ]
-    return sorted(name for name in folders if not name.startswith("."))
+    """Sorted names of the visible folders in a folder; empty if it is none."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in _visible(folder) if _is_folder(entry))
 
 
-def _in_class_folders(root: Path, part: str, classes: list[str] | None = None) -> Pictures:
-    """`root/part/<class>/**`, the classes numbered by their rank in `classes`, or in this part."""
-    folder = root / part
-    found = set(_subfolders(folder))
-    classes = sorted(found) if classes is None else classes
-    if unknown := sorted(found - set(classes)):
+def _files(folder: Path, below: str) -> Iterator[str]:
+    """Paths, relative to `folder`, of all files in folder/below and its subfolders.
+
+    Does not follow links to further folders, which may form loops.
+    """
+    for entry in _visible(folder / below):
+        path = f"{below}/{entry.name}"
+        if not _is_folder(entry):
+            yield path
+        elif not entry.is_symlink():
+            yield from _files(folder, path)
+
+
+def _near(root: Path, *names: str) -> Path | None:
+    """The first of these files in the folder, or in the three above it (Kaggle's root)."""
+    folders = (root, *list(root.resolve().parents)[:3])
+    paths = (folder / name for folder in folders for name in names)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _mapping(root: Path) -> list[list[str]]:
+    """[class folder, readable name] in the order of the file; empty if no such file is near."""
+    file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file else []
+    return [line.split(maxsplit=1) for line in lines if line.strip()]
+
+
+def _readable(root: Path, classes: list[str]) -> list[str]:
+    """The classes' names from the mapping, if it has them."""
+    names = dict(pair for pair in _mapping(root) if len(pair) == 2)
+    return [names.get(name, name) for name in classes]
+
+
+def _in_class_folders(root: Path, part: str) -> Pictures:
+    """`root/part/<class>/**`, the classes numbered by their rank in the training set."""
+    folder, classes = root / part, _subfolders(root / "train")
+    found = _subfolders(folder)
+    if unknown := sorted(set(found).difference(classes)):
         raise UserError(
             f"{folder / unknown[0]}: a class that the training set does not have "
             f"({len(unknown)} such); validation needs the class folders of {root / 'train'}"
         )
-    counts, left_out = [], LeftOut()
+    others = []
+
+    def labelled() -> Iterator[tuple[str, int]]:
+        for name in found:
+            label = classes.index(name)
+            for path in sorted(_files(folder, name)):
+                if _is_picture_name(path):
+                    yield path, label
+                else:
+                    others.append(path)
+
+    paths, labels = _collected(labelled())
+    others += sorted(entry.name for entry in _visible(folder) if entry.name not in found)
+    _warn_of_unused(folder, others)
+    layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
+    return Pictures(folder, paths, labels, _readable(root, classes), layout)
+
+
+def _collected(labelled: Iterable[tuple[str, int]]) -> tuple[Paths, np.ndarray]:
+    """The paths, and the labels as int32 [n]."""
+    labels = array("i")
 
     def paths() -> Iterator[str]:
-        for name in classes:
-            in_class = _picture_files(folder, name, left_out) if name in found else []
-            counts.append(len(in_class))
-            yield from in_class
+        for path, label in labelled:
+            labels.append(label)
+            yield path
 
-    all_paths = Paths(paths())
-    for name in os.listdir(folder):
-        if name not in found and not name.startswith("."):
-            left_out.see(folder / name, even_usual=True)
-    left_out.warn(folder)
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), np.array(counts, int))
-    layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
-    return Pictures(folder, all_paths, labels, _readable(root, classes), layout)
+    return Paths(paths()), np.array(labels, np.int32)
 
 
-class LeftOut:
-    """Counts the files that are not used although they are pictures."""
-
-    SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2", ".nef")
-    BEGINNING = re.compile(
-        rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cjP", re.DOTALL
-    )
-
-    def __init__(self):
-        self.count, self.first, self._looks = 0, "", 1000
-
-    def see(self, path: str | Path, even_usual: bool = False) -> None:
-        """A file that is not used. Looks into 1,000 of those whose suffix does not tell."""
-        suffix = os.path.splitext(path)[1].lower()
-        is_picture = suffix in self.SUFFIXES or (even_usual and suffix in PICTURE_SUFFIXES)
-        if not is_picture and self._looks and suffix not in PICTURE_SUFFIXES:
-            self._looks -= 1
-            with contextlib.suppress(OSError, MissingPicture):  # it is not needed
-                is_picture = self.BEGINNING.match(beginning(str(path)), 8) is not None
-        if is_picture:
-            self.count += 1
-            self.first = self.first or str(path)
-
-    def warn(self, folder: Path) -> None:
-        if self.count:
-            utils.warn(
-                f"{folder}: {plural(self.count, 'picture')} not used, the first is {self.first}; "
-                f"used are those in class folders with the suffixes {', '.join(PICTURE_SUFFIXES)}"
-            )
+UNUSED_SUFFIXES = (
+    ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2", ".nef",
+)  # fmt: skip
+BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cjP", re.DOTALL
+)
 
 
-def _fail(error: OSError) -> None:
-    raise error
+def _warn_of_unused(folder: Path, others: list[str]) -> None:
+    """Warns if there are pictures among the files that are not used.
 
-
-def _picture_files(folder: Path, below: str, left_out: LeftOut) -> list[str]:
-    """Relative paths of the pictures in folder/below and its subfolders, sorted, without hidden
-    ones.
-
-    Links to folders are not followed further down, so that a loop of links cannot trap.
+    Looks into up to 1,000 of the files whose suffix does not tell.
     """
-    found = []
-    for parent, folders, files in os.walk(folder / below, onerror=_fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = os.path.relpath(parent, folder)
-        for name in files:
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(PICTURE_SUFFIXES):
-                found.append(f"{relative}/{name}")
-            else:
-                left_out.see(f"{parent}/{name}")
-    return sorted(found)
+    unused, looks = [], 1000
+    for path in others:
+        if path.lower().endswith(PICTURE_SUFFIXES + UNUSED_SUFFIXES):
+            unused.append(path)
+        elif looks:
+            looks -= 1
+            with contextlib.suppress(OSError, MissingPicture):  # it is only for a warning
+                if BEGINNINGS.match(beginning(f"{folder}/{path}"), 8):
+                    unused.append(path)
+    if unused:
+        utils.warn(
+            f"{folder}: {plural(len(unused), 'picture')} not used, the first is "
+            f"{folder / unused[0]}; only files in class folders with these suffixes are used: "
+            f"{', '.join(PICTURE_SUFFIXES)}"
+        )
 
 
-def _lines_of(file: Path | None) -> list[str]:
-    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file else []
-
-
-def _readable(root: Path, classes: list[str]) -> list[str]:
-    """Names of the classes from LOC_synset_mapping.txt or synset_words.txt, where there is one."""
-    lines = _lines_of(_near(root, "LOC_synset_mapping.txt", "synset_words.txt"))
-    names = dict(line.split(maxsplit=1) for line in lines if len(line.split(maxsplit=1)) == 2)
-    return [names.get(name, name) for name in classes]
-
-
-def _flat_validation(root: Path, folder: Path, classes: list[str]) -> Pictures:
+def _flat_validation(root: Path, part: str) -> Pictures:
     """All pictures in val/ itself, their classes in Kaggle's LOC_val_solution.csv."""
-    names = sorted(
-        name
-        for name in os.listdir(folder)
-        if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
-    )
+    folder, classes = root / part, _subfolders(root / "train")
+    names = sorted(e.name for e in _visible(folder) if _is_picture_name(e.name))
     solution = _near(root, "LOC_val_solution.csv")
     if solution is None:
         raise UserError(f"{folder}: {_why_no_classes(root, folder, names)}")
@@ -569,12 +547,13 @@ def _flat_validation(root: Path, folder: Path, classes: list[str]) -> Pictures:
         rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
     wnids = {name: answer.split()[0] for name, answer in rows}
     ranks = {name: rank for rank, name in enumerate(classes)}
-    for name in names:
-        if ranks.get(wnids.get(Path(name).stem)) is None:
-            raise UserError(
-                f"{folder / name}: {solution} gives it no class that {root / 'train'} has"
-            )
-    labels = np.array([ranks[wnids[Path(name).stem]] for name in names], np.int32)
+    labels = [ranks.get(wnids.get(Path(name).stem), -1) for name in names]
+    if -1 in labels:
+        raise UserError(
+            f"{folder / names[labels.index(-1)]}: {solution} gives it no class that "
+            f"{root / 'train'} has"
+        )
+    labels = np.array(labels, np.int32)
     return Pictures(folder, Paths(names), labels, _readable(root, classes), "Kaggle layout")
 
 
@@ -582,15 +561,13 @@ def _why_no_classes(root: Path, folder: Path, names: list[str]) -> str:
     """Why the classes of a flat validation set are not known, and what to do."""
     if not names:
         return f"no pictures found; {_content(folder)}"
-    truth = _near(root, "ILSVRC2012_validation_ground_truth.txt") or next(
-        iter(root.glob("*devkit*/**/ILSVRC2012_validation_ground_truth.txt")), None
-    )
-    why = (
-        f"and {truth} does not help, because it numbers the classes in the devkit's own order, "
-        f"not in sorted order"
-        if truth
-        else "and nothing says which class they belong to"
-    )
+    name = "ILSVRC2012_validation_ground_truth.txt"
+    why = "and nothing says which class they belong to"
+    if truth := _near(root, name) or next(root.glob(f"*devkit*/**/{name}"), None):
+        why = (
+            f"and {truth} does not help, because it numbers the classes in the devkit's own order, "
+            f"not in sorted order"
+        )
     return (
         f"its pictures are not in class folders, {why}; put Kaggle's LOC_val_solution.csv into "
         f"{root}, or move the pictures into {folder}/<class>/ (for ImageNet the script valprep.sh "
@@ -607,59 +584,45 @@ def _listed(root: Path, part: str) -> Pictures:
             f"{near[-1]}: no such folder; {root / part}.txt lists pictures that must lie there, or "
             f"in 2012_{part}/"
         )
-    train, labels = _read_list(root / "train.txt")
-    classes = 1 + int(labels.max())
-    names = _names_of_labels(root, train, labels, classes)
-    listed = {"train": (train, labels)}
-    if validation := _validation_part(root):
-        listed[validation] = _read_list(root / f"{validation}.txt")
-        paths, val_labels = listed[validation]
-        if len(beyond := np.flatnonzero(val_labels >= classes)):
+    listed = {}
+    for name in filter(None, ("train", _validation_part(root))):
+        file = root / f"{name}.txt"
+        paths, labels = listed[name] = _collected(_read_list(file))
+        if not len(paths):
+            raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
+        last = listed["train"][1].max()
+        if len(beyond := np.flatnonzero(labels > last)):
             raise UserError(
-                f"{root / validation}.txt: {paths[beyond[0]]} has label {val_labels[beyond[0]]}, "
-                f"but the labels of {root / 'train.txt'} end with {classes - 1}"
+                f"{file}: {paths[beyond[0]]} has label {labels[beyond[0]]}, but the labels of "
+                f"{root / 'train.txt'} end with {last}"
             )
-    return Pictures(folder, *listed[part], names, "list files")
+    return Pictures(folder, *listed[part], _names_of_labels(root, *listed["train"]), "list files")
 
 
-def _names_of_labels(root: Path, train: Paths, labels: np.ndarray, classes: int) -> list[str]:
-    """From the file with a line per class, else the folders in the list, else the labels."""
-    lines = _lines_of(_near(root, "LOC_synset_mapping.txt", "synset_words.txt"))
-    names = [line.split(maxsplit=1)[-1] for line in lines if line.strip()]
-    if len(names) == classes:
-        return names
-    folders = dict(zip(labels.tolist(), map(os.path.dirname, train), strict=True))
+def _names_of_labels(root: Path, paths: Paths, labels: np.ndarray) -> list[str]:
+    """From a mapping with a line per class, else the folders in the list, else the labels."""
+    mapping, classes = _mapping(root), 1 + int(labels.max())
+    if len(mapping) == classes:
+        return [pair[-1] for pair in mapping]
+    folders = dict(zip(labels.tolist(), map(os.path.dirname, paths), strict=True))
     if len(folders) == len(set(folders.values())) == classes:
         return [folders[label] for label in range(classes)]
     return [str(label) for label in range(classes)]
 
 
-def _read_list(file: Path) -> tuple[Paths, np.ndarray]:
-    """The paths and labels, int32, in a file of `filename label` lines. Raises UserError."""
-    labels = array("i")
-
-    def paths() -> Iterator[str]:
-        with open(file, "rb") as lines:
-            for number, line in enumerate(map(os.fsdecode, lines), 1):
-                if not line.strip():
-                    continue
-                match = re.fullmatch(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*", line)
-                if not match:
-                    raise UserError(
-                        f"{file}: line {number}: expected 'filename label', not {line.rstrip()!r}"
-                    )
+def _read_list(file: Path) -> Iterator[tuple[str, int]]:
+    """Path and label of each `filename label` line. Raises UserError."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(map(os.fsdecode, lines), 1):
+            match = re.fullmatch(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*", line)
+            where = f"{file}: line {number}"
+            if match:
                 path, label = match.groups()
                 if os.path.isabs(path) or ".." in Path(path).parts:
-                    raise UserError(
-                        f"{file}: line {number}: {path} lies outside the folder of pictures"
-                    )
-                labels.append(int(label))
-                yield path
-
-    listed = Paths(paths())
-    if not len(listed):
-        raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
-    return listed, np.array(labels, np.int32)
+                    raise UserError(f"{where}: {path} lies outside the folder of pictures")
+                yield path, int(label)
+            elif line.strip():
+                raise UserError(f"{where}: expected 'filename label', not {line.rstrip()!r}")
 
 
 # --- reading and decoding a picture ---------------------------------------------------------
@@ -667,20 +630,17 @@ def _read_list(file: Path) -> tuple[Paths, np.ndarray]:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
 
 LONGEST = 100
-"""The longer side of a picture may be this many times the shorter. Beyond that a copy of 480 pixels
-would not fit into a JPEG file (65,535 pixels), and hardly into memory."""
+"""The longer side of a picture may be at most this many times the shorter. Longer ones would make
+copies that do not fit into a JPEG file (65,535 pixels), and hardly into memory."""
 
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
-"""Errors of reading that say what the path is, not what the storage does."""
+"""Errors about the path. All others are about the storage."""
 
 PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError,
     struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
-"""What Pillow raises for broken files of its formats; caught around calls of Pillow alone."""
-
-SPARE_MEMORY = 1 << 26
-"""Bytes that must be free before a failure to decode is blamed on the picture."""
+"""What Pillow raises for broken files; caught around calls of Pillow alone."""
 
 # Broken EXIF data does not matter here; a picture of over 89 million pixels is refused.
 warnings.filterwarnings("ignore", module="PIL")
@@ -688,12 +648,30 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def read_picture(path: str | Path) -> bytes:
-    """A picture's file. Raises MissingPicture if there is no such file.
+    """The content of a picture's file. Raises MissingPicture if there is no such file.
 
-    Other OSErrors pass: the storage fails, and says nothing about the picture.
+    Other OSErrors are the storage's, and say nothing about the picture.
     """
-    try:
+    with _no_file_is_missing(path):
         return utils.read_file(path)
+
+
+def beginning(path: str) -> bytes:
+    """A file's size and first bytes. Raises MissingPicture."""
+
+    def read(path: str) -> bytes:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
+        with open(descriptor, "rb", buffering=0) as file:
+            return struct.pack("<q", os.fstat(descriptor).st_size) + (file.read(1024) or b"")
+
+    with _no_file_is_missing(path):
+        return utils.patiently(read, path)
+
+
+@contextlib.contextmanager
+def _no_file_is_missing(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno in NO_FILE:
             raise MissingPicture(os.strerror(error.errno).lower()) from None
@@ -705,15 +683,15 @@ def read_picture(path: str | Path) -> bytes:
 def pillow_decodes() -> Iterator[None]:
     """Turns what Pillow raises for a broken file into BrokenPicture.
 
-    Only calls of Pillow go inside. Elsewhere such an error is a mistake of ours and must surface.
+    Only calls of Pillow go inside: anywhere else such an error is a bug, and must surface.
     """
     try:
         yield
     except UnidentifiedImageError:
         raise BrokenPicture(f"cannot be decoded: is none of {', '.join(FORMATS)}") from None
     except PILLOW_ERRORS as error:
-        # Decoders say "broken data" also when memory runs out. Then this raises MemoryError.
-        np.empty(SPARE_MEMORY, np.uint8)
+        # Decoders also say "broken data" when memory runs out. Then this raises MemoryError.
+        np.empty(1 << 26, np.uint8)
         reason = str(error) or type(error).__name__
         raise BrokenPicture(f"cannot be decoded: {reason}") from error
 
@@ -721,16 +699,16 @@ def pillow_decodes() -> Iterator[None]:
 def decode(content: bytes) -> Image.Image:
     """The picture in a file's content, 8-bit RGB. EXIF orientation is ignored, as other loaders do.
 
-    Raises BrokenPicture for what is no picture or of a shape beyond use.
+    Raises BrokenPicture if it is no picture, or too large, or too long and thin.
     """
     return decode_reduced(content, None)[0]
 
 
 def decode_reduced(content: bytes, side: int | None) -> tuple[Image.Image, tuple, tuple]:
-    """The same, but a large JPEG is reduced while it is decoded, to not less than twice `side`.
+    """The same, but a large JPEG is reduced while decoding, to no less than twice `side`.
 
-    Twice the pixels needed are enough to resize from. Returns the picture, its original size, and
-    the box within the decoded pixels that the original fills.
+    Twice the pixels are enough to resize from. Returns the picture, its original size, and the box
+    that the original fills in the decoded pixels.
     """
     with pillow_decodes():
         image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -747,7 +725,7 @@ def decode_reduced(content: bytes, side: int | None) -> tuple[Image.Image, tuple
 
 
 def size_is_fit(width: int, height: int) -> bool:
-    """Whether a picture has pixels, no more than Pillow allows, and is not too long and thin."""
+    """Whether a picture is not empty, not larger than Pillow allows, and not too long and thin."""
     shorter, longer = min(width, height), max(width, height)
     return 0 < longer <= LONGEST * shorter and width * height <= Image.MAX_IMAGE_PIXELS
 
@@ -773,10 +751,10 @@ def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
 
 
 def crop_file(path: str | Path, side: int, corner: Sequence[float]) -> Image.Image:
-    """Steps 1 to 3: the 224x224 RGB crop that lies at `corner` once the shorter side is `side`.
+    """Steps 1 to 3: the 224x224 RGB crop at `corner` of the picture resized to shorter side `side`.
 
-    `corner`: two numbers in [0, 1), where between left and right, between top and bottom. To resize
-    the crop's window alone gives what resizing all and cutting gives, at a fraction of the cost.
+    `corner`: two numbers in [0, 1), from left to right and from top to bottom. Resizing only the
+    crop's window gives the same pixels as resizing the picture, at a fraction of the cost.
     Raises BrokenPicture, and OSError if the storage fails.
     """
     content = read_picture(path)
@@ -790,12 +768,12 @@ def crop_any(content: bytes, side: int, corner: Sequence[float]) -> Image.Image:
 
 
 def crop_jpeg(content: bytes, side: int, corner: Sequence[float]) -> Image.Image | None:
-    """The same for a usual JPEG, decoding no more than is needed. None: `crop_any` must do it.
+    """The crop of a usual JPEG, decoding no more than is needed. None: `crop_any` must do it.
 
     libjpeg halves a large picture while decoding, as long as twice the pixels needed remain.
     Told that the picture ends where the window ends, Pillow's decoder stops there, which saves a
-    fifth of the work, and complains of the data left over. The last row says whether that was
-    all: it has been decoded unless it is still black.
+    fifth of the work. It raises ValueError, about the data left over or about broken data. If the
+    last row is still black, the data may be broken.
     """
     frame = jpeg_frame(content)
     if frame is None:
@@ -816,9 +794,7 @@ def crop_jpeg(content: bytes, side: int, corner: Sequence[float]) -> Image.Image
 
 
 def is_black(image: Image.Image, row: int) -> bool:
-    """Whether a row is all zeros; its first pixel mostly tells."""
-    first = image.getpixel((0, row))
-    return first in (0, (0, 0, 0)) and image.crop((0, row, image.width, row + 1)).getbbox() is None
+    return image.crop((0, row, image.width, row + 1)).getbbox() is None
 
 
 def window(size: Sequence[int], side: int, corner: Sequence[float]) -> tuple[float, ...]:
@@ -831,33 +807,29 @@ def window(size: Sequence[int], side: int, corner: Sequence[float]) -> tuple[flo
 
 def cut(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
     """The window, resized to 224x224."""
-    if box[2] - box[0] == CROP == box[3] - box[1]:  # it has its size already
+    if box[2] - box[0] == CROP == box[3] - box[1]:  # nothing to resize
         return image.crop(tuple(map(int, box)))
     return image.resize((CROP, CROP), Image.Resampling.BILINEAR, box)
 
 
-MODES = {1: "L", 3: "RGB"}
-"""Pillow's name for the colours of a JPEG with so many components."""
-
 FRAMES = (0xC0, 0xC1, 0xC2)
-"""Markers of frame headers: baseline, extended and progressive, all of them Huffman-coded."""
+"""Markers of frame headers: baseline, extended and progressive, all with Huffman coding."""
 
 TABLES = (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))
-"""Markers of what may come before: tables, restart interval, comment, application data."""
+"""Markers of what may precede it: tables, restart interval, comment, application data."""
 
 
 def jpeg_frame(content: bytes) -> tuple[int, int, str] | None:
-    """Width, height and mode of a JPEG of the usual kinds, from its frame header.
+    """Width, height and mode of a usual JPEG, from its frame header (ITU-T T.81, annex B).
 
-    Its segments are walked through as in ITU-T T.81, annex B. None at anything that libjpeg could
-    read otherwise, and for sizes that picture_in refuses.
+    None for anything that libjpeg might read differently, and for sizes that `decode` refuses.
     """
     at = 2 if content.startswith(b"\xff\xd8") else len(content)
     while at + 10 <= len(content) and content[at] == 0xFF:
         marker = content[at + 1]
         if marker in FRAMES:
             bits, height, width, components = struct.unpack_from(">BHHB", content, at + 4)
-            mode = MODES.get(components) if bits == 8 else None
+            mode = {1: "L", 3: "RGB"}.get(components) if bits == 8 else None
             return (width, height, mode) if mode and size_is_fit(width, height) else None
         if marker not in TABLES:
             return None
@@ -871,45 +843,42 @@ COPIES_OF = "copies_of.txt"
 """Beside the resized copies: the folder of the pictures they were made from."""
 
 COPIES = "copies.json"
-"""Also beside them: for each shorter side, the fingerprint of the pictures, and whether all of them
-have a copy, apart from those that cannot be decoded."""
+"""Also beside them: for each shorter side, the fingerprint of the pictures, and whether all have a
+copy, apart from those that cannot be decoded."""
 
 QUALITY = {"quality": 95, "subsampling": 0}
 """JPEG settings: a mean error of 1.1 levels of 256 on photographs (44 dB), which nobody sees.
 Quality 90 with halved colour resolution would take 0.56 of the disk, at 1.9 levels (39 dB)."""
 
-END_OF_IMAGE = b"\xff\xd9"
-"""The last bytes of every JPEG."""
-
 
 def copies_of_others(root: Path, pictures: Pictures) -> bool:
-    """Whether preprocess.py filled `root` from another dataset, in which names may be the same."""
+    """Whether the copies in `root` are of another dataset. Its files may have the same names."""
     note = root / COPIES_OF
     return note.exists() and note.read_bytes() != utils.as_written(str(pictures.folder))
 
 
 def claim(root: Path, pictures: Pictures, wanted: list[int]) -> None:
-    """Writes down in `root` which pictures its copies are of.
+    """Notes in `root` which pictures its copies are of.
 
-    Raises UserError if what lies there are copies of other pictures, of pictures that have been
-    replaced since, or somebody else's files.
+    Raises UserError if the files there are copies of other pictures, or of pictures that have been
+    replaced since, or were not made by preprocess.py.
     """
-    note = root / COPIES_OF
+    note, states = root / COPIES_OF, states_of(root)
     if copies_of_others(root, pictures):
         others = utils.one_line(note.read_text(errors="replace"))[:200]
         raise UserError(
             f"{root} holds copies of pictures in {others}, not in {pictures.folder}; take another "
             f"path_to_save, or remove {note} if the pictures have only moved"
         )
-    if (root / COPIES).exists() and not states_of(root):
+    if (root / COPIES).exists() and not states:
         raise UserError(f"{root / COPIES}: not written by preprocess.py; take another path_to_save")
     for side in wanted:
         folder = root / str(side)
-        is_ours = note.exists() or side in states_of(root)
-        if not is_ours and folder.exists() and not (folder.is_dir() and is_empty(folder)):
+        is_ours = note.exists() or side in states
+        if not is_ours and (any(folder.iterdir()) if folder.is_dir() else folder.exists()):
             raise UserError(
                 f"{folder}: not made by preprocess.py, which would have left {note}; take another "
-                f"path_to_save, or remove it"
+                f"path_to_save, or remove the folder"
             )
         if folder.exists() and "replaced" in (reason := why_unused(root, side, pictures)):
             raise UserError(f"{folder}: {reason}; remove that folder and start again")
@@ -917,13 +886,8 @@ def claim(root: Path, pictures: Pictures, wanted: list[int]) -> None:
         utils.write_text(note, str(pictures.folder))
 
 
-def is_empty(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return next(entries, None) is None
-
-
 def states_of(root: Path) -> dict[int, tuple[str, bool]]:
-    """By shorter side what COPIES says: fingerprint of the pictures, and whether all have copies.
+    """What COPIES says, by shorter side: fingerprint of the pictures, and whether all have copies.
 
     Empty if the file is missing or holds anything else.
     """
@@ -935,117 +899,96 @@ def states_of(root: Path) -> dict[int, tuple[str, bool]]:
 
 
 def note_copies(root: Path, sides: Iterable[int], pictures: Pictures, complete: bool) -> None:
-    """Writes down that these sides have copies of all the pictures, or not yet."""
+    """Notes that these sides have copies of all the pictures, or not yet."""
     states = states_of(root) | dict.fromkeys(sides, (pictures.fingerprint, complete))
     content = {side: {"pictures": p, "complete": c} for side, (p, c) in sorted(states.items())}
     utils.write_text(root / COPIES, json.dumps(content, indent=1))
 
 
 def why_unused(root: Path, side: int, pictures: Pictures) -> str:
-    """Why the copies at this shorter side cannot stand for all the pictures; "" if they can."""
+    """Why the copies at this shorter side cannot replace the pictures; "" if they can."""
     copied, complete = states_of(root).get(side, ("", False))
     if copied == pictures.fingerprint and complete:
         return ""
     if copied != pictures.fingerprint and copied[:9] == pictures.fingerprint[:9]:
-        return "pictures were replaced since these copies were made"
+        return "pictures were replaced after these copies were made"
     return "copies incomplete"
 
 
 def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
     """The folders with resized copies of all these pictures, by shorter side.
 
-    Says why a folder is not used. preprocess.py may not add to folders that are used: otherwise the
-    content of a batch would depend on when it is made.
+    Warns of folders that are not used. Locks preprocess.py out of those that are: the content of a
+    batch must not depend on when it is made.
     """
     folders = {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
-    unused = None
-    if copies_of_others(root, pictures):
-        unused = "its resized copies are of other pictures"
-    elif folders and (root / COPIES_OF).is_file():
-        try:
+    try:
+        if copies_of_others(root, pictures):
+            raise UserError("its resized copies are of other pictures")
+        if folders and (root / COPIES_OF).is_file():
             utils.lock(root / COPIES_OF, "preprocess.py is at work here", shared=True)
-        except UserError as error:
-            unused = str(error)
-    if unused:
-        utils.warn(f"{root}: {unused}; the originals are used")
+    except UserError as error:
+        utils.warn(f"{root}: {error}; the originals are used")
         return {}
-    reasons = {side: why_unused(root, side, pictures) for side in folders}
-    if named := {side: reason for side, reason in reasons.items() if reason}:
-        side, reason = next(iter(named.items()))
-        if len(named) > 1:
-            reason += f" (also in {plural(len(named) - 1, 'other shorter side')})"
+    unused = {side: reason for side in folders if (reason := why_unused(root, side, pictures))}
+    if unused:
+        side, reason = next(iter(unused.items()))
+        if len(unused) > 1:
+            reason += f" (also in {plural(len(unused) - 1, 'other shorter side')})"
         elif "incomplete" in reason:
             reason += f", {np.count_nonzero(missing(pictures, {side: folders[side]})):,} missing"
         utils.warn(
             f"{folders[side]}: {reason}; the originals are used. Run preprocess.py "
             f"--shorter_side={side} to make the copies"
         )
-    return {side: folder for side, folder in folders.items() if not reasons[side]}
+    return {side: folder for side, folder in folders.items() if side not in unused}
 
 
 def missing(pictures: Pictures, folders: dict[int, Path]) -> np.ndarray:
     """uint64 [pictures]: bit i is set if the copy at the i-th side is still to be made.
 
-    Names are compared by 64 bits of their hashes: as text, those of all sides would take 5 GB.
+    Compares hashes of 64 bits: as text, the names of all sides would take 5 GB.
     """
-    members, names = defaultdict(lambda: array("q")), defaultdict(lambda: array("q"))
-    for index, path in enumerate(pictures.paths):
-        relative, name = os.path.split(path)
-        members[relative].append(index)
-        names[relative].append(hash(name))
+    hashes = np.fromiter((hash(os.path.split(path)) for path in pictures.paths), np.int64)
+    parents = {os.path.dirname(path) for path in pictures.paths}
     wanted = np.zeros(len(pictures), np.uint64)
-    for relative, indices in members.items():
-        for bit, folder in enumerate(folders.values()):
-            done = np.isin(np.array(names[relative]), finished(folder / relative))
-            wanted[np.array(indices)[~done]] |= np.uint64(1 << bit)
+    for bit, folder in enumerate(folders.values()):
+        done = np.fromiter(finished(folder, parents), np.int64)
+        wanted[~np.isin(hashes, done)] |= np.uint64(1 << bit)
     return wanted
 
 
-def finished(folder: Path) -> np.ndarray:
-    """int64: hashes of the names of the files in a folder. Empty files do not count.
+def finished(folder: Path, parents: Iterable[str]) -> Iterator[int]:
+    """A hash of (subfolder, name) for each copy in these subfolders.
 
-    A power failure may have left them before copies were flushed to the disk before their renaming.
+    Files of length 0 do not count: a power failure may leave them.
     """
-    hashes = array("q")
-    if folder.is_dir():
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.stat().st_size:
-                    hashes.append(hash(entry.name))
-    return np.array(hashes, np.int64)
-
-
-def prepare(pictures: Pictures, folders: dict[int, Path]) -> None:
-    """Makes the folders of the copies, and removes what a killed process left half-written."""
-    for relative in {os.path.dirname(path) for path in pictures.paths}:
-        for folder in folders.values():
-            utils.make_folder(folder / relative)
-            utils.remove_leftovers(folder / relative)
+    for parent in parents:
+        if (folder / parent).is_dir():
+            with os.scandir(folder / parent) as entries:
+                yield from (hash((parent, e.name)) for e in entries if e.stat().st_size)
 
 
 def resized_copies(path: str | Path, wanted: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
     """A picture, decoded once, at each of the shorter sides in turn.
 
-    Raises BrokenPicture, before the first copy.
+    Raises BrokenPicture at once, not only when the first copy is taken.
     """
     picture, size, box = decode_reduced(read_picture(path), max(wanted))
-
-    def resized(side: int) -> Image.Image:
-        return picture.resize(resized_size(*size, side), Image.Resampling.BILINEAR, box)
-
-    return ((side, resized(side)) for side in wanted)
+    bilinear = Image.Resampling.BILINEAR
+    return ((side, picture.resize(resized_size(*size, side), bilinear, box)) for side in wanted)
 
 
 def save_jpeg(image: Image.Image, path: Path) -> None:
-    """Straight into the file: into memory, Pillow would compress one picture at a time.
+    """Saves straight into the file: into memory, Pillow would compress one picture at a time.
 
-    The copy is on the disk before it gets its name: not even a power failure leaves half of one.
-    Raises OSError, also where Pillow overlooks that the disk took only a part.
+    The copy is on the disk before it gets its name, so a power failure leaves no half of one.
+    Raises OSError, also if the disk is full, which Pillow overlooks.
     """
     with utils.written_aside(path) as aside, open(aside, "w+b") as file:
         image.save(file, "JPEG", **QUALITY)
-        file.seek(-len(END_OF_IMAGE), os.SEEK_END)
-        if file.read() != END_OF_IMAGE:
+        file.seek(-2, os.SEEK_END)
+        if file.read() != b"\xff\xd9":  # the end of every JPEG
             raise OSError(errno.ENOSPC, "only a part could be written; is the disk full?")
         os.fsync(file.fileno())
 
@@ -1059,14 +1002,12 @@ def say_room(pictures: Pictures, folders: dict, wanted: np.ndarray, total: int) 
     """Says about how much disk the copies will take. Raises UserError if it is not free."""
     sizes, indices = [], np.flatnonzero(wanted)
     for index in indices[:: max(1, len(indices) // 16)].tolist():
-        try:
-            copies = resized_copies(pictures.path(index), sides_of(wanted[index], folders))
-        except BrokenPicture:
-            continue  # reported when its turn comes
-        for _, image in copies:
-            copy = io.BytesIO()
-            image.save(copy, "JPEG", **QUALITY)
-            sizes.append(len(copy.getvalue()))
+        with contextlib.suppress(BrokenPicture):  # reported when its turn comes
+            sides = sides_of(wanted[index], folders)
+            for _, image in resized_copies(pictures.path(index), sides):
+                copy = io.BytesIO()
+                image.save(copy, "JPEG", **QUALITY)
+                sizes.append(copy.tell())
     needed = total * sum(sizes) / max(len(sizes), 1)
     root = next(iter(folders.values())).parent
     free = utils.check_room(root, needed, "the copies need about")
@@ -1075,6 +1016,9 @@ def say_room(pictures: Pictures, folders: dict, wanted: np.ndarray, total: int) 
 
 def write_all(pictures: Pictures, folders: dict, wanted: np.ndarray, failures: Failures) -> None:
     """Makes the copies, each under its name only when it is whole."""
+    for parent in {os.path.dirname(path) for path in pictures.paths}:
+        for folder in folders.values():
+            utils.remove_leftovers(utils.make_folder(folder / parent))
 
     def load(index: int) -> Iterator[tuple[int, Image.Image]]:
         return resized_copies(pictures.path(index), sides_of(wanted[index], folders))
@@ -1083,7 +1027,6 @@ def write_all(pictures: Pictures, folders: dict, wanted: np.ndarray, failures: F
         for side, image in copies:
             save_jpeg(image, folders[side] / pictures.paths[index])
 
-    prepare(pictures, folders)
     for _ in map_pictures(pictures, np.flatnonzero(wanted), load, write, failures):
         pass
 

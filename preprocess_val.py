@@ -2,10 +2,10 @@
 
     python3 preprocess_val.py
 
-writes `<path_to_save>/val/X10_<index>.npy`, uint8 [10, 224, 224, 3], for each picture: resized to a
-shorter side of 256 pixels; upper left, upper right, bottom left, bottom right and centre, each then
-mirrored; and `<path_to_save>/val/y.npy`, int64 [N], the labels, -1 for a picture that
-cannot be decoded. Started again, it goes on where it stopped.
+resizes each picture to shorter side 256 and writes `<path_to_save>/val/X10_<index>.npy`, uint8
+[10, 224, 224, 3]: upper left, upper right, bottom left, bottom right and centre, each followed by
+its mirror image. It also writes `<path_to_save>/val/y.npy`, int64 [N]: the labels, -1 for a picture
+that cannot be decoded. Started again, it continues where it stopped.
 """
 
 import os
@@ -13,60 +13,51 @@ import re
 from pathlib import Path
 
 import utils
-from utils import CROP, UserError
+from utils import CROP, UserError, plural
 
 import numpy as np
 from PIL import Image
 
-from preprocess import (
-    Failures,
-    Pictures,
-    decode,
-    map_pictures,
-    read_picture,
-    resized_size,
-    validation_pictures,
-)
+from preprocess import Failures, Pictures, map_pictures, resized_size, validation_pictures
 
 SHORTER_SIDE = 256
 CROP_FILE_BYTES = utils.array_file_size(np.uint8, (10, CROP, CROP, 3))
 
 
 def main() -> None:
-    args = utils.Parser(
-        "Cuts the ten crops of each validation picture.", "preprocess_val.py"
-    ).parse()
-    config = utils.load_config(args.config)
+    parser = utils.Parser("Cuts the ten crops of each validation picture.", "preprocess_val.py")
+    config = utils.load_config(parser.parse().config)
     pictures = validation_pictures(config)
     folder = utils.make_folder(config.preprocess.path_to_save / "val")
     jobs = missing(pictures, folder)
+    needed = len(jobs) * CROP_FILE_BYTES
     print(
-        f"{utils.plural(len(pictures), 'validation picture')} of "
-        f"{utils.plural(len(pictures.class_names), 'class')}, "
-        f"{pictures.layout}; the crops of {len(jobs):,} are still to be cut, "
-        f"{utils.file_size(len(jobs) * CROP_FILE_BYTES)}"
+        f"{plural(len(pictures), 'validation picture')} of "
+        f"{plural(len(pictures.class_names), 'class')}, {pictures.layout}; "
+        f"the crops of {len(jobs):,} are still to be cut, {utils.file_size(needed)}"
     )
-    utils.check_room(folder, len(jobs) * CROP_FILE_BYTES, "the crops need")
+    utils.check_room(folder, needed, "the crops need")
     labels = pictures.labels.astype(np.int64)
     failures = write_all(pictures, folder, jobs, labels)
+    if jobs:
+        os.sync()  # y.npy must not survive a power failure that the crops do not
     utils.write_lines(folder / utils.CLASS_NAMES, pictures.class_names)
     utils.save_array(folder / "y.npy", labels)
     print(
-        f"ten crops of {utils.plural(len(pictures) - len(failures), 'picture')} are in {folder}; "
-        f"{failures}. "
-        f"Next: check_accuracy.py takes them from there"
+        f"ten crops of {plural(len(pictures) - len(failures), 'picture')} are in {folder}; "
+        f"{failures}. Next: check_accuracy.py finds them there"
     )
 
 
 LISTING = "pictures.txt"
-"""Beside the crops: size and name of the pictures they were cut from, a line per picture."""
+"""Beside the crops: size and name of each picture they were cut from, one a line."""
 
 
 def missing(pictures: Pictures, folder: Path) -> list[int]:
     """Indices of the pictures whose crops are still to be cut.
 
-    Crops of another list of pictures, and what a killed process left half-written, are removed.
-    Raises UserError if the folder holds files of these names that the toolkit did not write.
+    Removes crops of other pictures, and what a killed process left half-written. Raises UserError
+    if the folder holds files of these names that the toolkit did not write.
     """
     listing = folder / LISTING
     old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
@@ -75,7 +66,7 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
     lines = [f"{_size(pictures.path(i))} {path!r}\n" for i, path in enumerate(pictures.paths)]
     if not listing.is_file() or listing.read_bytes() != "".join(lines).encode():
         if old:
-            print(f"{folder}: removing {utils.plural(len(old), 'file')} made from other pictures")
+            print(f"{folder}: removing {plural(len(old), 'file')} made from other pictures")
         for name in old:
             (folder / name).unlink()
         utils.write_text(listing, "".join(lines))
@@ -85,7 +76,7 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
 
 
 def check_own(folder: Path, names: list[str]) -> None:
-    """Raises UserError if a file lies here that would be overwritten, but by no earlier start."""
+    """Raises UserError if one of these files is there but preprocess_val.py did not write it."""
     listing = folder / LISTING
     if listing.is_file():
         with open(listing, "rb") as file:
@@ -100,7 +91,7 @@ def check_own(folder: Path, names: list[str]) -> None:
 
 
 def _size(path: str) -> int:
-    """In bytes, -1 for a file that cannot be read: tells pictures of the same name apart."""
+    """In bytes, -1 if there is no such file. Tells pictures of the same name apart."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -111,7 +102,7 @@ def ten_crops(image: Image.Image) -> np.ndarray:
     """uint8 [10, 224, 224, 3]: corners and centre of an RGB picture, each before its mirror."""
     size = resized_size(*image.size, SHORTER_SIDE)
     resized = image.resize(size, Image.Resampling.BILINEAR)
-    # Mirrored by Pillow, as a whole: NumPy takes three times as long to turn pixels of 3 bytes.
+    # Pillow mirrors the whole picture: NumPy takes three times as long for pixels of 3 bytes.
     picture = np.asarray(resized)
     mirror = np.asarray(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     right, bottom = size[0] - CROP, size[1] - CROP
@@ -124,17 +115,14 @@ def ten_crops(image: Image.Image) -> np.ndarray:
 
 
 def write_all(pictures: Pictures, folder: Path, jobs: list[int], labels: np.ndarray) -> Failures:
-    """Cuts the crops of the pictures in `jobs`; labels of those that fail become -1."""
+    """Cuts the crops of the pictures in `jobs`. Sets the labels of those that fail to -1."""
     failures = Failures(len(pictures))
-
-    def load(index: int) -> Image.Image:
-        return decode(read_picture(pictures.path(index)))
 
     def write(index: int, image: Image.Image) -> bool:
         utils.save_array(folder / f"X10_{index}.npy", ten_crops(image))
         return True
 
-    written = map_pictures(pictures, jobs, load, write, failures)
+    written = map_pictures(pictures, jobs, pictures.decoded, write, failures)
     for index, is_written in zip(jobs, written, strict=True):
         if not is_written:
             labels[index] = -1
@@ -148,18 +136,21 @@ class Crops:
     """The validation crops in a folder that `main` has filled."""
 
     def __init__(self, folder: Path, expected: int, count: int = 10):
-        """`count`: 10, or 1 for the centre crop alone. Raises UserError if the files are not
-        complete, or not as many as `expected` (0: any).
+        """`count`: 10, or 1 for the centre crop alone.
+
+        Raises UserError if files are missing, or are not as many as `expected` (0: any number).
         """
         self.folder, self.count = folder, count
+        file = folder / "y.npy"
         try:
-            self.labels = np.load(folder / "y.npy", allow_pickle=False)
+            with open(file, "rb") as content:
+                self.labels = np.lib.format.read_array(content, allow_pickle=False)
         except FileNotFoundError:
-            raise UserError(f"{folder / 'y.npy'}: not there; run preprocess_val.py first") from None
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{folder / 'y.npy'}: {error}; run preprocess_val.py again") from None
+            raise UserError(f"{file}: not there; run preprocess_val.py first") from None
+        except ValueError as error:
+            raise UserError(f"{file}: {error}; run preprocess_val.py again") from None
         if self.labels.dtype != np.int64 or self.labels.ndim != 1:
-            raise UserError(f"{folder / 'y.npy'}: holds no labels; run preprocess_val.py again")
+            raise UserError(f"{file}: holds no labels; run preprocess_val.py again")
         if expected not in (0, len(self.labels)):
             raise UserError(
                 f"[preprocess] N is {expected}, but {folder} holds the crops of "
@@ -169,11 +160,11 @@ class Crops:
         there = set(os.listdir(folder))
         if absent := [i for i in self.indices if f"X10_{i}.npy" not in there]:
             raise UserError(
-                f"{folder / f'X10_{absent[0]}.npy'}: not there, like {len(absent) - 1} others; "
-                f"run preprocess_val.py again"
+                f"{folder / f'X10_{absent[0]}.npy'}: not there; the crops of "
+                f"{plural(len(absent), 'picture')} are missing; run preprocess_val.py again"
             )
         if not len(self.indices):
-            raise UserError(f"{folder}: not one picture to evaluate; run preprocess_val.py")
+            raise UserError(f"{folder}: not a single picture to evaluate; run preprocess_val.py")
         self.classes = int(self.labels.max()) + 1
         self.names = utils.read_lines(folder / utils.CLASS_NAMES)
 

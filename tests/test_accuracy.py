@@ -265,6 +265,7 @@ def test_too_few_classes_are_an_error_of_that_epoch(prepared):
         (lambda folder: (folder / "X10_5.npy").unlink(), ["X10_5.npy", "preprocess_val.py"]),
         (lambda folder: (folder / "X10_5.npy").write_bytes(b"no"), ["X10_5.npy"]),
         (lambda folder: np.save(folder / "y.npy", np.zeros(3)), ["y.npy"]),
+        (lambda folder: (folder / "y.npy").write_bytes(b"PK\3\4"), ["y.npy"]),
     ],
 )
 def test_missing_or_broken_crops_are_one_line(prepared, damage, words):

@@ -392,7 +392,7 @@ def test_copies_of_pictures_that_were_replaced_since_are_refused(tmp_path, mixed
     result = toolkit.run("preprocess.py", config, "--shorter_side=256")
     toolkit.assert_one_line_error(result, "preprocess.py", "preprocessed/256", "were replaced")
     assert (
-        "were replaced since these copies were made; the originals"
+        "were replaced after these copies were made; the originals"
         in preview(config, tmp_path).stderr
     )
     result = toolkit.run("get_mu_sigma.py", config, "--shorter_side=256")
@@ -619,6 +619,14 @@ def test_a_restart_of_the_crops_keeps_what_is_finished(settings, mixed, tmp_path
     changed = {path.name for path, at in mtimes(folder).items() if times[path] != at}
     assert changed == {"X10_4.npy", "X10_7.npy", "class_names.txt", "y.npy"}
     assert not (folder / ".X10_3.npy.aside-0123456789abcdef").exists()
+
+
+def test_labels_are_written_when_the_crops_are_on_the_disk(settings, tmp_path, monkeypatch):
+    folder, there = tmp_path / "preprocessed/val", []
+    monkeypatch.setattr(os, "sync", lambda: there.extend(path.name for path in folder.iterdir()))
+    in_process(preprocess_val, monkeypatch, settings)
+    assert {f"X10_{i}.npy" for i in range(9)} <= set(there)
+    assert "y.npy" not in there and (folder / "y.npy").exists()
 
 
 def test_killed_and_started_again_it_cuts_the_same(tmp_path, toy):
