@@ -728,7 +728,7 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
         raise UserError(
             f"{path}: another table than expected, without the column {min(missing)}; move it away"
         )
-    return [row for row in rows if not {None} & {*row, *row.values()}]
+    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
