@@ -395,7 +395,7 @@ _HINTS = {
     r".*\\": "a backslash in quotes begins an escape: write paths with /",
     r"\s*\w+\s*:": "write key = value, not key: value",
 }
-"""By the pattern of a line that is no TOML: what is probably wrong with it."""
+"""Patterns of lines that are not TOML, and what is probably wrong with them."""
 
 
 def _hint(text: str, error: str) -> str:
@@ -505,10 +505,10 @@ def is_leftover(name: str) -> bool:
 
 @contextlib.contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`. What still has it in the end is removed.
+    """A temporary name beside `path`. A file or folder that has it in the end is removed.
 
-    A lock file beside it tells that it is in use; that file is made first and removed last.
-    Errors name `path`, not the temporary name.
+    A lock file says that the name is in use; it is made first and removed last. Errors name `path`
+    instead of the temporary name.
     """
     try:
         aside, descriptor = _hold_name(path)
@@ -527,7 +527,7 @@ def _aside(path: Path) -> Iterator[Path]:
 def _hold_name(path: Path) -> tuple[Path, int]:
     """A temporary name beside `path`, and a descriptor that holds its lock.
 
-    It holds as long as the process, or one forked from it, has the descriptor. The lock is on a
+    The lock lasts as long as the process, or one forked from it, has the descriptor. It is on a
     file of its own because on SMB a locked file cannot be opened by its name and written to.
     """
     while True:
@@ -816,7 +816,7 @@ def is_locked(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _unless_held(path: Path) -> Iterator[bool]:
-    """Whether the file is there and nobody holds its lock. If so, it is locked meanwhile."""
+    """Whether the file is there and nobody holds its lock. If so, holds it inside the `with`."""
     with contextlib.ExitStack() as stack:
         free = False
         with contextlib.suppress(OSError):  # gone, another user's, or without locks
@@ -827,7 +827,7 @@ def _unless_held(path: Path) -> Iterator[bool]:
 
 
 def _try_lock(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks an open file unless another process has, and says whether `path` still names it.
+    """Takes the lock on an open file. False if it is held, or if `path` no longer names that file.
 
     Raises OSError where there are no locks.
     """
@@ -850,7 +850,7 @@ def cores(root: Path = Path("/")) -> int:
         quota = _content(group / "cpu.max") or (
             f"{_content(group / 'cpu.cfs_quota_us')} {_content(group / 'cpu.cfs_period_us')}"
         )
-        if match := re.fullmatch(r"(\d+) (\d+)", quota):  # microseconds in a period
+        if match := re.fullmatch(r"(\d+) (\d+)", quota):  # quota and period
             count = min(count, -(-int(match[1]) // int(match[2])))
     return max(count, 1)
 
@@ -927,10 +927,8 @@ class Progress:
         self._next = now + self._pause
         rate = self.done / max(now - self._start, 1e-9)
         left = duration((self.total - self.done) / rate) if rate else "?"
-        text = (
-            f"{self.done:,} of {self.total:,} {self.unit}, "
-            f"{rate:,.{0 if rate >= 10 else 1}f}/s, {left} left"
-        )
+        rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+        text = f"{self.done:,} of {self.total:,} {self.unit}, {rate}/s, {left} left"
         if self._terminal:
             self._show_bar(text)
         else:
@@ -946,7 +944,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 45 s, 3 min 20 s, 2 h 05 min, 6 d 4 h."""
+    """Seconds as text: 45 s, 3 min 20 s, 2 h 05 min, 6 d 4 h."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -966,7 +964,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def file_size(count: float) -> str:
-    """Bytes in words: 512 B, 19.3 MB, 1.2 TB (powers of 1000, as disks are sold)."""
+    """Bytes as text: 512 B, 19.3 MB, 1.2 TB (powers of 1000, as disks are sold)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
