@@ -775,8 +775,7 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
-    for attempt in range(5):  # `is_locked` holds the lock for a moment
-        time.sleep(0.05 * bool(attempt))
+    for _ in range(5):
         descriptor = os.open(path, flags, 0o666)
         try:
             if _try_lock(descriptor, path, kind):
@@ -791,6 +790,7 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
             ) from None
         finally:
             os.close(descriptor)
+        time.sleep(0.05)  # another process's `is_locked` holds the lock for a moment
     raise UserError(refusal)
 
 
@@ -1011,10 +1011,9 @@ def choose_gpus(wanted: list[int], required: bool) -> list:
 
     there = tf.config.list_physical_devices("GPU")
     if required and max(wanted) >= len(there):
-        raise UserError(
-            f"--gpu={','.join(map(str, wanted))}: TensorFlow finds "
-            f"{f'{len(there)} GPUs, counted from 0' if there else 'no GPU'} on this machine"
-        )
+        found = f"{len(there)} GPUs, counted from 0" if there else "no GPU"
+        asked = ",".join(map(str, wanted))
+        raise UserError(f"--gpu={asked}: TensorFlow finds {found} on this machine")
     chosen = [there[i] for i in wanted if i < len(there)]
     tf.config.set_visible_devices(chosen, "GPU")
     for gpu in chosen:
