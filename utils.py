@@ -520,7 +520,8 @@ def _aside(path: Path) -> Iterator[Path]:
             os.close(descriptor)
     except OSError as error:
         if error.filename is None or is_leftover(os.path.basename(error.filename)):
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
+            del error.filename2  # `None` would be printed
         raise
 
 
