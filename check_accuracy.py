@@ -277,13 +277,11 @@ def show(run: Path, rows: list[SimpleNamespace]) -> None:
     log = read_training_log(run / "training_log.csv")
     draw_accuracy(rows, learning_rate_drops(log), run / "accuracy.png")
     draw_training(log, rows, run / "training.png")
-    events = utils.EventFile(run / "events" / "accuracy")
+    events = utils.new_event_file(run / "events" / "accuracy")
     for row in rows:
-        scalars = {name: getattr(row, name) for name in (*ACCURACIES, "loss_centre")}
-        events.add(
-            row.epoch if row.step is None else row.step,
-            {f"accuracy/{name}": value for name, value in scalars.items() if value is not None},
-        )
+        values = {name: getattr(row, name) for name in (*ACCURACIES, "loss_centre")}
+        scalars = {f"accuracy/{name}": value for name, value in values.items() if value is not None}
+        events.write(utils.event(row.epoch if row.step is None else row.step, scalars))
     events.close()
 
 

@@ -440,7 +440,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--log_seconds", number(0), "seconds between two log lines (default: 30)", 30.0)
     add("--precision", PRECISIONS, "float32, mixed_float16 (on a GPU) or mixed_bfloat16")
     add("--jit_compile", None, "compile the step with XLA")
-    add("--gpu", utils.gpu_list, "GPUs to train on, such as 0,1 (default: 0, else the CPU)")
+    add("--gpu", gpu_list, "GPUs to train on, such as 0,1 (default: 0, else the CPU)")
     add("--deterministic", None, "same result each time, slower")
     add("--synthetic", None, "measure the speed on random batches and exit")
     add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
@@ -477,6 +477,14 @@ def epoch_list(text: str) -> tuple[int, ...]:
     if list(epochs) != sorted(set(epochs)):
         raise argparse.ArgumentTypeError(f"expected rising epochs, not {text!r}")
     return epochs
+
+
+def gpu_list(text: str) -> list[int]:
+    """Argument type: different GPUs, "0" or "0,1"."""
+    gpus = [whole(0)(part) for part in text.split(",")]
+    if len(set(gpus)) < len(gpus):
+        raise argparse.ArgumentTypeError(f"expected different GPUs, not {text!r}")
+    return gpus
 
 
 def plan(
@@ -1035,7 +1043,7 @@ class Log:
         utils.write_csv(path, COLUMNS, rows)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self._rows = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
-        self._events = utils.EventFile(self.run.folder / "events" / "training")
+        self._events = utils.new_event_file(self.run.folder / "events" / "training")
         self._seconds_before = rows[-1]["seconds"] if rows else 0.0
         for row in rows:
             self._add_event(row, time.time() - self._seconds_before + row["seconds"])
@@ -1052,7 +1060,7 @@ class Log:
 
     def _add_event(self, row: dict, wall_time: float) -> None:
         scalars = {f"training/{name}": float(row[name]) for name in COLUMNS[5:]}
-        self._events.add(int(row["step"]), scalars, wall_time)
+        self._events.write(utils.event(int(row["step"]), scalars, wall_time))
 
     def time_taken(self) -> str:
         return utils.duration(time.monotonic() - self._start)

@@ -1,13 +1,14 @@
 """What the scripts share; imported, not run.
 
-    config = utils.load_config("config.txt")            # every key known, typed and in range
+    config = utils.load_config(Path("config.txt"))      # every key known, typed and in range
     with utils.written_aside(path) as aside: ...        # a file appears whole or not at all
     utils.lock(folder / ".lock", "another one is at work here")
     for result in utils.map_in_order(work, items, 4): ...
 
 In this order: what a script needs, errors and command lines, config.txt, files that appear whole,
 locks, working through many things, TensorFlow's devices and events. Nothing here knows pictures or
-training. The scripts import this module before the packages, so that a missing one gets one line.
+training. The scripts import this module before the packages, so that a missing package is reported
+in one line.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def script_name() -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` with line breaks escaped: file names may hold any character."""
+    """`text` with its line breaks escaped: a file name may hold any character."""
     return "\\n".join(text.splitlines())
 
 
@@ -50,7 +51,7 @@ def _die(message: str) -> None:
 
 
 def _die_without(error: ModuleNotFoundError) -> None:
-    """Ends the script with what to install. Raises the error again if it is about anything else."""
+    """Says what to install and ends the script. Raises any other module's error again."""
     package = {"PIL": "pillow"}.get(error.name, error.name)
     if error.name == "fcntl":
         _die(f"needs Linux or macOS, this is {platform.system()}; use WSL or a container")
@@ -65,7 +66,7 @@ def _die_without(error: ModuleNotFoundError) -> None:
     raise error
 
 
-# What stands above this line also runs on an older Python.
+# Everything above this line also runs on an older Python.
 try:
     import fcntl
     import tomllib
@@ -76,22 +77,11 @@ except ModuleNotFoundError as _error:
     _die_without(_error)
 
 
-def _open_closed_streams() -> None:
-    """Opens what the shell has closed (`>&-`) to nowhere.
-
-    Otherwise the next file to be opened gets its number, and what libraries print goes into it.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            if nowhere != descriptor:
-                os.dup2(nowhere, descriptor)
-                os.close(nowhere)
-
-
-_open_closed_streams()
+# Open the streams that the shell has closed (`>&-`) to nowhere. Otherwise the next file would get
+# the number of such a stream, and what libraries print would go into that file.
+while (_descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+    pass
+os.close(_descriptor)
 
 CROP = 224
 """Side of the pictures that the network sees, in pixels."""
@@ -101,14 +91,13 @@ CROP = 224
 
 
 class UserError(Exception):
-    """A mistake of the user's or a broken input. The message names the thing and what to do."""
+    """A user's mistake or a broken input. The message names the thing and says what to do."""
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script: a `UserError` becomes one line on stderr and exit status 2, no traceback.
 
-    So does an operating-system error (no such file, no permission, disk full), which names its
-    file by itself.
+    So does an error of the operating system, such as a missing file or a full disk.
     """
     sys.stdout, sys.stderr = _Output.stream(1), _Output.stream(2)
     try:
@@ -128,9 +117,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 class _Output(io.FileIO):
-    """A file that never fails to be written: a closed pipe or a full disk must not stop a script.
+    """Standard output or error. What cannot be written is lost, but never stops the script:
 
-    What cannot be written is lost, but the work goes on.
+    the reader of a pipe may have ended, the disk that output is redirected to may be full.
     """
 
     def write(self, data: bytes) -> int:
@@ -141,7 +130,7 @@ class _Output(io.FileIO):
 
     @classmethod
     def stream(cls, descriptor: int) -> io.TextIOWrapper:
-        """Text output to the descriptor, line by line."""
+        """Line-buffered text output to the descriptor."""
         file = io.BufferedWriter(cls(descriptor, "w", closefd=False))
         return io.TextIOWrapper(file, "utf-8", "backslashreplace", line_buffering=True)
 
@@ -156,7 +145,7 @@ def warn(message: str) -> None:
 
 
 REQUIRED = object()
-"""The default of a flag that has none."""
+"""In place of a default: the flag is required."""
 
 MEANT = {
     "--learning_rate": "lr base_lr", "--lr_schedule": "sched schedule scheduler lr_scheduler",
@@ -172,11 +161,11 @@ MEANT = {
     "[train] seed": "seed", "[train] buffer_size": "buffer_size prefetch",
     "[preprocess] ImageNet_folder": "data data_path data_dir dataset root",
 }  # fmt: skip
-"""Flags of other trainers by what they are here: a flag, or a section and key of config.txt."""
+"""What other trainers call our flags and the keys of config.txt."""
 
 
 def _meant(flag: str, known: Sequence[str]) -> str | None:
-    """What was probably meant by an unknown flag, or None."""
+    """The flag or key that an unknown flag probably means, or None."""
     plain = flag.lstrip("-").replace("-", "_").lower()
     for ours, theirs in MEANT.items():
         if plain in theirs.split():
@@ -186,7 +175,7 @@ def _meant(flag: str, known: Sequence[str]) -> str | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with `--config`, an example under the flags, and errors of one line."""
+    """argparse with `--config`, an example below the flags, and one-line errors."""
 
     def __init__(self, sentence: str, example: str):
         super().__init__(
@@ -202,7 +191,7 @@ class Parser(argparse.ArgumentParser):
         self.add("--config", Path, "settings (default: the config.txt beside the script)", default)
 
     def error(self, message: str) -> NoReturn:
-        # A misspelt flag comes first: that another one is missing often follows from it.
+        # An unknown flag is reported first: it is often why a required one is missing.
         known = [flag for action in self._actions for flag in action.option_strings]
         for flag in re.findall(r"^(--[^=\s]+|-[a-zA-Z])", "\n".join(sys.argv[1:]), re.MULTILINE):
             if flag not in known and (meant := _meant(flag, known)):
@@ -212,20 +201,21 @@ class Parser(argparse.ArgumentParser):
     def add(
         self, flag: str, kind: Callable | tuple | None, text: str, default: object = None
     ) -> None:
-        """A flag: `kind` is the function that parses its value, a tuple of the values that it may
-        have, or None for a flag without a value. It is required if `default` is REQUIRED.
+        """Adds a flag. `kind` is the function that parses its value, a tuple of the values that it
+        may have, or None for a flag without a value. `default` may be REQUIRED.
         """
         if kind is None:
             self.add_argument(flag, action="store_true", help=text)
             return
-        parse = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        need = {"required": True} if default is REQUIRED else {"default": default}
+        is_choice = isinstance(kind, tuple)
         self.add_argument(
             flag,
             help=text,
-            metavar="NAME" if isinstance(kind, tuple) else METAVARS.get(kind, "N"),
-            **parse,
-            **need,
+            type=None if is_choice else kind,
+            choices=kind if is_choice else None,
+            metavar="NAME" if is_choice else METAVARS.get(kind, "N"),
+            required=default is REQUIRED,
+            default=default,
         )
 
     def add_run(self) -> None:
@@ -239,9 +229,9 @@ class Parser(argparse.ArgumentParser):
         """The arguments. Raises UserError."""
         args = self.parse_args()
         for name, value in vars(args).items():
-            if value == []:  # what argparse makes of --flag=--
+            if value == []:  # argparse makes this of --flag=--
                 self.error(f"argument --{name}: expected one argument")
-        if getattr(args, "epoch_end", None) is not None and args.epoch_end <= args.epoch_start:
+        if "epoch_end" in args and args.epoch_end <= args.epoch_start:
             raise UserError(
                 f"--epoch_end={args.epoch_end} must be larger than "
                 f"--epoch_start={args.epoch_start}: it is the epoch to stop before"
@@ -258,7 +248,7 @@ def run_name(text: str) -> str:
     return text
 
 
-METAVARS = {str: "NAME", Path: "FILE", run_name: "NAME"}
+METAVARS = {Path: "FILE", run_name: "NAME"}
 
 
 def whole(minimum: int) -> Callable[[str], int]:
@@ -310,37 +300,37 @@ class Key(NamedTuple):
             return f"{kind} from {self.minimum:g} to {self.maximum:g}"
         return f"{kind} of at least {self.minimum:g}"
 
+    def accepts(self, value: object) -> bool:
+        if self.type is Path:
+            return isinstance(value, str) and value.strip() != "" and "\0" not in value
+        if isinstance(value, bool) or not isinstance(value, (int, self.type)):
+            return False
+        return self.minimum <= value <= self.maximum
 
+
+_COUNT = Key(int, 0, 10**12)
+_SECONDS = Key(float, 0.01, 86_400)
 _FRACTION = Key(float, 0, 1)
 KEYS: dict[str, dict[str, Key]] = {
-    "preprocess": {
-        "ImageNet_folder": Key(Path),
-        "path_to_save": Key(Path),
-        "N": Key(int, 0, 10**12),
-    },
+    "preprocess": {"ImageNet_folder": Key(Path), "path_to_save": Key(Path), "N": _COUNT},
     "get_mu_sigma": {"path_to_save": Key(Path)},
     "train": {
         "buffer_folder": Key(Path),
         "path_for_saving": Key(Path),
-        "N": Key(int, 0, 10**12),
+        "N": _COUNT,
         "sgd_momentum": Key(float, 0, 0.9999),
         "buffer_size": Key(int, 1, 10_000_000),
-        "sleep_time": Key(float, 0.01, 86_400),
+        "sleep_time": _SECONDS,
         "seed": Key(int, 0, 2**31 - 1, default=0),
     },
     "batch_renorm": {
         "moving_avgs_momentum": Key(float, 0, 0.999999),
         "rmax_max": Key(float, 1, 1e6),
         "dmax_max": Key(float, 0, 1e6),
-        "start_relaxing_rmax": Key(int, 0, 10**12),
-        "reach_rmax_max": Key(int, 0, 10**12),
-        "start_relaxing_dmax": Key(int, 0, 10**12),
-        "reach_dmax_max": Key(int, 0, 10**12),
+        "start_relaxing_rmax": _COUNT, "reach_rmax_max": _COUNT,
+        "start_relaxing_dmax": _COUNT, "reach_dmax_max": _COUNT,
     },
-    "runtime_preprocessing": {
-        "sleep_time": Key(float, 0.01, 86_400),
-        "num_of_threads": Key(int, 1, 1024),
-    },
+    "runtime_preprocessing": {"sleep_time": _SECONDS, "num_of_threads": Key(int, 1, 1024)},
     "utils": {
         "mu_0": _FRACTION, "mu_1": _FRACTION, "mu_2": _FRACTION,
         "sigma_0": Key(float, 0.001, 1), "sigma_1": Key(float, 0.001, 1),
@@ -353,32 +343,20 @@ KEYS: dict[str, dict[str, Key]] = {
 def load_config(file: Path) -> SimpleNamespace:
     """Every section and key of `KEYS` as attributes: `load_config(f).train.buffer_size`.
 
-    Also `utils.mu` and `utils.sigma`, the three channels' values in one list each.
-
-    Paths are absolute `Path`s: `~` and environment variables expanded, relative ones taken from
-    the folder of `file`. Raises UserError: a line that names file, section, key and expectation.
+    Also `utils.mu` and `utils.sigma`, each a list of the three channels' values. Paths are absolute
+    `Path`s: `~` and environment variables are expanded, and a relative path starts from the folder
+    of `file`. Raises UserError, which names file, section, key and what was expected.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        sections = tomllib.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; --config names the settings to use") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file}: {error}{_quoting_hint(text, str(error))}") from None
-    except (ValueError, RecursionError):  # thousands of digits, or of brackets
-        raise UserError(f"{file}: holds a value that is too long to be read") from None
+    sections = _read_toml(file)
     _check_names(str(file), "section", sections, KEYS)
     config = SimpleNamespace()
     for section, keys in KEYS.items():
-        values = sections[section]
-        where = f"{file}: [{section}]"
+        values, where = sections[section], f"{file}: [{section}]"
         if not isinstance(values, dict):
             raise UserError(f"{file}: {section} must be a section: a line [{section}] of its own")
         _check_names(where, "key", values, keys)
         checked = {
-            name: _check_value(f"{where} {name}", values.get(name, key.default), key, file.parent)
+            name: _checked(f"{where} {name}", values.get(name, key.default), key, file.parent)
             for name, key in keys.items()
         }
         setattr(config, section, SimpleNamespace(**checked))
@@ -396,6 +374,40 @@ def load_config(file: Path) -> SimpleNamespace:
     return config
 
 
+def _read_toml(file: Path) -> dict:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        return tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; --config names the settings to use") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: {error}{_hint(text, str(error))}") from None
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        raise UserError(f"{file}: holds a value that is too long to be read") from None
+
+
+_HINTS = {
+    r"\s*(\w+)\s*=\s*([~$./A-Za-z].*?)\s*(#.*)?$": r'text and paths need quotes: \1 = "\2"',
+    ".*[“”„‘’]": 'write straight quotes: "',
+    r".*=\s*\d+,\d": "write decimal numbers with a point",
+    r".*\\": "a backslash in quotes begins an escape: write paths with /",
+    r"\s*\w+\s*:": "write key = value, not key: value",
+}
+"""Patterns of lines that are not TOML, and what is probably wrong with them."""
+
+
+def _hint(text: str, error: str) -> str:
+    """What is probably wrong with the line that a TOML error names; "" if that is unknown."""
+    number = re.search(r"line (\d+)", error)
+    line = text.splitlines()[int(number[1]) - 1] if number else ""
+    for pattern, hint in _HINTS.items():
+        if match := re.match(pattern, line):
+            return f"; {match.expand(hint)}"
+    return ""
+
+
 def _check_names(where: str, kind: str, found: dict, known: dict) -> None:
     """Raises UserError for a name that is unknown, or known and missing without a default."""
     for name in found:
@@ -409,57 +421,32 @@ def _check_names(where: str, kind: str, found: dict, known: dict) -> None:
             raise UserError(f"{where}: missing {kind} {name}{expected}")
 
 
-def _check_value(where: str, value: object, key: Key, folder: Path) -> object:
+def _checked(where: str, value: object, key: Key, folder: Path) -> object:
     """The value in the type of its key. Raises UserError."""
-    accepted = {Path: str, int: int, float: (int, float)}[key.type]
-    if not isinstance(value, accepted) or isinstance(value, bool):
-        raise UserError(f"{where}: expected {key.expected}, not {_toml(value)}")
-    if key.type is Path:
-        if not value.strip() or "\0" in value:
-            raise UserError(f"{where}: expected {key.expected}, not {_toml(value)}")
-        path = os.path.expanduser(os.path.expandvars(value))
-        if unset := re.search(r"\$(\w+|\{\w+\})", path):
-            raise UserError(f"{where}: the environment variable {unset[0]} is not set")
-        return Path(os.path.abspath(folder / path))
-    if not key.minimum <= value <= key.maximum:
-        raise UserError(f"{where}: expected {key.expected}, not {_toml(value)}")
-    return key.type(value)
-
-
-def _toml(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _quoting_hint(text: str, error: str) -> str:
-    """A hint where the line that TOML stumbled over looks like an unquoted path."""
-    number = re.search(r"line (\d+)", error)
-    line = text.splitlines()[int(number[1]) - 1] if number else ""
-    if match := re.match(r"\s*(\w+)\s*=\s*([~$./A-Za-z].*?)\s*(#.*)?$", line):
-        return f'; text and paths need quotes: {match[1]} = "{match[2]}"'
-    if re.search("[“”„‘’]", line):
-        return '; write straight quotes: "'
-    if re.search(r"=\s*\d+,\d", line):
-        return "; write decimal numbers with a point"
-    if "\\" in line:
-        return "; a backslash in quotes begins an escape: write paths with /"
-    if re.match(r"\s*\w+\s*:", line):
-        return "; write key = value, not key: value"
-    return ""
+    if not key.accepts(value):
+        shown = json.dumps(value, default=str)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        raise UserError(f"{where}: expected {key.expected}, not {shown}")
+    if key.type is not Path:
+        return key.type(value)
+    path = os.path.expanduser(os.path.expandvars(value))
+    if unset := re.search(r"\$(\w+|\{\w+\})", path):
+        raise UserError(f"{where}: the environment variable {unset[0]} is not set")
+    return Path(os.path.abspath(folder / path))
 
 
 # --- files that appear whole ----------------------------------------------------------------
 
 PAUSES = (0.1, 0.5, 2.0, 5.0)
-"""Seconds before a read is tried again, after an error of the storage that may pass."""
+"""Seconds before each new try of a read, after an error of the storage that may pass."""
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 def patiently(function: Callable, path: str | Path) -> Any:
-    """`function(path)`, tried again where the storage fails for a moment (a disk, a network).
+    """`function(path)`, tried again if the storage (a disk, a network) fails for a moment.
 
-    Raises UserError if the storage keeps failing. That is no OSError, so code that skips broken
-    files does not take this one for broken. Other errors are raised at once.
+    Raises UserError if it keeps failing: not OSError, because code that skips broken files would
+    take this one for broken. Raises other errors at once.
     """
     pauses = iter(PAUSES)
     while True:
@@ -478,16 +465,16 @@ def patiently(function: Callable, path: str | Path) -> Any:
 
 
 def read_file(path: str | Path) -> bytes:
-    """The file's content. A failing storage is tried again, see `patiently`.
+    """The file's content, read `patiently`.
 
-    Raises UserError if it keeps failing. Raises OSError otherwise: there is no such file, or no
-    file handle (EMFILE, ENFILE) or memory (ENOMEM) is left. None of these means a broken file.
+    Raises OSError if the file is missing, or if file handles (EMFILE, ENFILE) or memory (ENOMEM)
+    run out. None of these means that the file is broken.
     """
     return patiently(_read_once, path)
 
 
 def _read_once(path: str | Path) -> bytes:
-    """In the fewest system calls: each hands Python's lock to another thread."""
+    """Uses the fewest system calls: each of them gives Python's lock to another thread."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
     try:
         size = os.fstat(descriptor).st_size
@@ -502,63 +489,61 @@ def _read_once(path: str | Path) -> bytes:
 _ASIDE = re.compile(r"\..+\.aside-[0-9a-f]{16}(\.lock)?", re.DOTALL)
 
 
-def aside_name(path: Path, suffix: str = "") -> Path:
-    """A temporary name beside `path`, different each time, on whatever machine.
+def aside_name(path: Path) -> Path:
+    """A temporary name beside `path`, which no process on any machine makes twice.
 
     It is short enough for every file system, however long the name of `path` is.
     """
     start = os.fsencode(path.name)[:100].decode("utf-8", "ignore")
-    return path.with_name(f".{start or '_'}.aside-{os.urandom(8).hex()}{suffix}")
+    return path.with_name(f".{start or '_'}.aside-{os.urandom(8).hex()}")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether this is the name of something that is being written, or was left half-written."""
+    """Whether something of this name is being written, or was left half-written."""
     return _ASIDE.fullmatch(name) is not None
 
 
-def _make_held(path: Path, suffix: str = "") -> tuple[Path, int]:
-    """A new file with a temporary name beside `path`, and the descriptor that holds its lock.
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`. A file or folder that has it in the end is removed.
 
-    The lock ends with the process; if that has forked, with the last one to have the descriptor.
+    A lock file says that the name is in use; it is made first and removed last. Errors name `path`
+    instead of the temporary name.
+    """
+    try:
+        aside, descriptor = _hold_name(path)
+        try:
+            yield aside
+        finally:
+            _remove(aside)
+            _lock_of(aside).unlink(missing_ok=True)
+            os.close(descriptor)
+    except OSError as error:
+        if error.filename is None or is_leftover(os.path.basename(error.filename)):
+            error.filename = str(path)
+            del error.filename2  # `None` would be printed
+        raise
+
+
+def _hold_name(path: Path) -> tuple[Path, int]:
+    """A temporary name beside `path`, and a descriptor that holds its lock.
+
+    The lock lasts as long as the process, or one forked from it, has the descriptor. It is on a
+    file of its own because on SMB a locked file cannot be opened by its name and written to.
     """
     while True:
-        aside = aside_name(path, suffix)
-        with _errors_name(path):
-            descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        aside = aside_name(path)
+        descriptor = os.open(_lock_of(aside), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            if _try_lock(descriptor) and aside.exists():
+            if _try_lock(descriptor, _lock_of(aside)):
                 return aside, descriptor
         except OSError:  # no locks here, so nobody removes leftovers either
             return aside, descriptor
         os.close(descriptor)  # `remove_leftovers` was faster
 
 
-@contextlib.contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-    """Errors of what is written aside name the file that it is to become."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None or is_leftover(os.path.basename(error.filename)):
-            error.filename, error.filename2 = str(path), None
-        raise
-
-
-@contextlib.contextmanager
-def _held_name(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, for a file or a folder that is removed in the end.
-
-    A file beside it holds the lock: it is there before and goes after. (On SMB a file that is
-    itself locked cannot be opened by its name and written to.)
-    """
-    holder, descriptor = _make_held(path, ".lock")
-    aside = holder.with_suffix("")
-    try:
-        yield aside
-    finally:
-        _remove(aside)
-        holder.unlink(missing_ok=True)
-        os.close(descriptor)
+def _lock_of(aside: Path) -> Path:
+    return aside.with_name(f"{aside.name}.lock")
 
 
 def _remove(path: Path) -> None:
@@ -570,12 +555,12 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` when all went well, else removed.
+    """A temporary path in the same folder: renamed to `path` if all went well, else removed.
 
-    So a file under its own name is always complete, whenever the process is killed; if `durable`,
-    also after a power failure.
+    So a file under its own name is always complete, even if the process is killed, and if `durable`
+    even after a power failure.
     """
-    with _held_name(path) as aside, _errors_name(path):
+    with _aside(path) as aside:
         yield aside
         if durable:
             _sync(aside)
@@ -585,17 +570,10 @@ def written_aside(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def folder_aside(path: Path) -> Iterator[Path]:
-    """A new folder of a temporary name beside `path`, removed in the end."""
-    with _held_name(path) as aside:
-        aside.mkdir()
-        yield aside
-
-
-@contextlib.contextmanager
 def folder_written_aside(folder: Path) -> Iterator[Path]:
-    """`written_aside` for a folder, which must not be there yet. Always durable."""
-    with folder_aside(folder) as aside:
+    """`written_aside` for a folder, which must not exist yet. Always durable."""
+    with _aside(folder) as aside:
+        aside.mkdir()
         yield aside
         for path in (*aside.rglob("*"), aside):
             _sync(path)
@@ -604,19 +582,19 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Returns when the content of a file, or the names in a folder, are on the disk."""
+    """Waits until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that knows no fsync of folders
+        if error.errno != errno.EINVAL:  # the file system cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder so that it is never half there under its own name."""
+    """Removes a folder; it is never half there under its own name."""
     aside = aside_name(folder)
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
@@ -625,19 +603,18 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes left half-written here, and nothing that is being written.
 
-    The lock tells which is which, whatever machine or container its holder runs on. What another
-    user left stays.
+    The lock tells the two apart, on whatever machine or in whatever container its holder runs. The
+    leftovers of other users stay.
     """
     for path in [path for path in folder.iterdir() if is_leftover(path.name)]:
-        holds_another = path.suffix == ".lock"
-        if not holds_another and path.with_name(f"{path.name}.lock").exists():
-            continue
+        if _lock_of(path).exists():
+            continue  # removed together with its lock
         with contextlib.suppress(PermissionError):
             if path.is_dir():
                 _remove(path)
                 continue
             with _unless_held(path) as free:
-                if free and holds_another:
+                if free and path.suffix == ".lock":
                     _remove(path.with_suffix(""))
                 if free:
                     path.unlink(missing_ok=True)
@@ -649,38 +626,27 @@ def is_no_room(error: OSError) -> bool:
 
 @functools.cache
 def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """What a .npy file of such an array begins with."""
-    file, form = io.BytesIO(), np.lib.format
-    descr = form.dtype_to_descr(np.dtype(dtype))
-    content = {"descr": descr, "fortran_order": False, "shape": shape}
-    form.write_array_header_1_0(file, content)
+    """The beginning of a .npy file that holds such an array."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    file, content = io.BytesIO(), {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, content)
     return file.getvalue()
 
 
 def array_file_size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    """Bytes of the .npy file of such an array."""
+    """Bytes of a .npy file that holds such an array."""
     return len(npy_header(dtype, shape)) + math.prod(shape) * np.dtype(dtype).itemsize
 
 
 @contextlib.contextmanager
 def array_written_aside(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
-    """A .npy file of such an array, open for its content; `path` once that is written.
+    """`written_aside` for a .npy file of such an array, open for the array's bytes.
 
-    Raises OSError with its errno, which np.save swallows. As there are many of these, the file
-    itself holds the lock.
+    Raises OSError with its errno, which np.save swallows.
     """
-    aside, descriptor = _make_held(path)
-    try:
-        with _errors_name(path):
-            with open(descriptor, "wb", closefd=False) as file:
-                file.write(npy_header(dtype, shape))
-                yield file
-            os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(descriptor)
+    with written_aside(path) as aside, open(aside, "wb") as file:
+        file.write(npy_header(dtype, shape))
+        yield file
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -690,10 +656,10 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in a .npy file. Raises ValueError if it holds anything else than expected.
+    """The array in a .npy file. Raises ValueError if the file holds anything else than expected.
 
-    Header and length are compared with what they must be, and never interpreted: whatever lies in
-    the file, nothing is executed and no memory is taken for it.
+    Header and length are only compared with what they must be. So no file, whatever it holds, gets
+    code executed or memory allocated.
     """
     content, header = read_file(path), npy_header(dtype, shape)
     if not content.startswith(header):
@@ -709,15 +675,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def as_written(text: str) -> bytes:
-    """UTF-8, with escapes for what came from names that are not."""
+    """UTF-8. What is not valid there, as in some file names, is escaped."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
-    """The whole rows of a table, as text by column; none if there is no such file.
+    """The rows of a table, as text by column, without those that were cut off.
 
-    A row that was cut off is left out. Raises UserError if the table lacks one of `columns`: it is
-    somebody else's, and must not be written over.
+    Empty if there is no such file. Raises UserError if the table lacks one of `columns`: it is
+    somebody else's, and must not be overwritten.
     """
     if not path.is_file():
         return []
@@ -728,11 +694,11 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
         raise UserError(
             f"{path}: another table than expected, without the column {min(missing)}; move it away"
         )
-    return [row for row in rows if not {None} & {*row, *row.values()}]
+    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """The table, written aside, durable. Numbers that are not whole get six digits."""
+    """Writes the table aside, durably. Fractions get six significant digits."""
     with written_aside(path, True) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -744,21 +710,21 @@ def csv_cell(value: object) -> object:
 
 
 CLASS_NAMES = "class_names.txt"
-"""Beside the validation crops and among the assets of a model: a name a line, by label."""
+"""A file beside the validation crops, and in a model's assets: one name per line, by label."""
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """A line for each text; line breaks within one are escaped."""
+    """One line for each text. Line breaks within a text are escaped."""
     write_text(path, "".join(f"{one_line(line)}\n" for line in lines))
 
 
 def read_lines(path: Path) -> list[str]:
-    """What `write_lines` wrote; nothing if there is no such file."""
+    """What `write_lines` wrote; empty if there is no such file."""
     return os.fsdecode(read_file(path)).splitlines() if path.is_file() else []
 
 
 def read_json(path: Path) -> dict | None:
-    """A JSON object from a file; None if the file is missing or holds anything else."""
+    """The JSON object in a file; None if the file is missing or holds anything else."""
     try:
         value = json.loads(read_file(path))
     except (FileNotFoundError, ValueError):
@@ -767,7 +733,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Creates the folder where it is missing. Raises UserError where it cannot be written to."""
+    """Creates the folder if it is missing. Raises UserError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -779,30 +745,42 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def check_room(folder: Path, needed: float, what: str) -> int:
+    """The free bytes in a folder. Raises UserError if they are fewer than needed.
+
+    `what` begins the sentence: "the crops need".
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: {what} {file_size(needed)}, but only {file_size(free)} are free"
+        )
+    return free
+
+
 # --- locks ----------------------------------------------------------------------------------
-# Locks are on files that are open for writing, never on folders: on NFS only those are known to all
-# machines. A lock ends with its holder, however that ends. Only the holder of a lock removes its
-# file, and after taking a lock one checks that the file is still there.
+# Locks are on files that are open for writing, never on folders: on NFS, other machines see only
+# such locks. A lock ends with its holder, however that ends. Only the holder of a lock removes its
+# file, so who has taken a lock checks that the file is still there.
 
 _locks: dict[Path, int] = {}
 """The descriptors that hold this process's locks."""
 
 
 def lock(path: Path, refusal: str, shared: bool = False) -> None:
-    """Takes the lock on a file until the process ends; makes the file where it is missing.
+    """Locks a file until the process ends, and creates it if it is missing.
 
-    Several processes may have a shared lock at once, but not beside one that is not shared; it
-    needs a file that is there, and may be read. Raises UserError with `refusal` if another process
-    has the lock, and where the file system has no locks.
+    Several processes may share a lock if all of them ask for a shared one; for that the file must
+    exist and be readable. Raises UserError with `refusal` if another process holds the lock, and
+    one with the reason if the file system has no locks.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
-    for attempt in range(5):  # `is_locked` holds the lock for a moment
-        time.sleep(0.05 * bool(attempt))
+    for _ in range(5):
         descriptor = os.open(path, flags, 0o666)
         try:
-            if _try_lock(descriptor, kind) and _is_at(descriptor, path):
-                _locks[path] = os.dup(descriptor)  # has the same lock
+            if _try_lock(descriptor, path, kind):
+                _locks[path] = os.dup(descriptor)  # holds the same lock
                 return
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
@@ -813,6 +791,7 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
             ) from None
         finally:
             os.close(descriptor)
+        time.sleep(0.05)  # another process's `is_locked` holds the lock for a moment
     raise UserError(refusal)
 
 
@@ -830,7 +809,7 @@ def remove_lock(path: Path) -> None:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock on a file; False if there is no such file.
 
-    True where that cannot be told: another user's file, or a file system without locks.
+    True if that cannot be known: another user's file, or a file system without locks.
     """
     with _unless_held(path) as free:
         return not free and path.exists()
@@ -838,36 +817,25 @@ def is_locked(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _unless_held(path: Path) -> Iterator[bool]:
-    """Whether the file is there and nobody holds its lock. If so, the lock is held meanwhile."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except OSError:  # gone, or another user's
-        yield False
-        return
-    try:
-        free = _try_lock(descriptor) and _is_at(descriptor, path)
-    except OSError:  # no locks
+    """Whether the file is there and nobody holds its lock. If so, holds it inside the `with`."""
+    with contextlib.ExitStack() as stack:
         free = False
-    try:
+        with contextlib.suppress(OSError):  # gone, another user's, or without locks
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            stack.callback(os.close, descriptor)
+            free = _try_lock(descriptor, path)
         yield free
-    finally:
-        os.close(descriptor)
 
 
-def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Whether the lock was free, and is now held. Raises OSError where there are no locks."""
+def _try_lock(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
+    """Takes the lock on an open file. False if it is held, or if `path` no longer names that file.
+
+    Raises OSError where there are no locks.
+    """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one that `path` names."""
-    try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
+    except (BlockingIOError, FileNotFoundError):
         return False
 
 
@@ -875,20 +843,21 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Processor cores that this process may use, a container's quota (rounded up) included."""
-    # macOS knows no affinity.
-    known = hasattr(os, "sched_getaffinity")
-    count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    """Processor cores that this process may use, within a container's quota (rounded up)."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        count = len(os.sched_getaffinity(0))
     for group in _control_groups(root, "cpu"):
-        old = f"{_content(group / 'cpu.cfs_quota_us')} {_content(group / 'cpu.cfs_period_us')}"
-        for text in (_content(group / "cpu.max"), old):  # quota and period
-            if match := re.fullmatch(r"(\d+) (\d+)", text):
-                count = min(count, -(-int(match[1]) // int(match[2])))
+        quota = _content(group / "cpu.max") or (
+            f"{_content(group / 'cpu.cfs_quota_us')} {_content(group / 'cpu.cfs_period_us')}"
+        )
+        if match := re.fullmatch(r"(\d+) (\d+)", quota):  # quota and period
+            count = min(count, -(-int(match[1]) // int(match[2])))
     return max(count, 1)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process may still take, a container's limit included.
+    """Bytes of memory that this process may still take, within a container's limit.
 
     The cache of files counts as free, the files of a RAM disk do not. None if unknown (macOS).
     """
@@ -896,28 +865,28 @@ def available_memory(root: Path = Path("/")) -> int | None:
     if match := re.search(r"MemAvailable:\s+(\d+) kB", _content(root / "proc/meminfo")):
         free.append(1024 * int(match[1]))
     for group in _control_groups(root, "memory"):
+        limit = _content(group / "memory.max") or _content(group / "memory.limit_in_bytes")
+        used = _content(group / "memory.current") or _content(group / "memory.usage_in_bytes")
         cached = re.findall(r"inactive_file (\d+)", _content(group / "memory.stat"))
-        for names in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
-            limit, used = (_content(group / f"memory.{name}") for name in names)
-            if limit.isdigit() and used.isdigit():
-                free.append(int(limit) - int(used) + max(map(int, cached), default=0))
+        if limit.isdigit() and used.isdigit():
+            free.append(int(limit) - int(used) + max(map(int, cached), default=0))
     return max(min(free), 0) if free else None
 
 
 def _control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of Linux's control groups (version 2, version 1) that limit this process."""
+    """The folders of the Linux control groups, version 2 or 1, that limit this process."""
     mounts = root / "sys/fs/cgroup"
     for line in _content(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         top = mounts / controller if controllers else mounts
-        inner = top / group.lstrip("/")  # not there where a container sees its own group alone
+        inner = top / group.lstrip("/")  # missing if a container sees only its own group
         yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top))
 
 
 def _content(path: Path) -> str:
-    """A small file's text, without the line break at its end; "" if it cannot be read."""
+    """The text of a small file, without the final line break; "" if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -925,9 +894,9 @@ def _content(path: Path) -> str:
 
 
 def map_in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """`function(item)` for each item, on so many threads, results in the order of the items.
+    """`function(item)` for each item, computed by `threads` threads, in the order of the items.
 
-    Holds a few results a thread at a time, however many items there are.
+    At most four results per thread are held at a time.
     """
     pool = ThreadPoolExecutor(threads)
     pending = deque()
@@ -945,50 +914,46 @@ def map_in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
 class Progress:
     """Shows done/total, rate and time left: a bar on a terminal, else a line now and then."""
 
-    def __init__(self, total: int, unit: str, done: int = 0):
-        self.total, self.unit, self.done = total, unit, done
-        self._start, self._first = time.monotonic(), done
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit, self.done = total, unit, 0
+        self._start, self._next = time.monotonic(), 0.0
         self._terminal = sys.stdout.isatty()
-        self._next, self._pause = 0.0, 0.2 if self._terminal else 5.0
+        self._pause = 0.2 if self._terminal else 5.0
 
     def add(self, count: int = 1) -> None:
         self.done += count
         now = time.monotonic()
-        if now >= self._next or self.done == self.total:
-            self._next = now + self._pause
-            self._show()
-            if not self._terminal:
-                self._pause = min(60.0, self._pause * 1.5)
-
-    @property
-    def rate(self) -> float:
-        """Items a second since the start."""
-        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
-
-    def _show(self) -> None:
-        left = duration((self.total - self.done) / self.rate) if self.rate else "?"
-        rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.1f}"
+        if now < self._next and self.done < self.total:
+            return
+        self._next = now + self._pause
+        rate = self.done / max(now - self._start, 1e-9)
+        left = duration((self.total - self.done) / rate) if rate else "?"
+        rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
         text = f"{self.done:,} of {self.total:,} {self.unit}, {rate}/s, {left} left"
         if self._terminal:
-            room = shutil.get_terminal_size().columns - len(text) - 4
-            width = min(30, room) if room >= 10 else 0  # a line that wraps is never overwritten
-            filled = round(width * self.done / max(self.total, 1))
-            end = "\n" if self.done == self.total else ""
-            print(f"\r{'█' * filled}{'░' * (width - filled)} {text}  ", end=end, flush=True)
+            self._show_bar(text)
         else:
             print(text, flush=True)
+            self._pause = min(60.0, self._pause * 1.5)
+
+    def _show_bar(self, text: str) -> None:
+        room = shutil.get_terminal_size().columns - len(text) - 4
+        width = min(30, room) if room >= 10 else 0  # a line that wraps is never overwritten
+        filled = round(width * self.done / max(self.total, 1))
+        end = "\n" if self.done == self.total else ""
+        print(f"\r{'█' * filled}{'░' * (width - filled)} {text}  ", end=end, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 45 s, 3 min 20 s, 2 h 05 min, 6 d 4 h."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    if seconds < 86_400:
-        return f"{seconds // 3600} h {seconds // 60 % 60:02d} min"
-    return f"{seconds // 86_400} d {seconds // 3600 % 24} h"
+    """Seconds as text: 45 s, 3 min 20 s, 2 h 05 min, 6 d 4 h."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 _PLURALS = {"class": "classes", "batch": "batches"}
@@ -1000,7 +965,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def file_size(count: float) -> str:
-    """Bytes as a person says them: 512 B, 19.3 MB, 1.2 TB (powers of 1000, as disks are sold)."""
+    """Bytes as text: 512 B, 19.3 MB, 1.2 TB (powers of 1000, as disks are sold)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -1013,11 +978,11 @@ def file_size(count: float) -> str:
 
 @contextlib.contextmanager
 def quiet_tensorflow() -> Iterator[None]:
-    """Keeps what TensorFlow's libraries say while it is imported from the terminal.
+    """Hides what TensorFlow's libraries print while it is imported, unless --verbose is given.
 
-    --verbose shows it. The flag is looked up here, before the command line is parsed, because
-    TensorFlow reads its environment when it is imported. Ctrl-C meanwhile just ends the script,
-    and a TensorFlow that is not there gets one line.
+    The flag is looked up before the command line is parsed, because TensorFlow reads its
+    environment when it is imported. Ctrl-C meanwhile just ends the script, and a missing TensorFlow
+    is reported in one line.
     """
     # On processors without AVX-512 TensorFlow leaves oneDNN off, which makes a step a fifth slower.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -1027,38 +992,29 @@ def quiet_tensorflow() -> Iterator[None]:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
     try:
-        yield
-    except (KeyboardInterrupt, ModuleNotFoundError) as error:
-        os.dup2(terminal, 2)
-        if isinstance(error, KeyboardInterrupt):
-            _stopped()
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+    except KeyboardInterrupt:
+        _stopped()
+    except ModuleNotFoundError as error:
         _die_without(error)
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-
-
-def gpu_list(text: str) -> list[int]:
-    """Argument type: "0" or "0,1"."""
-    gpus = [whole(0)(part) for part in text.split(",")]
-    if len(set(gpus)) < len(gpus):
-        raise argparse.ArgumentTypeError(f"expected different GPUs, not {text!r}")
-    return gpus
 
 
 def choose_gpus(wanted: list[int], required: bool) -> list:
-    """Makes TensorFlow see these GPUs alone, their memory taken as needed. None there: the CPU.
+    """Lets TensorFlow see only these GPUs and take their memory as needed. Returns those it found.
 
-    Raises UserError if the GPUs are `required` and one is not there.
+    Raises UserError if one of them is missing and they are `required`.
     """
     import tensorflow as tf
 
     there = tf.config.list_physical_devices("GPU")
     if required and max(wanted) >= len(there):
-        raise UserError(
-            f"--gpu={','.join(map(str, wanted))}: TensorFlow finds "
-            f"{f'{len(there)} GPUs, counted from 0' if there else 'no GPU'} on this machine"
-        )
+        found = f"{len(there)} GPUs, counted from 0" if there else "no GPU"
+        asked = ",".join(map(str, wanted))
+        raise UserError(f"--gpu={asked}: TensorFlow finds {found} on this machine")
     chosen = [there[i] for i in wanted if i < len(there)]
     tf.config.set_visible_devices(chosen, "GPU")
     for gpu in chosen:
@@ -1066,51 +1022,31 @@ def choose_gpus(wanted: list[int], required: bool) -> list:
     return chosen
 
 
-class EventFile:
-    """Scalars for TensorBoard, without the tensorboard package. An event file is a TFRecord file.
+def new_event_file(folder: Path) -> Any:
+    """A new tf.io.TFRecordWriter for `event`s, which TensorBoard reads. Its package is not needed.
 
-    Each start writes all scalars anew into one file, so that none appears twice after a resume.
-    Raises OSError or tf.errors.OpError where the folder cannot be written to.
+    Removes the file of an earlier start: each start writes all events anew, so that none appears
+    twice after a resume. Raises OSError or tf.errors.OpError if the folder cannot be written to.
     """
+    import tensorflow as tf
 
-    def __init__(self, folder: Path):
-        import tensorflow as tf
-
-        self._tf = tf
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("events.out.tfevents.*.toolkit"):
-            old.unlink()
-        path = folder / f"events.out.tfevents.{time.time():.0f}.toolkit"
-        self._records = tf.io.TFRecordWriter(str(path))
-        self._write(tf.compat.v1.Event(wall_time=time.time(), file_version="brain.Event:2"))
-
-    def add(self, step: int, scalars: dict[str, float], wall_time: float | None = None) -> None:
-        """TensorBoard groups the scalars by what stands before a slash in their names."""
-        value = self._tf.compat.v1.Summary.Value
-        summary = self._tf.compat.v1.Summary(
-            value=[value(tag=tag, simple_value=scalar) for tag, scalar in scalars.items()]
-        )
-        time_of_event = wall_time or time.time()
-        self._write(self._tf.compat.v1.Event(wall_time=time_of_event, step=step, summary=summary))
-
-    def _write(self, event: object) -> None:
-        self._records.write(event.SerializeToString())
-
-    def flush(self) -> None:
-        self._records.flush()
-
-    def close(self) -> None:
-        self._records.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("events.out.tfevents.*.toolkit"):
+        old.unlink()
+    now = time.time()
+    events = tf.io.TFRecordWriter(str(folder / f"events.out.tfevents.{now:.0f}.toolkit"))
+    head = tf.compat.v1.Event(wall_time=now, file_version="brain.Event:2")
+    events.write(head.SerializeToString())
+    return events
 
 
-def check_room(folder: Path, needed: float, what: str) -> int:
-    """The bytes that are free in a folder. Raises UserError if fewer are than needed.
+def event(step: int, scalars: dict[str, float], wall_time: float | None = None) -> bytes:
+    """The scalars of a step. TensorBoard groups them by the part of their names before a slash."""
+    import tensorflow as tf
 
-    `what` begins the sentence: "the crops need".
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: {what} {file_size(needed)}, but only {file_size(free)} are free"
-        )
-    return free
+    value = tf.compat.v1.Summary.Value
+    summary = tf.compat.v1.Summary(
+        value=[value(tag=tag, simple_value=scalar) for tag, scalar in scalars.items()]
+    )
+    wall_time = wall_time or time.time()
+    return tf.compat.v1.Event(wall_time=wall_time, step=step, summary=summary).SerializeToString()

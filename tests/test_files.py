@@ -491,6 +491,16 @@ def test_no_descriptor_is_lost_while_trying(storage):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+# --- tables -----------------------------------------------------------------------------------
+
+
+def test_rows_with_too_few_or_too_many_cells_are_left_out(tmp_path):
+    """A row that was cut off, and one that was appended to the rest of such a row."""
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n3\n4,5,6\n7,8\n")
+    rows = utils.read_csv(tmp_path / "table.csv", ["a", "b"])
+    assert rows == [{"a": "1", "b": "2"}, {"a": "7", "b": "8"}]
+
+
 # --- a container's limits ---------------------------------------------------------------------
 
 
