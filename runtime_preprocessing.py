@@ -1204,9 +1204,13 @@ def measure(
     recipe: Recipe, folder: Path, threads: int, step: int, seconds: float
 ) -> tuple[float, int]:
     """Pictures per second with this many threads from this step on, and the step they reached."""
-    with utils.folder_aside(folder / "benchmark") as aside:
+    aside = utils.aside_name(folder / "benchmark")
+    aside.mkdir()
+    try:
         buffer = TakenBuffer(aside, recipe, threads, step, seconds)
         keep_full(buffer, threads, POLL)
+    finally:
+        shutil.rmtree(aside)
     return buffer.rate, buffer.first + buffer.size
 
 
