@@ -1,16 +1,15 @@
-"""Keeps the buffer full of batches that are ready to train on, as fast as training takes them.
+"""Keeps the buffer filled with batches that are ready to train on.
 
     python3 runtime_preprocessing.py --epoch_start=0 --epoch_end=30 --batch_size=64
 
-writes `X_<epoch>_<batch>.npy` and `Y_<epoch>_<batch>.npy` into `buffer_folder`, `buffer_size` of
-each ahead of `training_progress.txt`, removes what training has used, and ends with training.
-With `--benchmark` it measures pictures per second instead, and with `--preview=sheet.png` it draws
-a batch as the network will see it.
+writes `X_<epoch>_<batch>.npy` and `Y_<epoch>_<batch>.npy` to `buffer_folder`, up to `buffer_size`
+batches ahead of `training_progress.txt`. It removes the batches that training has used, and ends
+when training does. `--benchmark` measures pictures per second instead, and `--preview=sheet.png`
+draws a batch as the network will see it.
 
-A picture goes through six steps: a shorter side s is drawn from 256, 263, … 480; the picture is
-resized to it; a random crop of 224x224 is cut out; it is normalised; it is flipped in half of the
-cases; its colours are shifted a little. The first three are one: only the window of the crop is
-resized, straight from as much of the JPEG as the window needs.
+Each picture goes through six steps: draw a shorter side s from 256, 263, … 480; resize the picture
+to it; cut out a random 224x224 crop; normalise; flip in half of the cases; shift the colours a
+little. The first three are done at once: only the crop's window is decoded and resized.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple, get_origin
+from typing import get_origin
 
 import utils
 from utils import CROP, UserError, plural
@@ -63,21 +62,22 @@ from preprocess import (
 )
 
 REFILL_BELOW = 0.8
-"""Share of buffer_size under which the buffer is filled up again."""
+"""Below this share of buffer_size, the buffer is filled up again."""
 
 
 def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
+    folder, settings = config.train.buffer_folder, config.runtime_preprocessing
+    before = read_position(folder)
     pictures = training_pictures(config)
     copies = resized_folders(config.preprocess.path_to_save, pictures)
-    spec = spec_of(config, pictures, copies, args)
-    recipe = Recipe(spec, pictures, copies)
-    print(describe(recipe, args.epoch_end - args.epoch_start))
+    recipe = Recipe(spec_of(config, pictures, copies, args), pictures, copies)
+    print(describe(recipe))
     if args.preview:
-        draw_preview(recipe, args.preview, spec.step(args.epoch_start))
+        draw_preview(recipe, args.preview)
         return
-    folder = utils.make_folder(config.train.buffer_folder)
+    utils.make_folder(folder)
     # The lock is held until the process ends, however it ends.
     utils.lock(
         folder / LOCK, f"{folder}: another runtime_preprocessing.py works here; give each its own"
@@ -88,9 +88,8 @@ def main() -> None:
         return
     buffer = Buffer(folder, recipe, config.train.buffer_size)
     buffer.check_room()
-    settings = config.runtime_preprocessing
-    with stopping_says_what_stays(folder):
-        buffer.claim()
+    with last_words(folder):
+        buffer.claim(before)
         made = keep_full(buffer, settings.num_of_threads, settings.sleep_time)
         buffer.leave()
     print(
@@ -99,35 +98,27 @@ def main() -> None:
     )
 
 
-def parse_arguments():
+def parse_arguments() -> Namespace:
     parser = utils.Parser(
-        "Keeps the buffer full of batches that are ready to train on.",
+        "Keeps the buffer filled with batches that are ready to train on.",
         "runtime_preprocessing.py --epoch_start=0 --epoch_end=30 --batch_size=64",
     )
     parser.add_epochs()
-    parser.add_argument(
-        "--batch_size", type=utils.whole(1), required=True, metavar="B", help="pictures a batch"
-    )
-    parser.add_argument(
-        "--preview", type=Path, metavar="FILE", help="draw a contact sheet of a batch and exit"
-    )
-    parser.add_argument(
-        "--benchmark", action="store_true", help="measure pictures per second and exit"
-    )
+    parser.add("--batch_size", utils.whole(1), "pictures per batch", utils.REQUIRED)
+    parser.add("--preview", Path, "draw a contact sheet of a batch and exit")
+    parser.add("--benchmark", None, "measure pictures per second and exit")
     return parser.parse()
 
 
-def describe(recipe: "Recipe", epochs: int) -> str:
+def describe(recipe: "Recipe") -> str:
     """What is going to happen."""
-    spec, sides = recipe.spec, len(recipe.copies)
-    source = "the originals"
-    if sides:
+    spec, source = recipe.spec, "the originals"
+    if sides := len(recipe.copies):
         source = f"resized copies in {sides} of the {len(SIDES)} shorter sides, else {source}"
     if spec.workers > 1:
-        part = spec.N // spec.workers
-        source += (
-            f"; worker {spec.worker} of {spec.workers}, {plural(part, 'picture')} are its part"
-        )
+        part = plural(spec.N // spec.workers, "picture")
+        source += f"; worker {spec.worker} of {spec.workers} takes {part} of each epoch"
+    epochs = spec.epochs[1] - spec.epochs[0]
     return (
         f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}, "
         f"{recipe.pictures.layout}; {plural(spec.batches_per_epoch, 'batch')} of "
@@ -136,42 +127,41 @@ def describe(recipe: "Recipe", epochs: int) -> str:
     )
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that asks the script to stop. Its argument is the signal's number."""
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask the script to stop: Ctrl-C, kill, a closed terminal."""
 
 
 @contextlib.contextmanager
-def stopping_says_what_stays(folder: Path) -> Iterator[None]:
-    """Makes Ctrl-C, SIGTERM and SIGHUP say how much the buffer still takes, and how to free it.
+def last_words(folder: Path) -> Iterator[None]:
+    """Makes a signal to stop say how much room the buffer still takes, and how to free it.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. Raises UserError if the folder is gone.
     """
-    signals, process = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), os.getpid()
-    caught = [each for each in signals if signal.getsignal(each) != signal.SIG_IGN]  # nohup
+    caught = [each for each in STOPPING if signal.getsignal(each) != signal.SIG_IGN]  # nohup
 
     def stop(number: int, _frame: object) -> None:
         for each in caught:
             signal.signal(each, signal.SIG_DFL)
-        if os.getpid() != process:  # forked since
-            os.kill(os.getpid(), number)
-        raise Stopped(number)
+        sys.exit(128 + number)
 
     for each in caught:
         signal.signal(each, stop)
     try:
         yield
-    except Stopped as stopped:
+    except SystemExit:
         with os.scandir(folder) as entries:
-            size = sum(max(_size(each), 0) for each in entries if BATCH_FILE.fullmatch(each.name))
+            size = sum(_size(entry) for entry in entries if BATCH_FILE.fullmatch(entry.name))
         if size:
             print(
                 f"{utils.file_size(size)} of batches stay in {folder} for the next start; to free "
                 f"them: rm {shlex.quote(str(folder))}/[XY]_[0-9]*.npy"
             )
-        if stopped.args[0] == signal.SIGINT:
-            raise  # Python's own
         print(f"{utils.script_name()}: stopped", file=sys.stderr)
-        sys.exit(128 + stopped.args[0])
+        raise
+    except FileNotFoundError:
+        if folder.is_dir():
+            raise
+        raise UserError(f"{folder}: was removed; start again, which makes it anew") from None
 
 
 # --- what a buffer holds ---------------------------------------------------------------------
@@ -181,45 +171,33 @@ BATCH_FILE = re.compile(r"([XY])_(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.npy")
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What the batches of a buffer are, and all that they depend on: the content of buffer.json.
+    """What a buffer's batches are, and all that they depend on: the content of buffer.json.
 
-    It also tells a reader of another framework what to expect. Steps count the batches from 0
-    through all epochs; only file names and messages say epoch and batch.
+    It also tells readers in other frameworks what to expect. A step is the number of a batch,
+    counted from 0 through all epochs; only file names and messages say epoch and batch.
     """
 
     batch_size: int
     seed: int
-    dataset: str
-    """Folder of the pictures."""
-    N: int
-    """Training pictures."""
-    pictures: str
-    """Fingerprint of the training pictures."""
-    classes: int
-    """Labels are 0 … classes - 1."""
-    class_names: list[str]
-    """By label."""
-    mu: list[float]
-    sigma: list[float]
-    """Mean and standard deviation that the pixels are normalised with; R, G, B, scaled to 0…1."""
-    resized: list[int]
-    """Shorter sides whose resized copies are used instead of the originals."""
-    worker: int
+    dataset: str  # folder of the pictures
+    N: int  # training pictures
+    pictures: str  # their fingerprint
+    classes: int  # labels are 0 … classes - 1
+    class_names: list[str]  # by label
+    mu: list[float]  # mean of the pixels, scaled to 0…1: R, G, B
+    sigma: list[float]  # their standard deviation
+    resized: list[int]  # shorter sides whose resized copies are used instead of the originals
+    worker: int  # each of several machines makes its own part of every epoch
     workers: int
-    """Of several machines each makes its own part of every epoch."""
     batches_per_epoch: int
-    epochs: list[int] = field(compare=False)
-    """The first epoch, and the one to stop before."""
-    dtype: str = "float16"
-    """Of the pictures."""
+    epochs: list[int] = field(compare=False)  # the first, and the one to stop before
+    dtype: str = "float16"  # of the pictures
     layout: str = "NHWC, RGB, normalised; labels int32"
-    """Of X: pictures, rows, columns, channels."""
-    format: int = 1
-    """Of the files. Another version's batches are never read."""
+    format: int = 1  # of the files; batches of another version are never read
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of the pictures of a batch."""
+        """The shape of a batch's pictures."""
         return self.batch_size, CROP, CROP, 3
 
     def step(self, epoch: int, batch: int = 0) -> int:
@@ -231,12 +209,12 @@ class BatchSpec:
         return f"epoch {epoch}, batch {batch}"
 
     def files(self, folder: Path, step: int) -> tuple[Path, Path]:
-        """Paths of the pictures and of the labels of a batch."""
+        """Paths of a batch's pictures and labels."""
         epoch, batch = divmod(step, self.batches_per_epoch)
         return folder / f"X_{epoch}_{batch}.npy", folder / f"Y_{epoch}_{batch}.npy"
 
     def step_of(self, name: str) -> int | None:
-        """The step of a batch file; None for any other name, and for a batch no epoch has."""
+        """The step of a batch file; None for other names, and for batches that no epoch has."""
         match = BATCH_FILE.fullmatch(name)
         if not match or int(match[3]) >= self.batches_per_epoch:
             return None
@@ -247,14 +225,13 @@ class BatchSpec:
         return [name for name, value in expected.items() if getattr(self, name) != value]
 
     def changes(self, new: "BatchSpec") -> str:
-        """What differs in another description, in words; epochs aside."""
+        """What differs in `new`, in words. The epochs may differ."""
         words = []
         for name in self.differences(dataclasses.asdict(new)):
-            values = f"{getattr(self, name)}, now {getattr(new, name)}"
             if name in IN_WORDS:
                 words.append(f"other {IN_WORDS[name]}")
             elif name != "epochs":
-                words.append(f"{name} was {values}")
+                words.append(f"{name} was {getattr(self, name)}, now {getattr(new, name)}")
         return "; ".join(words)
 
     def write(self, folder: Path) -> None:
@@ -262,7 +239,7 @@ class BatchSpec:
 
     @classmethod
     def read(cls, folder: Path) -> "BatchSpec | None":
-        """The buffer's description; None if there is none, or one of another version."""
+        """The buffer's description; None if it is missing or of another version."""
         content = utils.read_json(folder / BUFFER_JSON) or {}
         types = {each.name: get_origin(each.type) or each.type for each in dataclasses.fields(cls)}
         if {name: type(value) for name, value in content.items()} != types:
@@ -275,23 +252,18 @@ PROGRESS = "training_progress.txt"
 LOCK = ".preprocessor.lock"
 TRAINER_LOCK = ".trainer.lock"
 
-IN_WORDS = {
-    "class_names": "class names",
-    "pictures": "pictures",
-    "resized": "resized copies",
-}
+IN_WORDS = {"class_names": "class names", "pictures": "pictures", "resized": "resized copies"}
 """Fields of BatchSpec whose values are too long for a message."""
 
 
 def spec_of(config: SimpleNamespace, pictures: Pictures, copies: Iterable[int], args) -> BatchSpec:
-    """The batches that this configuration and command line ask for. Raises UserError."""
+    """What the settings and the command line ask for. Raises UserError."""
     worker, workers = worker_of_workers()
     share = len(pictures) // workers
     if args.batch_size > share:
-        part = f"a {workers}-th of " if workers > 1 else ""
+        has = f"each of the {workers} workers takes {share} of the" if workers > 1 else "there are"
         raise UserError(
-            f"--batch_size={args.batch_size} is larger than {part}the {len(pictures)} training "
-            f"pictures"
+            f"--batch_size={args.batch_size} is too large: {has} {len(pictures)} training pictures"
         )
     return BatchSpec(
         batch_size=args.batch_size,
@@ -346,21 +318,31 @@ def write_progress(folder: Path, spec: BatchSpec, step: int) -> None:
 
 def read_progress(folder: Path, spec: BatchSpec) -> int | None:
     """The step that training needs next; None if the file is missing or holds anything else."""
+    position = read_position(folder)
+    return spec.step(*position) if position else None
+
+
+def read_position(folder: Path) -> tuple[int, int] | None:
+    """The same as epoch and batch."""
     try:
         text = utils.read_file(folder / PROGRESS)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     match = POSITION.fullmatch(text)
-    return spec.step(int(match[1]), int(match[2])) if match else None
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def is_own(path: Path) -> bool:
-    """Whether this toolkit wrote a file of one of the buffer's names, as far as its start tells.
+    """Whether this toolkit wrote a file of the buffer, judging by its first bytes.
 
-    What a power failure leaves, zeros or nothing, may be anybody's and is no loss.
+    Nothing and zeros count as its own: a power failure leaves them, and they are no loss.
     """
-    with open(path, "rb") as file:
-        start = file.read(4096)
+
+    def read_start(path: Path) -> bytes:
+        with open(path, "rb") as file:
+            return file.read(4096)
+
+    start = utils.patiently(read_start, path)
     if not start.strip(b"\0"):
         return True
     if path.name == BUFFER_JSON:
@@ -376,20 +358,16 @@ def is_own(path: Path) -> bool:
 
 @dataclass
 class Choices:
-    """The random choices for the pictures of a batch, one row a picture."""
+    """The random choices for a batch, one row per picture."""
 
-    side: np.ndarray
-    """int64 [n], shorter side in pixels."""
-    corner: np.ndarray
-    """float64 [n, 2] in [0, 1): where the crop lies between left and right, top and bottom."""
-    flip: np.ndarray
-    """bool [n]."""
-    alpha: np.ndarray
-    """float64 [n, 3], standard deviation 0.1: strength of the three colour shifts."""
+    side: np.ndarray  # int64 [n]: shorter side in pixels
+    corner: np.ndarray  # float64 [n, 2] in [0, 1): the crop's place, left to right, top to bottom
+    flip: np.ndarray  # bool [n]
+    alpha: np.ndarray  # float64 [n, 3], standard deviation 0.1: strength of the three colour shifts
 
 
 def draw_choices(generator: np.random.Generator, count: int) -> Choices:
-    """Choices for `count` pictures."""
+    """The choices for `count` pictures."""
     return Choices(
         generator.choice(np.array(SIDES), count),
         generator.random((count, 2)),
@@ -401,16 +379,15 @@ def draw_choices(generator: np.random.Generator, count: int) -> Choices:
 class Recipe:
     """Makes any batch, as a pure function of its arguments and of the batch's step.
 
-    Threads may call `make` at the same time.
+    Threads may use it at the same time.
     """
 
     def __init__(self, spec: BatchSpec, pictures: Pictures, copies: dict[int, Path]):
         """`copies`: the folders of resized copies, by shorter side."""
         self.spec, self.pictures, self.copies = spec, pictures, copies
         self.failures = Failures(len(pictures))
-        self.report: Callable[[str, Exception], None] = self.failures.add
-        """Is told of each picture that cannot be decoded."""
-        self._paths = Texts(pictures.paths)
+        self.report: Callable[[str, BrokenPicture], None] = self.failures.add
+        """Called for each picture that cannot be decoded."""
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         self._one_at_a_time = threading.Lock()
 
@@ -419,7 +396,7 @@ class Recipe:
 
     def order(self, epoch: int) -> np.ndarray:
         """int32 [N / workers]: this worker's part of the epoch's permutation of all pictures."""
-        with self._one_at_a_time:  # not every thread its own
+        with self._one_at_a_time:  # or each thread would draw its own
             return self._order(epoch)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
@@ -436,16 +413,14 @@ class Recipe:
         """The batch in parts of GROUP pictures, each to be written before the next is made.
 
         X: float16 [n, 224, 224, 3], overwritten by the next part. Y: int32 [n]. Raises UserError
-        when too many pictures fail.
+        when too many pictures are broken.
         """
-        spec = self.spec
+        spec, size = self.spec, self.spec.batch_size
         epoch, batch = divmod(step, spec.batches_per_epoch)
-        first, size = batch * spec.batch_size, spec.batch_size
-        chosen = self.order(epoch)[first : first + size].tolist()
+        chosen = self.order(epoch)[batch * size : (batch + 1) * size].tolist()
         choices = draw_choices(self._generator(1, epoch, batch, spec.worker), size)
-        # Plain numbers: those of NumPy take ten times as long to reckon with, one by one.
+        # Plain numbers: arithmetic with single numbers of NumPy takes ten times as long.
         sides, corners = choices.side.tolist(), choices.corner.tolist()
-        flips = choices.flip.tolist()
         x = np.empty((min(GROUP, size), CROP, CROP, 3), np.float16)
         for start in range(0, size, GROUP):
             part, crops = slice(start, min(start + GROUP, size)), []
@@ -456,7 +431,7 @@ class Recipe:
                     while crop is None:
                         chosen[slot] = int(substitutes.choice(self.order(epoch)))
                         crop = self._crop(chosen[slot], sides[slot], corners[slot])
-                if flips[slot]:
+                if choices.flip[slot]:
                     crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 crops.append(np.frombuffer(crop.tobytes(), np.uint8).reshape(CROP, CROP, 3))
             finish(crops, choices.alpha[part], spec.mu, spec.sigma, out=x[: len(crops)])
@@ -464,44 +439,25 @@ class Recipe:
 
     def _crop(self, index: int, side: int, corner: list[float]) -> Image.Image | None:
         """The crop of a picture, from its resized copy if there is one. None if it is broken."""
-        path = self._paths[index]
-
-        def crop_in(folder: Path) -> Image.Image:
-            return unless_gone(lambda p: crop_file(f"{folder}/{p}", side, corner), folder, path)
-
-        try:
-            if side in self.copies:
-                try:
-                    return crop_in(self.copies[side])
-                except BrokenPicture:
-                    pass  # broken, or not there because the original is: that decides
-            return crop_in(self.pictures.folder)
-        except BrokenPicture as error:
-            self.report(path, error)
-            return None
-
-
-class Texts:
-    """A list of texts in one piece of memory, which forked processes go on sharing.
-
-    Python writes to each string that it reads: the number of its users. So a list of strings would
-    soon be copied into every process, 100 MB for 1.28 million paths.
-    """
-
-    def __init__(self, texts: Sequence[str]):
-        pieces = [os.fsencode(text) for text in texts]
-        self._bytes = b"".join(pieces)
-        self._ends = np.cumsum([0, *map(len, pieces)])
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
+        path, folders = self.pictures.paths[index], [self.pictures.folder]
+        if side in self.copies:
+            folders.insert(0, self.copies[side])  # where it is broken, the original is taken
+        for folder in folders:
+            try:
+                return unless_gone(
+                    lambda path: crop_file(path, side, corner), folder, f"{folder}/{path}"
+                )
+            except BrokenPicture as error:
+                why = error
+        self.report(path, why)
+        return None
 
 
 # --- the six steps --------------------------------------------------------------------------
 
 
 GROUP = 32
-"""Pictures finished at a time. More make colour shifts cheaper, fewer take less memory a thread."""
+"""Pictures finished at a time. More make colour shifts cheaper, fewer take less memory."""
 
 
 def finish(
@@ -509,20 +465,20 @@ def finish(
 ) -> None:
     """Steps 4 and 6: n crops, uint8 [224, 224, 3], to normalised, colour-shifted float16 `out`.
 
-    After its colour shift every value of a channel is a function of its 8 bits, so one table of 256
-    entries a channel does scaling, normalisation, shift and conversion to float16 at once.
+    The result of a value depends only on its 8 bits, its channel and its crop. So a table of 256
+    entries per channel scales, normalises, shifts and converts to float16 at once.
     """
     shifts = colour_shifts(crops, alpha, sigma)
     levels = (np.arange(256) / 255 - np.array(mu)[:, None]) / np.array(sigma)[:, None]
     tables = (levels + shifts[:, :, None]).astype(np.float16).reshape(len(crops), 3 * 256)
-    # Rows of 3 * 224 values, not pixels of 3, make NumPy's inner loops long. The memory is used
-    # again for each crop; new memory would take as long as the work.
+    # NumPy is faster with rows of 3 * 224 values than with pixels of 3. `index` is used for every
+    # crop: to allocate it anew would take as long as the rest.
     row = 3 * CROP
     channel = np.tile(np.arange(0, 3 * 256, 256, np.uint16), CROP)  # where its table begins
     index = np.empty((CROP, row), np.intp)
     for crop, table, x in zip(crops, tables, out, strict=True):
         np.add(crop.reshape(CROP, row), channel, out=index, dtype=np.uint16)
-        # No index lies outside; of NumPy's ways to see to that, "wrap" is the fastest.
+        # All indices are inside the table; "wrap" is NumPy's fastest way to make sure.
         table.take(index, out=x.reshape(CROP, row), mode="wrap")
 
 
@@ -530,16 +486,16 @@ def colour_shifts(crops: Sequence[np.ndarray], alpha: np.ndarray, sigma: list) -
     """Krizhevsky et al. 2012, section 4.1, with each crop's own colours: float64 [n, 3].
 
     shift = Σ αᵢ λᵢ vᵢ with the eigenvalues and eigenvectors of the covariance of the crop's
-    normalised pixels. A grid of every 4th pixel in both directions stands for the crop: the
-    shifts are 1% off those of all pixels, 0.04 levels of 256 on photographs; every 8th pixel
-    would be a fiftieth faster in all, and far off on regular patterns.
+    normalised pixels, estimated from every 4th pixel in both directions. On photographs that
+    changes the shifts by 1%, 0.04 levels of 256. Every 8th pixel would save a fiftieth of a batch's
+    time, but is far off on regular patterns.
     """
     grid = np.empty((len(crops), 3, CROP // 4, CROP // 4), np.float32)
     for crop, its_grid in zip(crops, grid, strict=True):
         its_grid[:] = crop[::4, ::4].transpose(2, 0, 1)
     grid = grid.reshape(len(crops), 3, -1)
     grid -= grid.mean(axis=2, keepdims=True)
-    # Not by matmul: for so small a matrix its library is slower, and keeps other threads waiting.
+    # For matrices this small, matmul is slower and blocks other threads.
     covariance = np.einsum("nck,ndk->ncd", grid, grid).astype(np.float64) / grid.shape[2]
     covariance /= 255.0**2 * np.outer(sigma, sigma)
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
@@ -552,10 +508,10 @@ def colour_shifts(crops: Sequence[np.ndarray], alpha: np.ndarray, sigma: list) -
 class Buffer:
     """The folder of batches: which are wanted, which are there, and making those that are missing.
 
-    Only files of the toolkit's own names are ever looked at or removed.
+    It looks at and removes only files that have the toolkit's own names.
     """
 
-    _said_too_early = False
+    _said_too_early = _said_no_room = False
 
     def __init__(self, folder: Path, recipe: Recipe, size: int):
         self.folder, self.recipe, self.spec = folder, recipe, recipe.spec
@@ -563,17 +519,16 @@ class Buffer:
         self.size = min(size, self.end - self.start)
         self.x_bytes = utils.array_file_size(np.float16, self.spec.shape)
         self.y_bytes = utils.array_file_size(np.int32, self.spec.shape[:1])
-        self._said_no_room = False
 
-    def claim(self) -> None:
-        """Makes the folder this recipe's: removes batches of another making and leftovers.
+    def claim(self, before: tuple[int, int] | None = None) -> None:
+        """Takes the folder for this recipe: removes leftovers and batches made in another way.
 
-        Raises UserError if somebody else's files have the names of the toolkit's.
+        `before`: the epoch and batch in the progress file when this script started. Raises
+        UserError if somebody else's files have names that the toolkit uses.
         """
         names, old = self._batch_names(), BatchSpec.read(self.folder)
         if old != self.spec:
-            for name in (*names, BUFFER_JSON, PROGRESS):
-                path = self.folder / name
+            for path in (self.folder / name for name in (*names, BUFFER_JSON, PROGRESS)):
                 if path.exists() and not is_own(path):
                     raise UserError(
                         f"{path}: not written by this toolkit, and would be overwritten; give the "
@@ -585,9 +540,10 @@ class Buffer:
             self._remove(names)
         utils.remove_leftovers(self.folder)
         self.spec.write(self.folder)
-        # A position outside of this run's epochs was left by an older run.
-        step = read_progress(self.folder, self.spec)
-        if step is not None and not self.start <= step < self.end:
+        # A position outside of this run's epochs was left by an older run, unless it is new: then
+        # training has ended while this script started.
+        step, is_new = read_progress(self.folder, self.spec), read_position(self.folder) != before
+        if step is not None and not is_new and not self.start <= step < self.end:
             self._remove([PROGRESS])
         first = self.wanted_first()
         if ready := [n for n in self.ready() if first <= n < first + self.size]:
@@ -595,41 +551,42 @@ class Buffer:
 
     def check_room(self) -> None:
         """Says how much room the window needs and how much there is. Raises UserError if less."""
-        own = sum(on_disk((self.folder / name).stat().st_size) for name in self._batch_names())
-        there = max(shutil.disk_usage(self.folder).free + own - ROOM_FOR_SMALL_FILES, 0)
+        folder, size_of = self.folder, utils.file_size
+        own = sum(on_disk((folder / name).stat().st_size) for name in self._batch_names())
+        room = shutil.disk_usage(folder).free + own
+        room = max(room - 4096, 0)  # training_progress.txt needs some while it is replaced
         batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
-        needed, place, free = batch * self.size, "", None
-        if is_ram_disk(self.folder):
-            place, free = ", a RAM disk", utils.available_memory()
-        elif looks_like_a_ram_disk(self.folder):
-            utils.warn(
-                f"[train] buffer_folder {self.folder} looks like a RAM disk, but is on a disk; "
-                f"training may have to wait for it. Is a file system mounted there?"
-            )
-        memory = "" if free is None else f"; free memory: {utils.file_size(free)}"
+        needed, in_memory = batch * self.size, is_ram_disk(folder)
+        free = utils.available_memory() if in_memory else None
+        memory = "" if free is None else f"; free memory: {size_of(free)}"
         print(
-            f"buffer: {plural(self.size, 'batch')} of {utils.file_size(batch)} in {self.folder}"
-            f"{place}: needs {utils.file_size(needed)}, has room for {utils.file_size(there)}"
-            f"{memory}"
+            f"buffer: {plural(self.size, 'batch')} of {size_of(batch)} in {folder}"
+            f"{', a RAM disk' if in_memory else ''}: needs {size_of(needed)}, has room for "
+            f"{size_of(room)}{memory}"
         )
-        room, why = there, f"{self.folder} has room for {utils.file_size(there)}"
-        if free is not None and (limit := free + own - memory_for_training(free)) < there:
-            room = limit
-            why = (
-                f"{self.folder} is a RAM disk and may take {utils.file_size(limit)} of memory: "
-                f"{utils.file_size(free)} is free, and training needs some"
+        if not in_memory and looks_like_a_ram_disk(folder):
+            utils.warn(
+                f"[train] buffer_folder {folder} looks like a RAM disk, but is on a disk; "
+                f"training may have to wait for it. Is the RAM disk mounted?"
             )
+        limits = [(room, f"{folder} has room for {size_of(room)}")]
+        if free is not None:
+            # Training keeps a tenth of the free memory, but at least 1 GB and at most half.
+            limit = free + own - min(max(10**9, free // 10), free // 2)
+            why = f"{folder} is a RAM disk and may take {size_of(limit)} of memory"
+            limits.append((limit, f"{why}: {size_of(free)} is free, and training needs some"))
+        room, why = min(limits)
         if needed > room:
             way_out = f"the largest buffer_size that fits is {room // batch}"
             if room < batch:
                 way_out = "not even one batch fits: take another folder or a smaller --batch_size"
             raise UserError(
-                f"[train] buffer_size = {self.size} needs {utils.file_size(needed)}, but "
+                f"[train] buffer_size = {self.size} needs {size_of(needed)}, but "
                 f"buffer_folder {why}; {way_out}"
             )
 
     def wanted_first(self) -> int:
-        """Number of the batch that training needs next. Says so, once, if nobody will make it."""
+        """The step that training needs next. Warns once if it is before this run's epochs."""
         step = read_progress(self.folder, self.spec)
         if step is None:
             return self.start
@@ -643,22 +600,22 @@ class Buffer:
         return step
 
     def ready(self) -> set[int]:
-        """Steps of the batches that are there, both files complete."""
+        """Steps of the batches whose files are both there and complete."""
+        sizes = {"X": self.x_bytes, "Y": self.y_bytes}
         complete: dict[str, set[int]] = {"X": set(), "Y": set()}
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                if (step := self.spec.step_of(entry.name)) is not None:
-                    kind = entry.name[0]
-                    if _size(entry) == (self.x_bytes if kind == "X" else self.y_bytes):
-                        complete[kind].add(step)
+                step, kind = self.spec.step_of(entry.name), entry.name[0]
+                if step is not None and _size(entry) == sizes[kind]:
+                    complete[kind].add(step)
         return complete["X"] & complete["Y"]
 
     def remove_all_but(self, window: range) -> None:
-        """Removes the batches that are not in the window: used ones and those of an older run."""
+        """Removes all batches outside of the window, whichever run has made them."""
         self._remove(name for name in self._batch_names() if self.spec.step_of(name) not in window)
 
     def remove(self, steps: Iterable[int]) -> None:
-        """Removes these batches; none of them need be there."""
+        """Removes these batches, as far as they are there."""
         for step in steps:
             self._remove(path.name for path in self.spec.files(self.folder, step))
 
@@ -696,33 +653,22 @@ class Buffer:
     def _batch_names(self) -> list[str]:
         return [name for name in os.listdir(self.folder) if BATCH_FILE.fullmatch(name)]
 
-    def _remove(self, names) -> None:
+    def _remove(self, names: Iterable[str]) -> None:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
-
-
-ROOM_FOR_SMALL_FILES = 4096
-"""Bytes left free for training_progress.txt while it is replaced."""
-
-
-def memory_for_training(free: int) -> int:
-    """Bytes of the free memory that the buffer leaves to training."""
-    return min(max(10**9, free // 10), free // 2)
 
 
 def is_ram_disk(folder: Path) -> bool:
     """Whether the folder's file system is kept in memory, as Linux tells; False elsewhere."""
     mounts, device = Path("/proc/self/mountinfo"), os.stat(folder).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in mounts.read_bytes().splitlines() if mounts.exists() else []:
-        mount, _, kind = line.decode(errors="replace").partition(" - ")
-        if mount.split()[2] == number:
-            return kind.split()[0] in ("tmpfs", "ramfs", "devtmpfs")
-    return False
+    known = mounts.read_bytes() if mounts.exists() else b""
+    line = rb"^\d+ \d+ %d:%d .*? - (\w+) " % (os.major(device), os.minor(device))
+    mount = re.search(line, known, re.MULTILINE)
+    return mount is not None and mount[1] in (b"tmpfs", b"ramfs", b"devtmpfs")
 
 
 def looks_like_a_ram_disk(folder: Path) -> bool:
-    """Whether a part of the path is named as RAM disks are, or almost."""
+    """Whether part of the path has a name, or almost a name, that RAM disks usually have."""
     words = [re.sub("[^a-z]", "", part.lower()) for part in folder.parts]
     names = ("ramdisk", "ramfs", "tmpfs")
     close = any(difflib.get_close_matches(word, names, 1, 0.8) for word in words)
@@ -731,7 +677,7 @@ def looks_like_a_ram_disk(folder: Path) -> bool:
 
 
 def on_disk(size: int) -> int:
-    """Bytes that a file takes on a RAM disk: whole pages."""
+    """Bytes that a file of this size takes on a RAM disk: whole pages."""
     return -(-size // 4096) * 4096
 
 
@@ -739,13 +685,13 @@ def _size(entry: os.DirEntry) -> int:
     try:
         return entry.stat().st_size
     except FileNotFoundError:  # removed since the folder was listed
-        return -1
+        return 0
 
 
 # --- keeping it full ------------------------------------------------------------------------
 
 POLL = 0.01
-"""Seconds between two looks at the progress of training, which take 20 µs each."""
+"""Seconds between two looks at the progress of training. Each takes 20 µs."""
 
 LOOK_AGAIN = 1.0
 """Seconds after which the folder is listed again, in case somebody else has changed it. With 1,000
@@ -757,17 +703,20 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
 
     Whatever happens to the progress or to the folder, the next batch made is the nearest missing.
     """
-    stock, diary, filling = Stock(buffer, min(LOOK_AGAIN, sleep_time)), Diary(sleep_time), False
+    stock = Stock(buffer, min(LOOK_AGAIN, sleep_time))
+    diary, filling = Diary(buffer.spec.batch_size, sleep_time), False
     with Workers(buffer, threads) as workers:
         while (first := buffer.wanted_first()) < buffer.end:
             window = stock.follow(first)
-            if not filling and stock.ahead() < min(REFILL_BELOW * buffer.size, len(window)):
+            enough = min(window.start + REFILL_BELOW * buffer.size, window.stop)
+            if not filling and stock.nearest_missing() < enough:
                 filling = True
                 diary.begin()
             if filling:
                 stock.remove_used()
-                # One job for each thread to turn to, so that none waits for this loop.
-                for step in stock.missing(2 * threads - len(stock.under_way)):
+                # Two jobs per thread, so that no thread waits for this loop.
+                while len(stock.under_way) < 2 * threads and stock.nearest_missing() < window.stop:
+                    step = stock.nearest_missing()
                     stock.under_way.add(step)
                     workers.submit(step)
                 if not stock.under_way:
@@ -775,12 +724,12 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
                     diary.end(f"{buffer.spec.position(first)}: {plural(len(window), 'batch')}")
             for step, done in workers.results(min(POLL, sleep_time)):
                 stock.made(step, done)
-                diary.add(done, buffer.spec.batch_size)
-    return diary.total
+                diary.made += done
+    return diary.made
 
 
 class Stock:
-    """Which batches of the window lie ready. It is known, and the folder seldom listed."""
+    """Knows which batches of the window are ready, so that the folder is seldom listed."""
 
     def __init__(self, buffer: Buffer, look_again: float):
         self.buffer, self.look_again = buffer, look_again
@@ -788,13 +737,15 @@ class Stock:
         self.ready: set[int] = set()
         self.under_way: set[int] = set()
         self._look_at = 0.0  # when to list the folder again
-        self._ahead = self._next = 0  # all before is ready; all before is ready or under way
+        self._next = 0  # all batches before are ready or under way
         self._used: list[int] = []
         self._sweep = False
 
     def follow(self, first: int) -> range:
-        """Moves the window to where training is, and returns it. Lists the folder if that is due,
-        if training has jumped, or if the batch it needs has been removed.
+        """Moves the window to where training is, and returns it.
+
+        Lists the folder if that is due, if training has jumped, or if the batch it needs was
+        removed.
         """
         buffer, old = self.buffer, self.window
         first = max(first, buffer.start)
@@ -805,35 +756,27 @@ class Stock:
             self._look()
         else:
             self._used += range(old.start, first)
-            self._ahead, self._next = max(self._ahead, first), max(self._next, first)
+            self._next = max(self._next, first)
         return self.window
 
     def _look(self) -> None:
         start = time.thread_time()
-        self.ready = self.buffer.ready()
-        self._ahead = self._next = self.window.start
-        self._used, self._sweep = [], True
-        # However many batches there are, a hundredth of the time is enough for looking.
+        self.ready = self.buffer.ready().intersection(self.window)
+        self._next, self._used, self._sweep = self.window.start, [], True
+        # However many batches there are, looking takes at most a hundredth of the time.
         pause = max(self.look_again, 100 * (time.thread_time() - start))
         self._look_at = time.monotonic() + pause
 
-    def ahead(self) -> int:
-        """How many batches lie ready for training without a gap."""
-        while self._ahead in self.ready and self._ahead < self.window.stop:
-            self._ahead += 1
-        return self._ahead - self.window.start
-
-    def missing(self, most: int) -> list[int]:
-        """The nearest steps that are neither ready nor under way, no more than so many."""
-        found: list[int] = []
-        while len(found) < most and self._next < self.window.stop:
-            if self._next not in self.ready and self._next not in self.under_way:
-                found.append(self._next)
+    def nearest_missing(self) -> int:
+        """The first step that is neither ready nor under way; the window's end if there is none."""
+        while self._next < self.window.stop and (
+            self._next in self.ready or self._next in self.under_way
+        ):
             self._next += 1
-        return found
+        return self._next
 
     def made(self, step: int, done: bool) -> None:
-        """Takes note of a job's end; `done` is False if there was no room."""
+        """Notes the end of a job; `done` is False if there was no room."""
         self.under_way.discard(step)
         if not done:
             self._next = self.window.start
@@ -844,75 +787,69 @@ class Stock:
             self._used.append(step)
 
     def remove_used(self) -> None:
-        """Removes the batches outside of the window, those of an older run included."""
+        """Removes the batches outside of the window; after the folder was listed, all of them."""
         if self._sweep:
             self.buffer.remove_all_but(self.window)
-            self.ready.intersection_update(self.window)
         self.buffer.remove(self._used)
-        self.ready.difference_update(self._used)
         self._used, self._sweep = [], False
 
 
 class Diary:
-    """Counts what was made, and says so when the buffer is full, but not too often."""
+    """Counts the batches made, and says so when the buffer is full, but not too often."""
 
-    def __init__(self, pause: float):
+    def __init__(self, batch_size: int, pause: float):
         """`pause`: seconds between two lines, at least."""
-        self.total = self._batches = self._pictures = 0
-        self._seconds, self._say_at, self._pause = 0.0, 0.0, pause
+        self.batch_size, self.pause = batch_size, pause
+        self.made = self._said = 0
+        self._seconds = self._say_at = 0.0
 
     def begin(self) -> None:
         self._began = time.monotonic()
 
-    def add(self, batches: int, batch_size: int) -> None:
-        self.total += batches
-        self._batches += batches
-        self._pictures += batches * batch_size
-
     def end(self, what: str) -> None:
         now = time.monotonic()
         self._seconds += now - self._began
-        if now >= self._say_at:
-            rate = self._pictures / max(self._seconds, 1e-9)
-            print(
-                f"{what} ready ahead of training, {self._batches:,} just made at {rate:,.0f} "
-                f"pictures/s"
-            )
-            self._batches = self._pictures = 0
-            self._seconds, self._say_at = 0.0, now + self._pause
+        if now < self._say_at:
+            return
+        new = self.made - self._said
+        rate = new * self.batch_size / max(self._seconds, 1e-9)
+        print(f"{what} ready ahead of training, {new:,} just made at {rate:,.0f} pictures/s")
+        self._said, self._seconds, self._say_at = self.made, 0.0, now + self.pause
 
 
 FORK = sys.platform == "linux"
-"""Whether processes may be forked; macOS's own libraries do not bear it, so threads do there."""
+"""Whether to make batches in forked processes. The libraries of macOS do not survive a fork, so
+there all threads run in this process."""
 
 
 class Workers:
-    """Threads that make batches, spread over processes: of each, Python runs one thread at a time.
+    """Threads that make batches, spread over processes because of Python's global lock.
 
-    A context manager. All threads read their jobs from one pipe, the nearest batch first. When this
-    process ends, however it ends, the pipe hangs up, and the processes end at once.
+    A context manager. All threads read their jobs from one pipe, nearest batch first. A job is a
+    step in 8 bytes, which a pipe never splits. When this process ends, however it ends, the pipe
+    hangs up and the other processes end at once.
     """
 
     def __init__(self, buffer: Buffer, threads: int):
-        self.folder, self.failures = buffer.folder, buffer.recipe.failures
+        self.buffer = buffer
         self._jobs, self._submit = os.pipe()
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._results, self._running = [], []
-        gc.freeze()  # so that the processes go on sharing what is there
+        gc.freeze()  # garbage collection would copy the shared memory into each process
         count = min(threads, utils.cores()) if FORK else 1
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # only this process handles them
         for share in [len(range(i, threads, count)) for i in range(count)]:
             ours, theirs = multiprocessing.Pipe(duplex=False)
             self._results.append(ours)
             if FORK:
-                job = (buffer, share, theirs)
                 fork = multiprocessing.get_context("fork")
-                self._running.append(fork.Process(target=self._process, args=job, daemon=True))
-                self._running[-1].start()
+                process = fork.Process(target=self._process, args=(share, theirs), daemon=True)
+                process.start()
+                self._running.append(process)
                 theirs.close()
             else:
-                self._running += self._threads(buffer, share, theirs)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                self._running += self._threads(share, theirs)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def __enter__(self) -> "Workers":
         return self
@@ -925,13 +862,13 @@ class Workers:
         os.close(self._jobs)
         for connection in self._results:
             connection.close()
-        utils.remove_leftovers(self.folder)
+        utils.remove_leftovers(self.buffer.folder)
 
     def submit(self, step: int) -> None:
-        os.write(self._submit, step.to_bytes(JOB))
+        os.write(self._submit, step.to_bytes(8))
 
     def results(self, timeout: float) -> list[tuple[int, bool]]:
-        """Steps that have been tried since, and whether there was room for them.
+        """The steps whose jobs have ended, and whether there was room for them.
 
         Raises what a thread has raised, and UserError for too many broken pictures.
         """
@@ -941,78 +878,61 @@ class Workers:
                 message = connection.recv()
             except EOFError:
                 raise UserError(
-                    "a process that made batches was killed, perhaps for want of memory; start "
+                    "a process that made batches was killed, perhaps for lack of memory; start "
                     "again, with a smaller num_of_threads if it happens again"
                 ) from None
             if isinstance(message, Exception):
                 raise message
-            if isinstance(message, Broken):
-                self.failures.add(message.path, ValueError(message.reason))
+            if isinstance(message[1], BrokenPicture):
+                self.buffer.recipe.failures.add(*message)
             else:
                 done.append(message)
         return done
 
-    def _process(self, buffer: Buffer, threads: int, results: Connection) -> None:
+    def _process(self, threads: int, results: Connection) -> None:
         """What a process does. It ends when the pipe of jobs hangs up."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        close_all_but(self._jobs, results.fileno())
-
-        def report(path: str, error: Exception) -> None:
-            self._send(results, Broken(path, str(error) or type(error).__name__))
-
-        buffer.recipe.report = report
-        self._threads(buffer, threads, results)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        kept = (0, 1, 2, self._jobs, results.fileno())
+        for descriptor in {*map(int, os.listdir("/dev/fd"))}.difference(kept):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)  # a lock, for one, is held while any process has its file open
+        self.buffer.recipe.report = lambda *broken: self._send(results, broken)
+        self._threads(threads, results)
         hung_up = select.poll()
         hung_up.register(self._jobs, 0)
         hung_up.poll()
         os._exit(0)
 
-    def _threads(self, buffer: Buffer, count: int, results: Connection) -> list[threading.Thread]:
-        job = (buffer, results)
-        threads = [threading.Thread(target=self._make, args=job, daemon=True) for _ in range(count)]
+    def _threads(self, count: int, results: Connection) -> list[threading.Thread]:
+        threads = [
+            threading.Thread(target=self._make, args=[results], daemon=True) for _ in range(count)
+        ]
         for thread in threads:
             thread.start()
         return threads
 
-    def _make(self, buffer: Buffer, results: Connection) -> None:
-        """What a thread does: one job after the other. Whatever it raises is the parent's."""
+    def _make(self, results: Connection) -> None:
+        """What a thread does: one job after another. What it raises is raised in the parent."""
         try:
-            while not self._stopped.is_set() and (job := os.read(self._jobs, JOB)):
+            while not self._stopped.is_set() and (job := os.read(self._jobs, 8)):
                 step = int.from_bytes(job)
-                self._send(results, (step, buffer.make(step)))
+                self._send(results, (step, self.buffer.make(step)))
         except Exception as error:
             error.add_note(traceback.format_exc())
             self._send(results, error)
 
     def _send(self, results: Connection, message: object) -> None:
+        """A step and whether there was room; a path and why it is broken; or an exception."""
         with self._lock:
             results.send(message)
-
-
-JOB = 8
-"""Bytes of a job: the step. A pipe never cuts so little in two."""
-
-
-class Broken(NamedTuple):
-    """What a process says of a picture that cannot be decoded."""
-
-    path: str
-    reason: str
-
-
-def close_all_but(*kept: int) -> None:
-    """Closes all other files but the standard ones: a lock, say, lives as long as one is open."""
-    for descriptor in map(int, os.listdir("/dev/fd")):
-        if descriptor > 2 and descriptor not in kept:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
 
 
 # --- taking batches from the buffer ----------------------------------------------------------
 
 
 def take_buffer(config: SimpleNamespace) -> Path:
-    """The buffer's folder, this process's own from here on. Raises UserError if another has it."""
+    """Locks the buffer's folder for this process. Raises UserError if another training has it."""
     folder = utils.make_folder(config.train.buffer_folder)
     utils.lock(folder / TRAINER_LOCK, f"{folder}: another train.py takes batches from here")
     return folder
@@ -1025,7 +945,7 @@ def end_preprocessing(folder: Path, epoch_end: int) -> None:
 
 
 def check_spec(spec: BatchSpec, config: SimpleNamespace, batch_size: int, folder: Path) -> None:
-    """Raises UserError, with both values, if the batches do not fit this training."""
+    """Raises UserError, with both values, if the buffer's batches do not fit this training."""
     worker, workers = worker_of_workers()
     ours = {
         "batch_size": batch_size,
@@ -1044,11 +964,11 @@ def check_spec(spec: BatchSpec, config: SimpleNamespace, batch_size: int, folder
 
 
 LOOK = 0.02
-"""Seconds between two looks of a waiting trainer."""
+"""Seconds between two looks of a trainer that waits."""
 
 
 def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
-    """Takes the buffer for this process and returns what it holds, waiting for it if need be.
+    """Takes the buffer for this process, waits until it is described, and returns what it holds.
 
     `args`: the trainer's epoch_start, epoch_end, batch_size and config. Raises UserError if another
     training uses the buffer, or if it does not fit this one.
@@ -1076,13 +996,11 @@ def preprocessor_command(args: Namespace) -> str:
 
 
 class BatchReader:
-    """Reads batch after batch, two ahead of training, in a thread of its own.
+    """Reads the batches in order, in a thread of its own, two ahead of training.
 
-    A context manager; `next` returns the batches in order.
-
-    Pictures are read into memory that is used again as soon as no array or tensor uses it. Fresh
-    memory would cost three times as much as the reading, because the system clears every page. A
-    read does not hold Python's lock, so the training thread runs on meanwhile.
+    A context manager. Pictures are read into memory that is used again as soon as no array or
+    tensor needs it: new memory would cost three times as much as reading, because the system clears
+    every page. Reading does not hold Python's lock, so the training thread keeps running.
     """
 
     def __init__(
@@ -1093,8 +1011,9 @@ class BatchReader:
         put: Callable[[np.ndarray, np.ndarray], object],
         args: Namespace,
     ):
-        """`put` takes a batch's images and labels to where they are trained on; it may go on using
-        the images' memory instead of copying it. `args`: as for `wait_for_buffer`.
+        """`put` takes a batch's images and labels to where they are trained on. It need not copy
+        the images: their memory stays as it is while anything uses it. `args`: as for
+        `wait_for_buffer`.
         """
         self.folder, self.sleep_time = config.train.buffer_folder, config.train.sleep_time
         self.spec, self.steps, self.put, self.args = spec, steps, put, args
@@ -1102,15 +1021,15 @@ class BatchReader:
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(1)
         self._ahead: deque[Future] = deque()
-        self._memory: list[tuple[mmap.mmap, weakref.ref]] = []
+        self._free: list[mmap.mmap] = []
         self._checked: tuple[int, ...] = ()
         self._say_at = 0.0
 
     def __enter__(self) -> "BatchReader":
         self._tell(self.steps.start)
-        first, last = (out_of_reach(self.spec, n) for n in (self.steps.start, self.steps.stop - 1))
-        if first or last:
-            utils.warn(first or last)
+        first, last = self.steps.start, self.steps.stop - 1
+        if line := out_of_reach(self.spec, first) or out_of_reach(self.spec, last):
+            utils.warn(line)
         self._read_ahead()
         return self
 
@@ -1137,7 +1056,7 @@ class BatchReader:
             self._ahead.append(self._pool.submit(self._read, step))
 
     def _read(self, step: int) -> object:
-        """The batch, waiting for it if need be; None once the reader is closed."""
+        """Waits for the batch if need be, and returns it; None once the reader is closed."""
         say_at = time.monotonic() + min(1, self.sleep_time)
         self._tell(step)
         while not self._closed.is_set():
@@ -1161,24 +1080,18 @@ class BatchReader:
 
     def _free_memory(self) -> np.ndarray:
         """float16 [batch_size, 224, 224, 3] in memory that nothing else uses, aligned to a page."""
-        shape, free = self.spec.shape, len(self._memory)
-        for i, (_, user) in enumerate(self._memory):
-            if user() is None:
-                free = i
-        if free == len(self._memory):
-            memory = mmap.mmap(-1, 2 * math.prod(shape))
-        else:
-            memory, _ = self._memory.pop(free)
+        shape = self.spec.shape
+        memory = self._free.pop() if self._free else mmap.mmap(-1, 2 * math.prod(shape))
         # Every view of this array keeps it alive, those that TensorFlow holds included.
         array = np.frombuffer(memory, np.float16)
-        self._memory.append((memory, weakref.ref(array)))
+        weakref.finalize(array, self._free.append, memory)
         return array.reshape(shape)
 
     def _check(self) -> None:
-        """Raises UserError if the buffer has become another one than when training began."""
+        """Raises UserError if the buffer holds other batches than when training began."""
         status = os.stat(self.folder / BUFFER_JSON)
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if version == self._checked:  # for every batch: it holds all the names of the classes
+        if version == self._checked:  # with 1,000 class names, too long to read for every batch
             return
         spec = BatchSpec.read(self.folder)
         if spec is None:
@@ -1192,7 +1105,7 @@ class BatchReader:
         self._checked = version
 
     def _tell(self, step: int) -> None:
-        """Says which batch is needed next; without room for that, it is said while waiting."""
+        """Says which batch is needed next. Without room for that, `_read` says it later."""
         try:
             write_progress(self.folder, self.spec, step)
         except OSError as error:
@@ -1210,14 +1123,12 @@ def why_missing(folder: Path, step: int, args: Namespace) -> str:
     if line := out_of_reach(spec, step):
         return line
     if read_progress(folder, spec) != step:
-        return (
-            f"there is no room for {PROGRESS}, so runtime_preprocessing.py cannot know; make room"
-        )
-    return "runtime_preprocessing.py is at work; what it says tells why it takes so long"
+        return f"there is no room for {PROGRESS}, which tells what to make; make room"
+    return "runtime_preprocessing.py is at work; its output tells why it takes so long"
 
 
 def out_of_reach(spec: BatchSpec, step: int) -> str | None:
-    """What to do if the preprocessor that described the buffer was not started for this step."""
+    """What to do if the buffer's preprocessor was started for epochs without this step."""
     epoch, (start, end) = step // spec.batches_per_epoch, spec.epochs
     if start <= epoch < end:
         return None
@@ -1268,12 +1179,12 @@ def read_array(path: Path, array: np.ndarray) -> None:
 def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
     """Prints pictures per second for 1, 2, 4 … threads, in a buffer kept full as for training.
 
-    Slow storage needs more threads than there are cores, so it goes on as long as more bring more.
-    Raises UserError without room.
+    With slow storage, more threads than cores help, so it goes on as long as they do. Raises
+    UserError without room.
     """
     utils.remove_leftovers(folder)
     threads, most, rates = 1, max(4 * utils.cores(), 8), {}
-    # What an earlier benchmark or count has read lies in memory, so each goes on to other pictures.
+    # What was read before lies in memory, so every benchmark and every count takes other pictures.
     step = recipe.spec.step(random.randrange(1000, 1_000_000))
     while threads <= most or rates[threads // 2] > 1.1 * rates[threads // 4]:
         rates[threads], step = measure(recipe, folder, threads, step, seconds)
@@ -1292,32 +1203,31 @@ def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
 def measure(
     recipe: Recipe, folder: Path, threads: int, step: int, seconds: float
 ) -> tuple[float, int]:
-    """Pictures per second of so many threads, from this step on, and the step they came to."""
+    """Pictures per second with this many threads from this step on, and the step they reached."""
     aside = utils.aside_name(folder / "benchmark")
     aside.mkdir()
     try:
         buffer = TakenBuffer(aside, recipe, threads, step, seconds)
         keep_full(buffer, threads, POLL)
-        return buffer.rate, buffer.first + buffer.size
     finally:
         shutil.rmtree(aside)
+    return buffer.rate, buffer.first + buffer.size
 
 
 class TakenBuffer(Buffer):
-    """A buffer with a stand-in for training that takes each batch as soon as it is there."""
+    """A buffer whose batches are taken as soon as they are there, by a stand-in for training."""
 
     def __init__(self, folder: Path, recipe: Recipe, threads: int, step: int, seconds: float):
         super().__init__(folder, recipe, 3 * threads)
         self.start, self.end, self.size = step, sys.maxsize, 3 * threads
         self.first, self.threads, self.seconds = step, threads, seconds
-        self._count = 0
         self._began = self.rate = 0.0
 
     def wanted_first(self) -> int:
         """The next step to take, or the end when the time is up.
 
-        Threads that began together end together, so whole rounds of them are counted, the first
-        left out.
+        All threads finish their batches at about the same time, so only whole rounds of them count,
+        and the first is left out.
         """
         while self.spec.files(self.folder, self.first)[0].exists():
             self.first += 1
@@ -1334,26 +1244,26 @@ class TakenBuffer(Buffer):
         raise UserError(f"{self.folder.parent}: no room for three batches of each thread")
 
 
-def draw_preview(recipe: Recipe, file: Path, step: int, most: int = 32) -> None:
-    """A contact sheet of a batch as the network will see it, with the names of the classes."""
+def draw_preview(recipe: Recipe, file: Path, most: int = 32) -> None:
+    """A contact sheet of the first batch as the network will see it, with the classes' names."""
+    spec = recipe.spec
+    step = spec.step(spec.epochs[0])
     x, y = recipe.make(step)
-    mu, sigma = np.float32(recipe.spec.mu), np.float32(recipe.spec.sigma)
-    pixels = x[:most].astype(np.float32) * sigma + mu
+    pixels = x[:most].astype(np.float32) * np.float32(spec.sigma) + np.float32(spec.mu)
     pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
-    gap, caption, columns = 12, 26, min(8, len(pixels))
-    rows = -(-len(pixels) // columns)
+    gap, head, columns = 12, 40, min(8, len(pixels))
+    width, height = CROP + gap, CROP + 26 + gap  # of a picture with its caption
     font, small = ImageFont.load_default(18), ImageFont.load_default(16)
-    width, head = gap + columns * (CROP + gap), 40
-    sheet = Image.new("RGB", (width, head + rows * (CROP + caption + gap)), "white")
+    size = (gap + columns * width, head + -(-len(pixels) // columns) * height)
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     shown = f"first {len(pixels)} of {len(x)} pictures" if len(x) > most else f"{len(x)} pictures"
-    title = f"{recipe.spec.position(step)}: {shown}, as the network sees them"
+    title = f"{spec.position(step)}: {shown}, as the network sees them"
     pen.text((gap, 10), title, "black", font)
     for i, (picture, label) in enumerate(zip(pixels, y, strict=False)):
-        left = gap + i % columns * (CROP + gap)
-        top = head + i // columns * (CROP + caption + gap)
+        left, top = gap + i % columns * width, head + i // columns * height
         sheet.paste(Image.fromarray(picture), (left, top))
-        name = shortened(recipe.pictures.class_names[label], small, CROP)
+        name = shortened(spec.class_names[label], small, CROP)
         pen.text((left, top + CROP + 4), name, "black", small)
     if file.is_dir():
         raise UserError(f"--preview={file}: a folder, not a file")
@@ -1366,8 +1276,7 @@ def draw_preview(recipe: Recipe, file: Path, step: int, most: int = 32) -> None:
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """`text`, cut so that it is at most so many pixels wide."""
-    # Pillow's own font knows ASCII alone.
+    """`text`, cut to at most `width` pixels, in ASCII: Pillow's own font has nothing else."""
     text = unicodedata.normalize("NFKD", utils.one_line(text).replace("ß", "ss"))
     text = "".join(c for c in text if not unicodedata.combining(c))
     text = text.encode("ascii", "backslashreplace").decode()

@@ -39,7 +39,6 @@ from runtime_preprocessing import (
     BatchSpec,
     Buffer,
     Recipe,
-    Texts,
     check_spec,
     end_preprocessing,
     keep_full,
@@ -273,6 +272,37 @@ def test_progress_of_an_older_run_does_not_end_it(tmp_path, toy, ram):
     assert os.listdir(ram) == []
 
 
+ENDS_WHILE_IT_STARTS = """
+import sys
+from pathlib import Path
+toolkit, file = sys.argv[1:3]
+del sys.argv[1:3]
+sys.path.insert(0, toolkit)
+import utils, runtime_preprocessing
+find = runtime_preprocessing.training_pictures
+def training_ends_meanwhile(config):
+    utils.write_text(Path(file), "2\\n0\\n")
+    return find(config)
+runtime_preprocessing.training_pictures = training_ends_meanwhile
+utils.run(runtime_preprocessing.main)
+"""
+
+
+def test_an_end_written_while_it_started_is_believed(config, ram):
+    """Else it would wait for ever for a training that has ended."""
+    progress(ram, 19)
+    words = [toolkit.ROOT, ram / "training_progress.txt", f"--config={config}", *span(0, 2)]
+    result = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_IT_STARTS, *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "training has passed epoch 1" in result.stdout
+    assert os.listdir(ram) == []
+
+
 NEVER = 3600
 """A sleep_time far beyond PATIENCE: what has to happen must not wait for it."""
 
@@ -340,13 +370,6 @@ def test_the_order_of_an_epoch_is_drawn_once_for_all_threads(config, monkeypatch
     with ThreadPoolExecutor(8) as pool:
         orders = list(pool.map(recipe.order, [1] * 8))
     assert drawn == [1] and all(order is orders[0] for order in orders)
-
-
-def test_names_in_one_piece_of_memory_are_those_of_the_list():
-    names = ["a/b.jpg", "", "ä/ö ü.JPEG", os.fsdecode(b"\xff\xfe/x.png"), "line\nbreak"]
-    texts = Texts(names)
-    assert [texts[i] for i in range(len(names))] == names
-    assert texts[np.int32(2)] == names[2]
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -500,6 +523,19 @@ def test_a_clock_set_back_changes_nothing(tmp_path, toy, ram):
         assert {path: path.stat().st_ino for path in ram.glob("[XY]_*")} == made
         train(ram, recipe_of(config), range(20), process)
         assert finish(process) == 0
+
+
+def test_a_folder_that_is_removed_ends_it_in_one_line(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+    with preprocessor(config, *span(0, 2)) as process:
+        wait_until(settled(ram, range(3)), process, "buffer full")
+        moved = ram.rename(ram.with_name(f"{ram.name}-moved"))
+        try:
+            assert finish(process) == 2
+        finally:
+            moved.rename(ram)
+    assert f"error: {ram}: was removed; start again" in said(config)
+    assert "Traceback" not in said(config)
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,20 @@ def with_other(recipe, **changes):
     return runtime_preprocessing.Recipe(spec, recipe.pictures, recipe.copies)
 
 
+def test_a_passing_error_of_the_storage_makes_no_file_a_strangers(config, ram, monkeypatch):
+    buffer, failures = stock(config, ram, 1), [errno.EIO, errno.ESTALE]
+
+    def failing(*arguments: object):
+        if failures:
+            raise OSError(failures.pop(), "fails for a moment")
+        return open(*arguments)
+
+    monkeypatch.setattr(runtime_preprocessing, "open", failing, raising=False)
+    monkeypatch.setattr(utils, "PAUSES", (0, 0))
+    Buffer(ram, with_other(buffer.recipe, seed=3), 3).claim()
+    assert not failures and not there(ram)
+
+
 def test_what_a_power_failure_leaves_is_no_strangers(config, ram):
     buffer = stock(config, ram, 2)
     for name in ("X_0_0.npy", "Y_0_1.npy", "buffer.json", "training_progress.txt"):
