@@ -59,7 +59,7 @@ def main() -> None:
         rows = read_table(table)
         if not (row := current_row(rows, run / str(epoch), crops)):
             if not wait_for(run / str(epoch)):
-                print(f"training ended before epoch {epoch}; no further model will come")
+                print(f"training ended before epoch {epoch}; there will be no more models")
                 break
             try:
                 row = evaluate(run / str(epoch), crops, args.pictures)
@@ -233,7 +233,7 @@ def current_row(rows: list[SimpleNamespace], folder: Path, crops: Crops) -> Simp
             if enough and (not folder.is_dir() or row.model == fingerprint(folder)):
                 return row
     if any(row.epoch == int(folder.name) for row in rows):
-        print(f"epoch {folder.name} was evaluated with other pictures, crops or weights: again")
+        print(f"epoch {folder.name} is evaluated again: other pictures, crops or weights")
     return None
 
 

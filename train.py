@@ -79,8 +79,9 @@ def main() -> None:
         end_preprocessing(take_buffer(config), args.epoch_end)
         print(f"{run.folder} is already trained to the end of epoch {args.epoch_end - 1}")
         return
-    spec = wait_for_buffer(config, args)
+    spec = wait_for_buffer(config, args)  # what the batches are made of
     trainer = Trainer(strategy, config, spec.classes, args)
+    # From 0, or from the step after the saved state.
     steps = range(restore(run, trainer, spec, args), spec.step(args.epoch_end))
     trainer.check_agreement(steps.start)
     saver = Saver(run, trainer, spec, args)
@@ -92,7 +93,7 @@ def main() -> None:
         finished = train(trainer, reader, saver, log, stop)
     if not finished:
         sys.exit(128 + stop.number)
-    # Only now: had training been killed before the last save, it would need these batches again.
+    # Only now: until the last model is saved, a kill would make training need these batches again.
     end_preprocessing(reader.folder, args.epoch_end)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
@@ -107,7 +108,8 @@ def train(
     """Trains on one batch per step, to the last step or until `stop`. Returns whether it finished.
 
     Steps are counted from 0 through all epochs. A step is sent to the device while the one before
-    it still runs there; `settle` waits for both, so only weights with finite losses are saved.
+    it still runs there. `settle` waits for both, and raises UserError instead of letting weights be
+    saved whose loss was not finite.
     """
     step = log.steps.start
     while step < log.steps.stop and not log.should_stop(step, stop):
@@ -203,7 +205,7 @@ class Trainer:
         self._step = tf.function(self._step, jit_compile=whole_step)
 
     def put(self, images: np.ndarray, labels: np.ndarray) -> tuple:
-        """A batch on the devices: each replica gets its share of the pictures."""
+        """Copies a batch to the devices: each replica gets its share of the pictures."""
         if self.replicas == 1:
             return tf.identity(shared(images)), tf.constant(labels)
         share = len(images) // self.local_replicas
@@ -219,12 +221,12 @@ class Trainer:
     def step(
         self, images: object, labels: object, rate: float, stop: "Stop | None" = None
     ) -> tf.Tensor:
-        """Trains on a batch. Returns float32 [9]: METRICS, perhaps still under way."""
+        """Trains on a batch. Returns float32 [9]: METRICS, which may still be being computed."""
         stopping = float(stop is not None and stop.is_set())
         return self._step(images, labels, tf.constant(rate), tf.constant(stopping))
 
     def _step(self, images, labels, rate, stopping):
-        """The step on all replicas. Compiled by XLA as a whole where there is only one."""
+        """The step on all replicas. If there is only one, XLA compiles it as a whole."""
         if self.replicas == 1:
             return self._replica_step(images, labels, rate, stopping)
         values = self.strategy.run(self._replica_step, (images, labels, rate, stopping))
@@ -251,7 +253,7 @@ class Trainer:
         return tf.stack([*tf.unstack(values), norm, *limits, skipped, self.loss_scale, stopping])
 
     def _accumulate(self, images, labels):
-        """Gradients, statistics and values of a replica's pictures, as means over their pieces."""
+        """What `_gradients` returns for a replica's pictures, averaged over their pieces."""
         pieces = self.args.accumulation_steps
         if pieces == 1:
             return self._gradients(images, labels)
@@ -271,8 +273,8 @@ class Trainer:
         return tf.nest.pack_sequence_as(zeros, means)
 
     def _gradients(self, images, labels):
-        """One forward and one backward pass: gradients of the (scaled) loss, batch statistics of
-        every normalisation, and float32 [3]: loss, loss without L2, share classified right.
+        """One forward and one backward pass. Returns the gradients of the (scaled) loss, the batch
+        statistics of every normalisation, and float32 [3]: loss, loss without L2, top-1.
         """
         limits = limits_at(self.updates, self.config.batch_renorm)
         smoothing = self.args.label_smoothing
@@ -321,10 +323,6 @@ class Trainer:
             else:
                 velocity.assign(tf.where(usable, change, velocity))
                 weight.assign_add(tf.where(usable, change, tf.zeros_like(change)))
-
-    def weights_are_finite(self) -> bool:
-        weights = [*self.network.variables, *self.momentum]
-        return all(bool(tf.reduce_all(tf.math.is_finite(weight))) for weight in weights)
 
     def check_agreement(self, step: int) -> None:
         """Raises UserError unless all machines begin at the same step with the same weights."""
@@ -404,16 +402,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_run()
     parser.add_epochs()
     add("--batch_size", whole(1), "pictures per batch, shared among the GPUs", REQUIRED)
-    add("--learning_rate", number(0), "learning rate at its highest", REQUIRED)
+    add("--learning_rate", number(0), "highest learning rate", REQUIRED)
     add("--lr_schedule", SCHEDULES, "constant (default), step or cosine", "constant")
     add("--lr_drop_epochs", epoch_list, "where step divides the rate by 10, such as 30,60,80", ())
     add("--warmup_epochs", number(0), "epochs in which the rate rises from 0 (default: 0)", 0.0)
-    add("--label_smoothing", number(0, 0.99), "share of the target for all classes", 0.0)
-    add("--accumulation_steps", whole(1), "pieces that a batch is taken in, to save memory", 1)
-    add("--init_from", Path, "saved model whose weights a new run begins with")
+    add("--label_smoothing", number(0, 0.99), "share of the target spread over all classes", 0.0)
+    add("--accumulation_steps", whole(1), "pieces that a batch is split into, to save memory", 1)
+    add("--init_from", Path, "saved model that a new run takes its weights from")
     add("--resume", None, "continue where the run stopped")
     add("--checkpoint_minutes", number(0), "minutes between two saved states (default: 10)", 10.0)
-    add("--keep_last", whole(1), "newest epochs to keep, with the best (default: all)")
+    add("--keep_last", whole(1), "newest epochs to keep besides the best (default: all)")
     add("--log_seconds", number(0), "seconds between two log lines (default: 30)", 30.0)
     add("--precision", PRECISIONS, "float32, mixed_float16 (on a GPU) or mixed_bfloat16")
     add("--jit_compile", None, "compile the step with XLA")
@@ -425,13 +423,13 @@ def parse_arguments() -> argparse.Namespace:
     if args.lr_schedule == "step" and not args.lr_drop_epochs:
         raise UserError("--lr_schedule=step needs --lr_drop_epochs, such as 30,60,80")
     if args.lr_schedule != "step" and args.lr_drop_epochs:
-        raise UserError("--lr_drop_epochs goes with --lr_schedule=step")
+        raise UserError("--lr_drop_epochs needs --lr_schedule=step")
     if args.warmup_epochs >= args.epoch_end:
         raise UserError(
             f"--warmup_epochs={args.warmup_epochs:g} must be less than --epoch_end={args.epoch_end}"
         )
     if args.init_from and args.epoch_start:
-        raise UserError("--init_from begins a new run; it goes with --epoch_start=0")
+        raise UserError("--init_from begins a new run, so it needs --epoch_start=0")
     return args
 
 
@@ -441,7 +439,7 @@ RECIPE = (
     "learning_rate", "lr_schedule", "lr_drop_epochs", "warmup_epochs", "epoch_end",
     "label_smoothing", "accumulation_steps", "precision",
 )  # fmt: skip
-"""Flags that shape the result; a state and a model remember them."""
+"""Flags that shape the result. States and models keep their values."""
 
 
 def recipe_of(args: argparse.Namespace) -> dict[str, object]:
@@ -508,7 +506,7 @@ def disk_plan(folder: Path, trainer: Trainer, epochs: int) -> str:
     if trainer.args.keep_last:
         epochs = min(epochs, trainer.args.keep_last + 2)  # the best one, and one being written
     free = shutil.disk_usage(folder).free
-    short = "" if epochs * each <= free else "; make room in time, or use another path_for_saving"
+    short = "" if epochs * each <= free else "; free some space, or use another path_for_saving"
     return (
         f"models go to {folder}: {utils.file_size(each)} each, {utils.file_size(epochs * each)} in "
         f"all, {utils.file_size(free)} free{short}"
@@ -568,7 +566,7 @@ def explained_failures() -> Iterator[None]:
         yield
     except tf.errors.ResourceExhaustedError:
         raise UserError(
-            "not enough memory on the device; take a larger --accumulation_steps, a smaller "
+            "not enough memory on the device; use a larger --accumulation_steps, a smaller "
             "--batch_size, or --precision=mixed_float16"
         ) from None
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError):
@@ -583,7 +581,7 @@ def explained_failures() -> Iterator[None]:
 # --- the run's folder -----------------------------------------------------------------------
 
 STATE = "training_state"
-"""Subfolder of a model: what training needs besides the weights. It may be deleted."""
+"""Subfolder of a model with what training needs to continue. It may be deleted."""
 
 FACTS = ("classes", "batch_size", "seed", "N", "pictures", "workers", "mu", "sigma")
 """Fields of BatchSpec that must be the same to continue within an epoch. Between epochs only the
@@ -609,9 +607,9 @@ class Run:
         return sorted((int(m[1]), int(m[2]), self.folder / m[0]) for m in found if m)
 
     def is_trained_to(self, epoch_end: int) -> bool:
-        """Whether the last epoch's model is there, whole."""
-        last = self.folder / str(max(self.epochs(), default=-1))
-        return self.epochs()[-1:] >= [epoch_end - 1] and (last / "saved_model.pb").exists()
+        """Whether the last epoch's model is there, and complete."""
+        last = max(self.epochs(), default=-1)
+        return last >= epoch_end - 1 and (self.folder / str(last) / "saved_model.pb").exists()
 
     def claim(self, args: argparse.Namespace) -> None:
         """Locks the run's folder and removes what killed processes left half-written there.
@@ -643,7 +641,7 @@ class Run:
                 f"{self.folder}: no such run to --resume; {self.folder.parent} has "
                 f"{runs_in(self.folder.parent)}. A new run begins without --resume"
             )
-        if start and not epochs or not args.resume and start and start - 1 not in epochs:
+        if start and start - 1 not in epochs and not (args.resume and epochs):
             raise UserError(
                 f"--epoch_start={start} continues from the model {self.folder / str(start - 1)}, "
                 f"which is not there; {has}"
@@ -686,9 +684,11 @@ def restore(run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespac
     With --resume that is the latest state that can be read; later ones are broken and renamed.
     Without, it is the end of epoch_start - 1. Raises UserError.
     """
-    ends = run.epochs() if args.resume else [args.epoch_start - 1] * (args.epoch_start > 0)
-    states = run.rolling() if args.resume else []
-    states += [(epoch + 1, 0, run.folder / str(epoch)) for epoch in ends]
+    states = [(epoch + 1, 0, run.folder / str(epoch)) for epoch in run.epochs()]
+    if args.resume:
+        states += run.rolling()
+    else:
+        states = [state for state in states if state[0] == args.epoch_start]
     broken = []
     for epoch, batch, folder in sorted(states, reverse=True):
         try:
@@ -730,13 +730,13 @@ def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> 
         raise BrokenState(f"{folder}: its state.json cannot be read")
     for key in FACTS if exact else FACTS[:1]:
         if saved.get(key) != getattr(spec, key):
-            way_out = "put that back, or continue from the end of an epoch with --epoch_start"
+            way_out = "restore that, or continue from the end of an epoch with --epoch_start"
             raise UserError(
                 f"{folder} was trained with {key} = {saved.get(key)}, now {key} is "
                 f"{getattr(spec, key)}; {way_out if exact else 'take another --run_folder'}"
             )
     if exact and saved.get("resized") != spec.resized:
-        utils.warn(f"{folder} was trained from another set of resized copies; using these")
+        utils.warn(f"{folder} was trained from another set of resized copies; using the new one")
     say_changes(saved.get("recipe", {}), recipe_of(trainer.args))
     weights = state / "weights" if exact else folder / "variables" / "variables"
     try:
@@ -765,7 +765,7 @@ def brief(error: Exception) -> str:
 
 
 class Saver:
-    """Writes models and states, each aside and then renamed: complete or not there."""
+    """Writes models and states. Each is written aside, then renamed: complete or not there."""
 
     def __init__(self, run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespace):
         self.run, self.trainer, self.spec, self.args = run, trainer, spec, args
@@ -822,7 +822,8 @@ class Saver:
             self._remove_old_epochs(self.args.keep_last)
 
     def _check_weights(self, step: int) -> None:
-        if not self.trainer.weights_are_finite():
+        weights = [*self.trainer.network.variables, *self.trainer.momentum]
+        if not all(tf.reduce_all(tf.math.is_finite(weight)) for weight in weights):
             raise UserError(
                 f"{self.spec.position(step)}: the weights are no longer finite; they were not "
                 f"saved. Continue from the last state with a smaller --learning_rate"
@@ -848,7 +849,7 @@ class Saver:
                 utils.remove_folder(folder)
 
     def _remove_old_epochs(self, keep: int) -> None:
-        """Removes all but the newest and the best, and what check_accuracy.py has yet to check."""
+        """Removes all but the newest, the best, and what check_accuracy.py will still evaluate."""
         rows = utils.read_csv(self.run.folder / "accuracy.csv", ["epoch", "top1_centre"])
         top1 = {
             int(row["epoch"]): float(row.get("top1_10crop") or row["top1_centre"]) for row in rows
@@ -950,7 +951,7 @@ class Log(contextlib.AbstractContextManager):
         return stop.is_set() if worker_of_workers()[1] == 1 else self._stopping <= step - 2
 
     def _write(self) -> None:
-        """A row about the steps that have ended since the last one."""
+        """Writes a row about the steps that have finished since the last row."""
         if not self._settled:
             return
         steps, last = self._settled, self._settled[-1]
