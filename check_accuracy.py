@@ -106,12 +106,12 @@ def wanted_epochs(args: argparse.Namespace) -> list[int]:
 
 
 def open_device(gpu: int | None) -> str:
-    """Takes GPU 1, or the one asked for, else the CPU at low priority, because training comes
-    first. Raises UserError if the GPU asked for is not there.
+    """Takes the GPU asked for, or GPU 1, or else the CPU. Raises UserError if the GPU asked for is
+    not there.
     """
     if utils.choose_gpus([1 if gpu is None else gpu], required=gpu is not None):
         return f"GPU {1 if gpu is None else gpu}"
-    os.nice(10)
+    os.nice(10)  # training and its preprocessor come first
     return "the CPU, at low priority"
 
 
@@ -226,13 +226,12 @@ def fingerprint(folder: Path) -> str:
 
 def current_row(rows: list[SimpleNamespace], folder: Path, crops: Crops) -> SimpleNamespace | None:
     """The row of a model, if it was evaluated on these pictures and with these crops."""
-    for row in rows:
-        if row.epoch == int(folder.name) and row.pictures == len(crops):
-            enough = crops.count == 1 or row.top1_10crop is not None
-            # --keep_last removes a model only after it was evaluated.
-            if enough and (not folder.is_dir() or row.model == fingerprint(folder)):
-                return row
-    if any(row.epoch == int(folder.name) for row in rows):
+    for row in (row for row in rows if row.epoch == int(folder.name)):
+        enough = crops.count == 1 or row.top1_10crop is not None
+        # --keep_last removes a model only after it was evaluated.
+        same_model = not folder.is_dir() or row.model == fingerprint(folder)
+        if row.pictures == len(crops) and enough and same_model:
+            return row
         print(f"epoch {folder.name} is evaluated again: other pictures, crops or weights")
     return None
 
