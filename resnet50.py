@@ -412,7 +412,7 @@ def parse_arguments() -> argparse.Namespace:
         "Says what a trained model sees in pictures: the five most probable classes of each.",
         "resnet50.py saved_models/mytestrun cat.jpg dog.png",
     )
-    model = "folder of a saved model, or of a run, or a run's name: then its newest epoch"
+    model = "folder of a saved model; or folder or name of a run, for its newest epoch"
     parser.add_argument("model", type=Path, metavar="MODEL", help=model)
     parser.add_argument("pictures", type=Path, metavar="PICTURE", nargs="+", help="picture files")
     parser.add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
