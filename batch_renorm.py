@@ -8,13 +8,13 @@
 
 Batch normalization normalises with the statistics of the batch while training, and with moving
 averages at inference: two different functions. Batch renormalization corrects the former towards
-the latter by a per-channel scale r and shift d, which count as constants in the gradient:
+the latter by a scale r and a shift d per channel, which the gradient treats as constants:
 
     r = clip(sigma_B / sigma, 1/r_max, r_max)      d = clip((mu_B - mu) / sigma, -d_max, d_max)
     y = gamma * ((x - mu_B) / sigma_B * r + d) + beta
 
-With r_max = 1 and d_max = 0 it is batch normalization. Inside the limits it computes exactly what
-inference computes, which is why small or unbalanced batches do it much less harm.
+With r_max = 1 and d_max = 0 this is batch normalization. Within the limits it computes exactly what
+inference computes, which is why small or unbalanced batches do much less harm.
 """
 
 from functools import cache
@@ -24,8 +24,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 EPSILON = 1e-5
-"""Added to the variance, once: the least that the fused GPU kernels accept, and the value that
-ResNets are trained with in other frameworks."""
+"""Added to the variance, once. The fused GPU kernels accept no less, and other frameworks train
+ResNets with the same value."""
 
 
 class Limits(NamedTuple):
@@ -44,8 +44,8 @@ def ramp(step: tf.Tensor, start: int, end: int, low: float, high: float) -> tf.T
 def limits_at(step: tf.Tensor, config) -> Limits:
     """The limits at a training step, from the `[batch_renorm]` section of config.txt.
 
-    The paper (section 4) starts as batch normalization, because at first the moving averages say
-    little, and lets go slowly: r_max from 1 to 3, d_max from 0 to 5.
+    The paper (section 4) starts with batch normalization, because the first moving averages mean
+    little, and relaxes slowly: r_max from 1 to 3, d_max from 0 to 5.
     """
     return Limits(
         ramp(step, config.start_relaxing_rmax, config.reach_rmax_max, 1.0, config.rmax_max),
@@ -54,10 +54,10 @@ def limits_at(step: tf.Tensor, config) -> Limits:
 
 
 def momentum_at(update: tf.Tensor, momentum: float) -> tf.Tensor:
-    """Weight of the old value in moving-average update number `update` (from 0). float32 scalar.
+    """Weight of the old value in update number `update` (from 0) of the averages. float32 scalar.
 
-    The averages warm up: the first updates weigh much more than the last, so that the initial
-    values are forgotten at once and a run of a few dozen steps already evaluates well.
+    The averages warm up: the first updates weigh much more than later ones, so the initial values
+    are soon forgotten, and a model evaluates well after a few dozen steps.
     """
     n = tf.cast(update, tf.float32)
     return tf.minimum(momentum, (1.0 + n) / (10.0 + n))
@@ -75,23 +75,23 @@ class BatchRenorm(tf.Module):
         with self.name_scope:
             self.gamma = tf.Variable(tf.fill([channels], gamma), name="gamma")
             self.beta = tf.Variable(tf.zeros([channels]), name="beta")
-            self.moving_mean = _average_variable(tf.zeros([channels]), "moving_mean")
-            self.moving_std = _average_variable(tf.ones([channels]), "moving_std")
+            self.moving_mean = tf.Variable(
+                tf.zeros([channels]), name="moving_mean", trainable=False
+            )
+            self.moving_std = tf.Variable(tf.ones([channels]), name="moving_std", trainable=False)
         self.batch_mean = self.batch_std = None
 
     def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
         """Normalises x: float32, float16 or bfloat16 [n, height, width, channels], same type out.
 
-        With `limits` it trains: the batch's statistics (always float32) normalise, corrected by r
-        and d, and are kept in `batch_mean` and `batch_std` for `update`. Without, the moving
-        averages normalise.
+        Training passes `limits`: the batch's own statistics normalise, corrected by r and d, and
+        are kept for `update` in `batch_mean` and `batch_std`, float32. At inference, without
+        `limits`, the moving averages normalise.
         """
         if limits is None:
             scale, offset = self.scale_and_offset()
             return x * tf.cast(scale, x.dtype) + tf.cast(offset, x.dtype)
-        y, self.batch_mean, self.batch_std = _renormalize(
-            x, self.gamma, self.beta, self.moving_mean, self.moving_std, limits
-        )
+        y, self.batch_mean, self.batch_std = _renormalize(self, x, limits)
         return y
 
     def scale_and_offset(self) -> tuple[tf.Tensor, tf.Tensor]:
@@ -100,33 +100,23 @@ class BatchRenorm(tf.Module):
         return scale, self.beta - self.moving_mean * scale
 
     def update(self, mean: tf.Tensor, std: tf.Tensor, momentum: tf.Tensor) -> None:
-        """Moves the averages towards the batch statistics `mean` and `std`, float32 [channels]."""
-        move(self.moving_mean, mean, momentum)
-        move(self.moving_std, std, momentum)
+        """Moves the averages towards batch statistics; `momentum` is the weight of the old values.
+
+        `mean` and `std`: float32 [channels]; with several replicas the mean over all of them,
+        because each replica moves its own copy of the averages.
+        """
+        for average, value in ((self.moving_mean, mean), (self.moving_std, std)):
+            average.assign(momentum * average + (1 - momentum) * value)
 
 
-def move(average: tf.Variable, value: tf.Tensor, momentum: tf.Tensor) -> None:
-    """Moves an average towards `value`; `momentum` is the weight of the old one."""
-    average.assign(momentum * average + (1 - momentum) * value)
-
-
-def _average_variable(initial: tf.Tensor, name: str) -> tf.Variable:
-    """A variable that is not trained and, with several replicas, has one value for all."""
-    return tf.Variable(
-        initial,
-        name=name,
-        trainable=False,
-        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-    )
-
-
-def _renormalize(x, gamma, beta, moving_mean, moving_std, limits):
+def _renormalize(layer: BatchRenorm, x: tf.Tensor, limits: Limits) -> tuple[tf.Tensor, ...]:
     """y, batch mean and batch standard deviation, with the gradient of the paper's section 3.
 
-    The fused kernels do all the heavy work. r and d depend on the batch statistics, but as they
-    count as constants, the gradient with respect to x is batch normalization's with scale
-    gamma * r, and one call of its fused kernel yields every gradient.
+    The fused kernels do all the heavy work. As r and d are treated as constants, the gradient with
+    respect to x is that of batch normalization with scale gamma * r, so one call of the fused
+    kernel returns every gradient.
     """
+    moving_mean, moving_std = layer.moving_mean, layer.moving_std
     prepare = _moments_first if _moments_come_first(x) else _normalize_first
 
     @tf.custom_gradient
@@ -151,15 +141,16 @@ def _renormalize(x, gamma, beta, moving_mean, moving_std, limits):
 
         return (y, mean, std), gradient
 
-    return renormalize(x, gamma, beta)
+    return renormalize(x, layer.gamma, layer.beta)
 
 
 def _moments_come_first(x: tf.Tensor) -> bool:
-    """Which of the two ways below computes the layer; both compute the same.
+    """Which of the two ways below to take. Both compute the same.
 
-    float32 on a processor without AVX-512: `_moments_first`. Forward and backward its speed was
-    0.8 of the fused batch norm's there, for 0.75 of `_normalize_first`; with AVX-512 0.7 for 0.8.
-    Where there is a GPU, the way that leaves the statistics to cuDNN; this was not measured.
+    For float32 on a processor without AVX-512 `_moments_first` is faster: it ran (forward and
+    backward) at 0.8 of the speed of the fused batch norm, `_normalize_first` at 0.75. With AVX-512
+    they ran at 0.7 and 0.8. A GPU gets `_normalize_first`, which leaves the statistics to cuDNN;
+    that was not measured.
     """
     on_cpu = not tf.config.get_visible_devices("GPU")
     return x.dtype == tf.float32 and on_cpu and not _has_avx512()
@@ -172,31 +163,32 @@ def _has_avx512() -> bool:
 
 
 def _normalize_first(x: tf.Tensor) -> tuple:
-    """Normalises with the fused kernel, which has the statistics as by-products.
+    """Normalises with the fused kernel, which also returns the statistics.
 
-    Returns what the inference form of FusedBatchNormV3 takes to come to y, the mean and variance
-    of the batch, and what FusedBatchNormGradV3 takes.
+    Returns the inputs with which the inference form of FusedBatchNormV3 computes y, the mean and
+    variance of the batch, and the reserved inputs of FusedBatchNormGradV3.
     """
     channels = x.shape[-1]
     ones, zeros = tf.ones([channels]), tf.zeros([channels])
     normalized, mean, variance, *reserve = tf.raw_ops.FusedBatchNormV3(
         x=x, scale=ones, offset=zeros, mean=[], variance=[], epsilon=EPSILON
     )
-    # The kernel returns the unbiased variance, for inference; here the batch's own is meant.
+    # The kernel returns the unbiased variance; the layer needs the batch's own.
     count = tf.cast(tf.size(x) // channels, tf.float32)
     variance = tf.math.multiply_no_nan(variance, (count - 1) / count)
-    # Mean 0 and variance 1 - epsilon leave of the inference form a product and a sum,
-    # normalized * scale + offset, in one pass over the memory and in the type of x.
+    # With mean 0 and variance 1 - epsilon the inference form is normalized * scale + offset, in
+    # one pass over the memory and in the type of x.
     inputs = {"x": normalized, "mean": zeros, "variance": ones - EPSILON}
     return inputs, mean, variance, _reserve(*reserve[:3])
 
 
 def _moments_first(x: tf.Tensor) -> tuple:
-    """The statistics by matrix products, then a single fused pass. Returns as above.
+    """Computes the statistics by matrix products, then y in one fused pass. Returns as above.
 
-    A row of 1/n times the rows of x is the mean; TensorFlow multiplies faster than it reduces. The
-    variance comes from differences to the mean. Mean square minus squared mean would be faster,
-    but cancels: at n = 200,704 and a mean of 4 deviations its deviation is off by 1e-4, not 1e-5.
+    A row of 1/n times the rows of x is the mean: TensorFlow multiplies faster than it reduces. The
+    variance is the mean of the squared differences from the mean. Mean square minus squared mean
+    would be faster but cancels digits: with n = 200,704 and a mean of 4 deviations, the deviation
+    is off by 1e-4 instead of 1e-5.
     """
     rows = tf.cast(tf.reshape(x, [-1, x.shape[-1]]), tf.float32)
     count = tf.shape(rows)[0]
@@ -204,7 +196,7 @@ def _moments_first(x: tf.Tensor) -> tuple:
     mean = tf.matmul(weights, rows)[0]
     variance = tf.matmul(weights, tf.math.squared_difference(rows, mean))[0]
     inputs = {"x": x, "mean": mean, "variance": variance}
-    # On a CPU the gradient's kernel takes mean and variance; on a GPU the inverse deviation.
+    # The gradient's kernel takes the variance on a CPU; on a GPU it would take 1 / deviation.
     return inputs, mean, variance, _reserve(mean, variance, tf.zeros([0]))
 
 

@@ -2,10 +2,10 @@
 
     python3 check_accuracy.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30
 
-takes `saved_models/mytestrun/<epoch>/` one after the other and waits where one is not there yet. It
-prints top-1 and top-5 of the average over ten crops and of the centre crop alone, and the centre
-crop's loss, adds them to `accuracy.csv` in the run's folder (a restart skips what is done there),
-and draws `accuracy.png` and `training.png` anew.
+takes one `saved_models/mytestrun/<epoch>/` after the other, and waits for those that training has
+yet to save. It prints top-1 and top-5 of the average over ten crops and of the centre crop alone,
+and the centre crop's loss. It adds them to `accuracy.csv` in the run's folder, and draws
+`accuracy.png` and `training.png` again. Started again, it skips the epochs in the table.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from preprocess_val import Crops
 with utils.quiet_tensorflow():
     import tensorflow as tf
 
-    from resnet50 import epochs_in, load_model, model_recipe, warn_of_other_classes
+    from resnet50 import epochs_in, load_model, model_recipe, runs_in, warn_of_other_classes
 
 ACCURACIES = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre")
 COLUMNS = ("epoch", "step", *ACCURACIES, "loss_centre", "pictures", "model")
-"""Of accuracy.csv. Accuracies are 0…1, empty where ten crops were not asked for. The loss is the
-mean cross-entropy in nats. `model` tells a model from one that was trained anew as that epoch."""
+"""Of accuracy.csv. Accuracies are 0…1, those of ten crops empty with --crops=1. The loss is the
+mean cross-entropy in nats. `model` changes when the epoch is trained again."""
 
 LOCK = ".check_accuracy.lock"
 TRAINER_LOCK = ".train.lock"
@@ -59,7 +59,7 @@ def main() -> None:
         rows = read_table(table)
         if not (row := current_row(rows, run / str(epoch), crops)):
             if not wait_for(run / str(epoch)):
-                print(f"training ended before epoch {epoch}; no further model will come")
+                print(f"training ended before epoch {epoch}; there will be no more models")
                 break
             try:
                 row = evaluate(run / str(epoch), crops, args.pictures)
@@ -68,7 +68,7 @@ def main() -> None:
                 left_out += 1
                 continue
             rows = sorted([*(r for r in rows if r.epoch != epoch), row], key=lambda r: r.epoch)
-            write_table(table, rows)
+            utils.write_csv(table, COLUMNS, [vars(r) for r in rows])
         print(describe(row))
         show(run, rows)
     print(f"the results are in {table}, drawn in {run / 'accuracy.png'}")
@@ -106,12 +106,12 @@ def wanted_epochs(args: argparse.Namespace) -> list[int]:
 
 
 def open_device(gpu: int | None) -> str:
-    """Chooses GPU 1, or the one asked for, else the CPU, where training and its preprocessor come
-    first. Raises UserError for a GPU that is not there.
+    """Takes the GPU asked for, or GPU 1, or else the CPU. Raises UserError if the GPU asked for is
+    not there.
     """
     if utils.choose_gpus([1 if gpu is None else gpu], required=gpu is not None):
         return f"GPU {1 if gpu is None else gpu}"
-    os.nice(10)
+    os.nice(10)  # training and its preprocessor come first
     return "the CPU, at low priority"
 
 
@@ -119,25 +119,22 @@ def open_device(gpu: int | None) -> str:
 
 
 def wait_for_run(run: Path, seconds: float = 30.0) -> None:
-    """Gives train.py the time to start. Raises UserError if the run does not appear."""
+    """Gives train.py some time to start. Raises UserError if the run does not appear."""
     if not run.is_dir():
         print(f"waiting {seconds:.0f} seconds for {run}, in case train.py is just starting")
     end = time.monotonic() + seconds
     while not run.is_dir():
         if time.monotonic() > end:
-            runs = run.parent.iterdir() if run.parent.is_dir() else []
-            names = ", ".join(sorted(path.name for path in runs)) or "no runs yet"
             raise UserError(
-                f"{run}: no such run; {run.parent} has {names}. Start train.py, or correct "
-                f"--run_folder"
+                f"{run}: no such run; {run.parent} has {runs_in(run.parent)}. Start train.py, or "
+                f"correct --run_folder"
             )
         time.sleep(0.5)
 
 
 def wait_for(folder: Path) -> bool:
-    """Returns once the model is there, which it is only when complete. Says what it waits for.
-
-    False if it will not come: training has ended, as it was asked to, with an earlier epoch.
+    """Waits for a model, saying so. Returns False if it will not come: training has ended, with
+    the last epoch that it was asked for. A model's folder is complete as soon as it is there.
     """
     said, say_again = None, 0.0
     while not folder.is_dir():
@@ -153,7 +150,7 @@ def wait_for(folder: Path) -> bool:
 
 
 def has_ended_before(folder: Path) -> bool:
-    """Whether the run's last model is that of the last epoch its training was asked for."""
+    """Whether training has saved the last epoch that it was asked for, and this one is later."""
     last = max(epochs_in(folder.parent), default=-1)
     wanted = model_recipe(folder.parent / str(last)).get("epoch_end")
     return wanted is not None and wanted <= last + 1 <= int(folder.name)
@@ -163,9 +160,9 @@ def has_ended_before(folder: Path) -> bool:
 
 
 def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
-    """The row of a saved model. Raises UserError for a model that cannot be used.
+    """Evaluates a saved model. Raises UserError if it cannot be used.
 
-    The probabilities (softmax, not logits) of the ten crops are averaged.
+    The ten crops' probabilities (softmax, not logits) are averaged.
     """
     model = fingerprint(folder)
     classify, classes = load_model(folder)
@@ -176,7 +173,7 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
         )
     warn_of_other_classes(folder, crops.names, str(crops.folder))
     progress = utils.Progress(len(crops), f"pictures, epoch {folder.name}")
-    ranks, centre_ranks, losses = [], [], []
+    results = []
     groups = np.array_split(crops.indices, math.ceil(len(crops) / pictures))
     for indices, images in zip(groups, utils.map_in_order(crops.load, groups, 1), strict=True):
         try:
@@ -187,20 +184,19 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
             ) from None
         probabilities = probabilities.reshape(len(indices), crops.count, classes)
         labels, centre = crops.labels[indices], probabilities[:, crops.centre]
-        ranks.append(rank(probabilities.mean(axis=1), labels))
-        centre_ranks.append(rank(centre, labels))
-        losses.append(-np.log(np.maximum(centre[np.arange(len(labels)), labels], 1e-12)))
+        average_rank, centre_rank = rank(probabilities.mean(axis=1), labels), rank(centre, labels)
+        losses = -np.log(np.maximum(centre[np.arange(len(labels)), labels], 1e-12))
+        hits = (average_rank < 1, average_rank < 5, centre_rank < 1, centre_rank < 5)
+        results.append([*hits, losses])
         progress.add(len(indices))
-    ranks = np.concatenate(ranks) if crops.count == 10 else None
-    centre_ranks = np.concatenate(centre_ranks)
+    *accuracies, loss = np.concatenate(results, axis=1).mean(axis=1, dtype=np.float64).tolist()
+    if crops.count == 1:
+        accuracies[:2] = None, None
     return SimpleNamespace(
         epoch=int(folder.name),
         step=model_recipe(folder).get("step"),
-        top1_10crop=None if ranks is None else float(np.mean(ranks < 1)),
-        top5_10crop=None if ranks is None else float(np.mean(ranks < 5)),
-        top1_centre=float(np.mean(centre_ranks < 1)),
-        top5_centre=float(np.mean(centre_ranks < 5)),
-        loss_centre=float(np.mean(np.concatenate(losses))),
+        **dict(zip(ACCURACIES, accuracies, strict=True)),
+        loss_centre=loss,
         pictures=len(crops),
         model=model,
     )
@@ -209,14 +205,14 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
 def rank(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """How many other classes are at least as probable as the right one: int64 [n].
 
-    Ties count against the model: one that gives all classes the same probability is always wrong.
+    Ties count against the model: if all classes have the same probability, it is always wrong.
     """
     right = np.take_along_axis(probabilities, labels[:, None], axis=1)
     return (~(probabilities < right)).sum(axis=1) - 1
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells a model from another one in the same place."""
+    """A text that is different if the epoch was trained again."""
     if known := model_recipe(folder).get("fingerprint"):
         return known
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -229,37 +225,28 @@ def fingerprint(folder: Path) -> str:
 
 
 def current_row(rows: list[SimpleNamespace], folder: Path, crops: Crops) -> SimpleNamespace | None:
-    """The row of an epoch, if it is of this model, these pictures and these crops."""
-    for row in rows:
-        if row.epoch == int(folder.name) and row.pictures == len(crops):
-            enough = crops.count == 1 or row.top1_10crop is not None
-            # A model that --keep_last removed was evaluated before.
-            if enough and (not folder.is_dir() or row.model == fingerprint(folder)):
-                return row
-    if any(row.epoch == int(folder.name) for row in rows):
-        print(f"epoch {folder.name} was evaluated with other pictures, crops or weights: again")
+    """The row of a model, if it was evaluated on these pictures and with these crops."""
+    for row in (row for row in rows if row.epoch == int(folder.name)):
+        enough = crops.count == 1 or row.top1_10crop is not None
+        # --keep_last removes a model only after it was evaluated.
+        same_model = not folder.is_dir() or row.model == fingerprint(folder)
+        if row.pictures == len(crops) and enough and same_model:
+            return row
+        print(f"epoch {folder.name} is evaluated again: other pictures, crops or weights")
     return None
 
 
 def read_table(path: Path) -> list[SimpleNamespace]:
-    """The rows of accuracy.csv. Raises UserError for one that was edited into nonsense."""
+    """The rows of accuracy.csv; an empty cell is None. Raises UserError for a broken number."""
     kinds = {"epoch": int, "step": int, "pictures": int, "model": str}
-    try:
-        return [
-            SimpleNamespace(
-                **{
-                    name: kinds.get(name, float)(row[name]) if row[name] else None
-                    for name in COLUMNS
-                }
-            )
-            for row in utils.read_csv(path, COLUMNS)
-        ]
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; correct it or remove it") from None
-
-
-def write_table(path: Path, rows: list[SimpleNamespace]) -> None:
-    utils.write_csv(path, COLUMNS, [vars(row) for row in rows])
+    rows = []
+    for row in utils.read_csv(path, COLUMNS):
+        try:
+            values = [kinds.get(name, float)(row[name]) if row[name] else None for name in COLUMNS]
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; correct it or remove it") from None
+        rows.append(SimpleNamespace(**dict(zip(COLUMNS, values, strict=True))))
+    return rows
 
 
 def describe(row: SimpleNamespace) -> str:
@@ -273,15 +260,16 @@ def describe(row: SimpleNamespace) -> str:
 
 
 def show(run: Path, rows: list[SimpleNamespace]) -> None:
-    """Draws the charts anew, and writes the events for TensorBoard, by training step."""
+    """Draws the charts, and writes the events for TensorBoard, by training step."""
     log = read_training_log(run / "training_log.csv")
     draw_accuracy(rows, learning_rate_drops(log), run / "accuracy.png")
     draw_training(log, rows, run / "training.png")
     events = utils.new_event_file(run / "events" / "accuracy")
     for row in rows:
+        step = row.epoch if row.step is None else row.step
         values = {name: getattr(row, name) for name in (*ACCURACIES, "loss_centre")}
         scalars = {f"accuracy/{name}": value for name, value in values.items() if value is not None}
-        events.write(utils.event(row.epoch if row.step is None else row.step, scalars))
+        events.write(utils.event(step, scalars))
     events.close()
 
 
@@ -294,9 +282,9 @@ GREEN = (20, 134, 84)
 
 
 class Chart:
-    """Axes with ticks, and lines over them, on opaque white, so that it reads on dark screens too.
+    """Axes with ticks and curves, on opaque white, so that it can be read on dark screens too.
 
-    Drawn at twice its size and scaled down, which smooths the lines.
+    It is drawn at twice its size and scaled down, which smooths the lines.
     """
 
     left, top, bottom = 180, 140, 1060
@@ -306,24 +294,25 @@ class Chart:
         self.image = Image.new("RGB", (2000, 1200), "white")
         self.pen = ImageDraw.Draw(self.image)
         self.legend_at = self.top
-        self.text(self.left, 52, title, 44, "ls")
+        self.text((self.left, 52), title, 44, "ls")
         for value in ticks(*y_range):
             _, y = self.place(x_range[0], value)
             self.pen.line([self.left, y, self.right, y], FAINT, 2)
-            self.text(self.left - 24, y, f"{value:.0%}" if percent else f"{value:g}", 32, "rm")
+            self.text((self.left - 24, y), f"{value:.0%}" if percent else f"{value:g}", 32, "rm")
         for value in ticks(*x_range, whole=True):
             x, _ = self.place(value, y_range[0])
             self.pen.line([x, self.bottom, x, self.bottom + 12], INK, 2)
-            self.text(x, self.bottom + 24, f"{value:g}", 32, "mt")
+            self.text((x, self.bottom + 24), f"{value:g}", 32, "mt")
         corners = [self.left, self.top, self.left, self.bottom, self.right, self.bottom]
         self.pen.line(corners, INK, 2)
-        self.text((self.left + self.right) / 2, self.bottom + 84, "epoch", 36, "mt")
+        self.text(((self.left + self.right) / 2, self.bottom + 84), "epoch", 36, "mt")
 
-    def text(self, x: float, y: float, text: str, size: int, anchor: str, colour=INK) -> None:
-        self.pen.text((x, y), text, colour, ImageFont.load_default(size), anchor)
+    def text(self, at: tuple, text: str, size: int, anchor: str, colour: tuple = INK) -> None:
+        """`anchor` as in Pillow: "ls" puts the left end of the text's base line `at` the pixel."""
+        self.pen.text(at, text, colour, ImageFont.load_default(size), anchor)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a value lies, in pixels of the large picture."""
+        """The pixel of a point, before scaling."""
         (x0, x1), (y0, y1) = self.x_range, self.y_range
         y = min(max(y, y0), y1)
         return (
@@ -332,22 +321,23 @@ class Chart:
         )
 
     def mark(self, x: float, label: str) -> None:
-        """A thin line across the chart."""
+        """A thin vertical line with a label on top."""
         at, _ = self.place(x, self.y_range[0])
         self.pen.line([at, self.top, at, self.bottom], GREY, 1)
-        self.text(at, self.top - 12, label, 26, "mb", GREY)
+        self.text((at, self.top - 12), label, 26, "mb", GREY)
 
     def curve(self, points: list[tuple], colour: tuple, name: str, notes: list[str]) -> None:
         """A line through (x, y) points, with its name and notes in the legend beside the chart."""
         places = [self.place(x, y) for x, y in points]
         self.pen.line(places, colour, 5, joint="curve")
-        for x, y in places if len(places) <= 40 else []:
-            self.pen.ellipse([x - 8, y - 8, x + 8, y + 8], colour)
+        if len(places) <= 40:
+            for x, y in places:
+                self.pen.ellipse([x - 8, y - 8, x + 8, y + 8], colour)
         at = self.legend_at + 18
         self.pen.line([1564, at, 1624, at], colour, 6)
-        self.text(1644, at, name, 34, "lm")
+        self.text((1644, at), name, 34, "lm")
         for line, note in enumerate(notes, 1):
-            self.text(1644, at + 8 + 40 * line, note, 30, "lm", GREY)
+            self.text((1644, at + 8 + 40 * line), note, 30, "lm", GREY)
         self.legend_at += 84 + 40 * len(notes)
 
     def save(self, path: Path) -> None:
@@ -355,17 +345,17 @@ class Chart:
             self.image.resize((1000, 600), Image.Resampling.BOX).save(aside, format="PNG")
 
 
-def ticks(low: float, high: float, whole: bool = False, most: int = 8) -> list[float]:
-    """Round values from low to high, at most so many."""
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
-    while (high - low) / step > most or (whole and step < 1):
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Round values from low to high, at most nine."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 8))
+    while (high - low) / step > 8 or (whole and step < 1):
         step *= 2 if f"{step:e}"[0] in "15" else 2.5
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def draw_accuracy(rows: list[SimpleNamespace], drops: list[float], path: Path) -> None:
-    """Top-5 and top-1 against the epoch, of ten crops and of the centre crop."""
+    """Top-5 and top-1 of ten crops and of the centre crop, by epoch."""
     first, last = rows[0].epoch, rows[-1].epoch
     x_range = (first, last) if first < last else (first - 1, first + 1)
     chart = Chart(f"{path.parent.name}: validation accuracy", x_range, (0, 1), percent=True)
@@ -387,7 +377,7 @@ def draw_accuracy(rows: list[SimpleNamespace], drops: list[float], path: Path) -
 
 
 def read_training_log(path: Path) -> list[SimpleNamespace]:
-    """Rows of training_log.csv, as far as charts need them; one that was edited is left out."""
+    """The columns of training_log.csv that charts need; rows with broken numbers are left out."""
     names = ("epoch", "batch", "loss", "loss_without_l2", "top1", "learning_rate")
     rows = []
     for row in utils.read_csv(path, names):
@@ -399,7 +389,7 @@ def read_training_log(path: Path) -> list[SimpleNamespace]:
 
 
 def learning_rate_drops(log: list[SimpleNamespace]) -> list[float]:
-    """Epochs at whose start a constant learning rate fell to a fifth or less, and stayed there."""
+    """Where a constant learning rate fell to a fifth or less and stayed there, in epochs."""
     rates = [row.learning_rate for row in log]
     return [
         row.epoch - 0.5
@@ -412,22 +402,19 @@ def learning_rate_drops(log: list[SimpleNamespace]) -> list[float]:
 def draw_training(
     log: list[SimpleNamespace], rows: list[SimpleNamespace], path: Path, most: int = 300
 ) -> None:
-    """Loss and top-1 on training batches, averaged to at most so many points, and the validation
-    loss, against the epoch. Top-1 has a scale of its own at the right edge.
+    """Loss and top-1 of training batches, averaged to at most `most` points, and the validation
+    loss, by epoch. Top-1 has its own scale at the right edge.
     """
     batches = max((row.batch for row in log), default=0) + 1
-    table = np.array(
-        [[r.epoch + r.batch / batches, r.loss, r.loss_without_l2, r.top1] for r in log]
-    )
+    table = [(r.epoch + r.batch / batches, r.loss, r.loss_without_l2, r.top1) for r in log]
     if len({row[0] for row in table}) < 2:
         return
     groups = np.array_split(np.array(table), min(len(table), most))
     epochs, loss, plain, top1 = np.array([group.mean(axis=0) for group in groups]).T
     # The model of epoch e is saved at its end.
     checked = [(row.epoch + 1, row.loss_centre) for row in rows if epochs[0] <= row.epoch + 1]
-    highest = max(loss.max(), *(value for _, value in checked)) if checked else loss.max()
-    first, last = (0 if epochs[0] < 1 else math.floor(epochs[0])), math.ceil(epochs[-1])
-    last = max(last, *(epoch for epoch, _ in checked)) if checked else last
+    first, last = math.floor(epochs[0]), max(math.ceil(epochs[-1]), *(x for x, _ in checked), 0)
+    highest = max(loss.max(), *(y for _, y in checked), 0)
     chart = Chart(f"{path.parent.name}: training", (first, last), (0, highest * 1.05))
     for values, name, colour in ((loss, "loss", BLUE), (plain, "loss without L2", LIGHT_BLUE)):
         points = list(zip(epochs, values, strict=True))
@@ -438,7 +425,7 @@ def draw_training(
     chart.curve(points, GREEN, "top-1 of batches", [f"last {top1[-1]:.1%}"])
     for share in (0, 0.2, 0.4, 0.6, 0.8, 1):
         _, y = chart.place(first, share * highest)
-        chart.text(chart.right + 84, y, f"{share:.0%}", 28, "rm", GREEN)
+        chart.text((chart.right + 84, y), f"{share:.0%}", 28, "rm", GREEN)
     chart.save(path)
 
 

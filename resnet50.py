@@ -6,20 +6,20 @@ prints what a trained model sees, a line per picture, the five most probable cla
 
     cat.jpg: 93.1% tabby, 4.0% tiger cat, 1.2% Egyptian cat, 0.4% lynx, 0.1% Persian cat
 
-The model is the folder of an epoch, or of a run: then its newest epoch. Other programs call
+The model is the folder of an epoch, or of a run, which stands for its newest epoch. As a module:
 
     network = ResNet50(classes=1000)
     logits = network(images)            # images: float [n, 224, 224, 3], normalised, RGB
 
 The network is today's standard one ("v1.5": a stage halves its resolution in the 3x3 convolution of
-its first block, not in the 1x1 before it). Convolutions pad k // 2 on every side, as in other
-frameworks, not TensorFlow's lopsided SAME, so weights can be moved between them without loss.
+its first block, not in the 1x1 before it). Convolutions pad k // 2 pixels on every side, as in
+other frameworks, where TensorFlow's SAME pads unevenly; so weights can be exchanged with them.
 
-Below it stands the saved model, a TensorFlow SavedModel that works without this file. Signatures:
+The second part exports it as a TensorFlow SavedModel, which works without this file. Signatures:
 
-    serving_default    uint8 crops [n, 224, 224, 3]        -> their probabilities
+    serving_default    uint8 crops [n, 224, 224, 3]        -> probabilities
     jpeg               contents of picture files [n]       -> the five most probable classes
-    features           uint8 crops [n, 224, 224, 3]        -> what the dense layer gets
+    features           uint8 crops [n, 224, 224, 3]        -> inputs of the dense layer
 """
 
 import argparse
@@ -76,16 +76,16 @@ class ConvNorm(tf.Module):
     def __call__(self, x: tf.Tensor, limits: Limits | None) -> tf.Tensor:
         if limits is not None:
             return self.norm(self.convolve(x, self.kernel), limits)
-        # At inference the normalisation is linear: it goes into the kernel and a bias.
+        # At inference the normalisation is linear, so it becomes part of the kernel and a bias.
         scale, offset = self.norm.scale_and_offset()
         return tf.nn.bias_add(self.convolve(x, self.kernel * scale), tf.cast(offset, x.dtype))
 
     def convolve(self, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-        """Convolution in the type of x, whatever the type of the kernel, padded by size // 2.
+        """Convolution in the type of x, padded by size // 2.
 
-        With stride 1 that is SAME, and for 1x1 kernels VALID. Telling TensorFlow so, and padding
-        beforehand in the few other places, makes a step on a CPU 1.4 times as fast as explicit
-        padding in the convolution, which its fast kernels do not take.
+        With stride 1 that is SAME, for 1x1 kernels VALID; elsewhere x is padded beforehand. On a
+        CPU this makes a step 1.4 times as fast as explicit padding in the convolution, which
+        TensorFlow's fast kernels do not support.
         """
         if self.stride > 1 and self.padding:
             pad = [self.padding, self.padding]
@@ -107,10 +107,9 @@ class Bottleneck(tf.Module):
             # gamma = 0: the block starts as the identity, which eases the start of training
             # (Goyal et al. 2017, section 5.1).
             self.conv3 = ConvNorm(1, channels, outputs, gamma=0.0, name="conv3")
-            projects = stride != 1 or inputs != outputs
-            self.shortcut = (
-                ConvNorm(1, inputs, outputs, stride, name="shortcut") if projects else None
-            )
+            self.shortcut = None
+            if stride != 1 or inputs != outputs:
+                self.shortcut = ConvNorm(1, inputs, outputs, stride, name="shortcut")
 
     def __call__(self, x: tf.Tensor, limits: Limits | None) -> tf.Tensor:
         y = tf.nn.relu(self.conv1(x, limits))
@@ -123,7 +122,7 @@ class ResNet50(tf.Module):
     """float [n, 224, 224, 3] normalised RGB pictures to float32 [n, classes] logits.
 
     It computes in the type of its input: float32, float16 or bfloat16; variables, statistics and
-    logits are float32 always. 25,557,032 trainable numbers for 1000 classes.
+    logits are always float32. 25,557,032 trainable numbers for 1000 classes.
     """
 
     def __init__(self, classes: int, name: str = "resnet50"):
@@ -133,15 +132,9 @@ class ResNet50(tf.Module):
             self.blocks, inputs = [], 64
             for stage, (count, channels, outputs, stride) in enumerate(STAGES, 1):
                 for block in range(1, count + 1):
-                    self.blocks.append(
-                        Bottleneck(
-                            inputs,
-                            channels,
-                            outputs,
-                            stride if block == 1 else 1,
-                            name=f"stage{stage}_block{block}",
-                        )
-                    )
+                    name = f"stage{stage}_block{block}"
+                    own_stride = stride if block == 1 else 1
+                    self.blocks.append(Bottleneck(inputs, channels, outputs, own_stride, name))
                     inputs = outputs
             bound = inputs**-0.5
             self.dense_kernel = tf.Variable(
@@ -154,9 +147,9 @@ class ResNet50(tf.Module):
         return self.classify(self.features(x, limits))
 
     def features(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
-        """All but the dense layer: float32 [n, 2048], means over the picture."""
+        """All but the dense layer: float32 [n, 2048], averaged over the picture."""
         x = tf.nn.relu(self.stem(x, limits))
-        # After a ReLU, zeros around a picture never win the maximum.
+        # Padding with zeros does not change the maximum after a ReLU.
         x = tf.nn.max_pool2d(tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]]), 3, 2, "VALID")
         for block in self.blocks:
             x = block(x, limits)
@@ -186,7 +179,7 @@ def he_normal(shape: list[int]) -> tf.Tensor:
 # --- a trained network as a SavedModel --------------------------------------------------------
 
 SHORTER_SIDE = 256
-"""Of a picture when its centre is cut out, in pixels, as in preprocess_val.py."""
+"""Pixels of a picture's shorter side before its centre is cut out, as in preprocess_val.py."""
 
 RECIPE = "recipe.json"
 """Among the assets of a model: how it was trained."""
@@ -197,12 +190,12 @@ CROPS = tf.TensorSpec([None, CROP, CROP, 3], tf.uint8, "images")
 class Classifier(tf.Module):
     """What a SavedModel holds: network, normalisation, names of the classes, recipe.
 
-    The three functions are its signatures. They check the size of the crops themselves, because a
-    loaded signature would take any.
+    The three functions are its signatures. They check the size of the crops, which a loaded
+    signature does not.
     """
 
     def __init__(self, network: ResNet50, folder: Path):
-        """`folder` has the two files that become the model's assets."""
+        """`folder` holds the two files that become the model's assets."""
         super().__init__()
         self.network = network
         self.class_names = tf.saved_model.Asset(str(folder / utils.CLASS_NAMES))
@@ -238,16 +231,16 @@ class Classifier(tf.Module):
 
 
 def centre_crop(content: tf.Tensor) -> tf.Tensor:
-    """The content of a JPEG or PNG file, string [], to its centre crop, uint8 [224, 224, 3], RGB.
+    """The centre crop, uint8 [224, 224, 3] RGB, of a JPEG or PNG file's content, string [].
 
-    The same pixels as the centre crop of preprocess_val.py, within one of 256 levels: Pillow
-    resizes columns and rows one after the other, and rounds in between.
+    Each pixel is within one of 256 levels of the centre crop of preprocess_val.py: Pillow resizes
+    rows and columns one after the other, and rounds in between.
     """
     picture = tf.io.decode_jpeg(content, 3, dct_method="INTEGER_ACCURATE")  # reads PNG, too
     size = tf.shape(picture)[:2]
     resized = tf.round(size * SHORTER_SIDE / tf.reduce_min(size))  # half to even, as in Python
     resized = tf.cast(resized, tf.int32)
-    # What tf.image.resize(picture, size, antialias=True) does, but for the window alone.
+    # What tf.image.resize(picture, size, antialias=True) computes, but only within the window.
     crop = tf.raw_ops.ScaleAndTranslate(
         images=picture[None],
         size=[CROP, CROP],
@@ -264,7 +257,7 @@ def export_model(
     """Writes the network as a SavedModel into `folder`, with the names of its classes.
 
     `recipe` says how it was trained; its `mu` and `sigma` become part of the model. A `fingerprint`
-    of the variables is added, which tells a model from one that was trained anew under its number.
+    of the variables is added, by which check_accuracy.py notices that an epoch was trained again.
     """
     weights = b"".join(variable.numpy().tobytes() for variable in network.variables)
     recipe = recipe | {"fingerprint": f"{zlib.crc32(weights):08x}"}
@@ -282,7 +275,7 @@ def export_model(
 
 
 def model_recipe(folder: Path) -> dict[str, object]:
-    """How a saved model was trained; {} where it does not say."""
+    """How a saved model was trained; {} if it does not say."""
     return utils.read_json(folder / "assets" / RECIPE) or {}
 
 
@@ -290,7 +283,7 @@ LOADING_ERRORS = (
     OSError, LookupError, ValueError, AttributeError, TypeError, RuntimeError, AssertionError,
     tf.errors.OpError,
 )  # fmt: skip
-"""What TensorFlow raises for folders that are no whole SavedModel."""
+"""What TensorFlow raises for a folder that is not a complete SavedModel."""
 
 
 @contextlib.contextmanager
@@ -311,21 +304,27 @@ def epochs_in(run: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
 
 
+def runs_in(folder: Path) -> str:
+    """The names of the runs in `path_for_saving`, for a message."""
+    names = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    return ", ".join(names) or "no runs yet"
+
+
 def load_signature(folder: Path, name: str) -> Callable[..., dict[str, tf.Tensor]]:
-    """A function of a saved model. Raises UserError for a folder that is no model with it."""
+    """A signature of a saved model, as a function. Raises UserError if there is none."""
     with explained_loading(folder):
         model = tf.saved_model.load(str(folder))
         if name not in model.signatures:
             raise ValueError(f"it has no signature {name}")
         function = model.signatures[name]
-        function.model = model  # the variables live as long as the model
+        function.model = model  # keeps the model's variables alive
         return function
 
 
 def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
     """The function from uint8 crops to probabilities, and its number of classes.
 
-    Raises UserError for a folder that is no model of this toolkit.
+    Raises UserError if the folder is not a model of this toolkit.
     """
     classify = load_signature(folder, "serving_default")
     with explained_loading(folder):
@@ -335,9 +334,9 @@ def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
 def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
     """Gives the network the weights and averages of a saved model. Returns a line that says so.
 
-    The dense layer is taken over only if the classes have the same names in the same order; else
-    it stays as it is. `spec` has the `class_names`, `mu` and `sigma` of the new training; a warning
-    says if the model was trained with another normalisation. Raises UserError.
+    The dense layer is taken over only if the classes have the same names in the same order.
+    `spec` has the `class_names`, `mu` and `sigma` of the new training. Warns if the model was
+    trained with another normalisation. Raises UserError.
     """
     checkpoint = str(folder / "variables" / "variables")
     bias = "network/dense_bias/.ATTRIBUTES/VARIABLE_VALUE"
@@ -351,7 +350,14 @@ def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
     for variable, its in zip(network.variables, source.variables, strict=True):
         if same or "dense" not in variable.name:
             variable.assign(its)
-    warn_of_other_colours(folder, spec)
+    recipe = model_recipe(folder)
+    for name in ("mu", "sigma"):
+        its, new = recipe.get(name), list(getattr(spec, name))
+        if its not in (None, new):
+            utils.warn(
+                f"{folder} was trained with {name} = {its}, now it is {new}; its weights fit best "
+                f"with its own: set [utils] of config.txt to those"
+            )
     its_classes = utils.plural(shapes[bias][0], "class")
     dense = "taken over" if same else f"new: {utils.plural(len(spec.class_names), 'class')}"
     return f"initialised from {folder} ({its_classes}); the dense layer is {dense}"
@@ -368,7 +374,7 @@ def as_written(name: str) -> str:
 
 
 def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
-    """Warns where a saved model has another name for a class: its labels may mean other things."""
+    """Warns of the first class that has another name in a saved model."""
     names = map(as_written, names)
     for label, (its, name) in enumerate(zip(class_names_of(model), names, strict=False)):
         if its != name:
@@ -379,24 +385,12 @@ def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
             return
 
 
-def warn_of_other_colours(model: Path, spec: SimpleNamespace) -> None:
-    """Warns where a saved model expects pixels that are normalised in another way."""
-    recipe = model_recipe(model)
-    for name in ("mu", "sigma"):
-        its, new = recipe.get(name), list(getattr(spec, name))
-        if its is not None and list(its) != new:
-            utils.warn(
-                f"{model} was trained with {name} = {its}, now it is {new}; its weights fit best "
-                f"with theirs: put them into [utils] of config.txt"
-            )
-
-
-# --- what a saved model sees in a picture ---------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------
 
 
 def main() -> None:
     args = parse_arguments()
-    tf.config.set_visible_devices([], "GPU")  # a training may be at work there
+    tf.config.set_visible_devices([], "GPU")  # train.py may need all of its memory
     classify = load_signature(find_model(args.model, args.config), "jpeg")
     failed = 0
     for path in args.pictures:
@@ -418,7 +412,7 @@ def parse_arguments() -> argparse.Namespace:
         "Says what a trained model sees in pictures: the five most probable classes of each.",
         "resnet50.py saved_models/mytestrun cat.jpg dog.png",
     )
-    model = "folder of a saved model, or of a run, or a run's name: then its newest epoch"
+    model = "folder of a saved model; or folder or name of a run, for its newest epoch"
     parser.add_argument("model", type=Path, metavar="MODEL", help=model)
     parser.add_argument("pictures", type=Path, metavar="PICTURE", nargs="+", help="picture files")
     parser.add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
@@ -426,7 +420,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_model(given: Path, settings: Path) -> Path:
-    """The folder of the model that is meant. Raises UserError."""
+    """The model's folder for what the command line gives: a model, a run or a run's name.
+
+    Raises UserError if there is none.
+    """
     folder = given
     if not given.exists() and settings.is_file():
         folder = utils.load_config(settings).train.path_for_saving / given
@@ -440,7 +437,7 @@ def find_model(given: Path, settings: Path) -> Path:
 
 
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What reading or Pillow raises for files that are no pictures. SyntaxError: a broken PNG."""
+"""What reading or Pillow raises for files that are not pictures. SyntaxError: a broken PNG."""
 
 
 def best_classes(classify: Callable, content: bytes) -> str:
@@ -464,7 +461,7 @@ def as_png(content: bytes) -> bytes:
         try:
             image = Image.open(io.BytesIO(content))
         except UnidentifiedImageError:
-            raise ValueError("no picture of a format that is known here") from None
+            raise ValueError("not a picture of a known format") from None
         image.convert("RGB").save(png, "PNG")
     return png.getvalue()
 

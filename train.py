@@ -1,15 +1,21 @@
-"""Trains the ResNet-50 of resnet50.py from the batches that runtime_preprocessing.py prepares.
+"""Trains the ResNet-50 of resnet50.py on the batches that runtime_preprocessing.py prepares.
 
     python3 train.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30 --batch_size=64 \\
         --learning_rate=0.01
 
-takes one batch per step from `buffer_folder`: a forward and a backward pass, an update by SGD with
-momentum, an update of the moving averages. It saves a model after each epoch e to
-`saved_models/mytestrun/<e>/`: a TensorFlow SavedModel and, in its subfolder `training_state/`, what
-training needs besides the weights to continue from there. Every 10 minutes it saves a state within
-the epoch, `state_<epoch>_<batch>/`. `--resume` added to the same command continues from the latest
-state at the exact batch, however training stopped. The log lines are also in `training_log.csv`
-and, for TensorBoard, in `events/`.
+Each step takes the next batch from `buffer_folder`, which runtime_preprocessing.py fills from
+another terminal; if the batch is not there yet, training waits. A step is a forward and a backward
+pass, an update of the weights by SGD with momentum, and an update of the moving averages.
+
+After epoch e it saves `saved_models/mytestrun/<e>/`: a TensorFlow SavedModel and, in its subfolder
+`training_state/`, what training needs besides the weights to continue from there. Every 10 minutes,
+and when it is stopped, it saves its state within the epoch, `state_<epoch>_<batch>/`, in place of
+the last one. The same command with `--resume` loads the latest of these and continues at the exact
+batch, however training stopped; `--epoch_start=E` alone continues from the model of epoch E - 1.
+The log lines are also in `training_log.csv` and, for TensorBoard, in `events/`.
+
+In this order: main and the loop, the learning rate, the step, the command line, devices and
+signals, the run's folder with all that is saved there, the log.
 """
 
 import argparse
@@ -19,7 +25,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -28,7 +33,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,12 +55,13 @@ from runtime_preprocessing import (
 with utils.quiet_tensorflow():
     import tensorflow as tf
 
-    from batch_renorm import limits_at, momentum_at, move
+    from batch_renorm import limits_at, momentum_at
     from resnet50 import (
         ResNet50,
         epochs_in,
         export_model,
         read_weights,
+        runs_in,
         warn_of_other_classes,
     )
 
@@ -65,8 +71,7 @@ def main() -> None:
     config = utils.load_config(args.config)
     strategy = open_devices(args)
     if args.synthetic:
-        with explained_failures():
-            measure_speed(Trainer(strategy, config, 1000, args))
+        measure_speed(Trainer(strategy, config, 1000, args))
         return
     run = Run(config.train.path_for_saving / args.run_folder, chief=worker_of_workers()[0] == 0)
     run.claim(args)
@@ -74,21 +79,21 @@ def main() -> None:
         end_preprocessing(take_buffer(config), args.epoch_end)
         print(f"{run.folder} is already trained to the end of epoch {args.epoch_end - 1}")
         return
-    spec = wait_for_buffer(config, args)
-    with explained_failures():
-        trainer = Trainer(strategy, config, spec.classes, args)
-        steps = range(restore(run, trainer, spec, args), spec.step(args.epoch_end))
-        trainer.check_agreement(steps.start)
-    saver = Saver(run, trainer, spec, config, args)
+    spec = wait_for_buffer(config, args)  # what the batches are made of
+    trainer = Trainer(strategy, config, spec.classes, args)
+    # From 0, or from the step after the saved state.
+    steps = range(restore(run, trainer, spec, args), spec.step(args.epoch_end))
+    trainer.check_agreement(steps.start)
+    saver = Saver(run, trainer, spec, args)
     log = Log(run, trainer, spec, steps, args)
     for line in plan(run, trainer, spec, steps, args):
         print(line)
     reader = BatchReader(config, spec, steps, trainer.put, args)
-    with explained_failures(), stop_on_signals() as stop, log, reader:
+    with stop_on_signals() as stop, log, reader:
         finished = train(trainer, reader, saver, log, stop)
     if not finished:
         sys.exit(128 + stop.number)
-    # Only now: had training been killed before the last save, it would need these batches again.
+    # Only now: until the last model is saved, a kill would make training need these batches again.
     end_preprocessing(reader.folder, args.epoch_end)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
@@ -103,7 +108,8 @@ def train(
     """Trains on one batch per step, to the last step or until `stop`. Returns whether it finished.
 
     Steps are counted from 0 through all epochs. A step is sent to the device while the one before
-    is still at work there.
+    it still runs there. `settle` waits for both, and raises UserError instead of letting weights be
+    saved whose loss was not finite.
     """
     step = log.steps.start
     while step < log.steps.stop and not log.should_stop(step, stop):
@@ -125,7 +131,7 @@ def train(
     if step == log.steps.stop:
         return True
     log.settle()
-    saver.save_rolling(step)  # first saved, then said: a terminal may hold up what is printed
+    saver.save_rolling(step)  # saved before anything is printed: a terminal may block
     log.say()
     print(
         f"stopped before {reader.spec.position(step)}; the same command with --resume continues "
@@ -155,10 +161,10 @@ def learning_rate(step: int, args: argparse.Namespace, batches_per_epoch: int) -
 
 
 class SkippingSGD(tf.keras.optimizers.SGD):
-    """Keras's SGD, which can skip a step. The device decides: nothing waits for the host."""
+    """Keras's SGD, which can skip a step. The device decides that: nothing waits for the host."""
 
     usable: tf.Tensor | None = None
-    """bool scalar of the step at hand; None: always."""
+    """Whether to take the step at hand, a bool scalar; None if every step is taken."""
 
     def assign(self, variable: tf.Variable, value: tf.Tensor) -> None:
         if self.usable is not None:
@@ -171,11 +177,15 @@ class SkippingSGD(tf.keras.optimizers.SGD):
         super().assign_add(variable, value)
 
     def _all_reduce_sum_gradients(self, grads_and_vars: list) -> list:
-        return grads_and_vars  # `Trainer` has summed them over the replicas already
+        return grads_and_vars  # `Trainer` has averaged them over the replicas already
 
 
 class Trainer:
-    """Network, optimizer and the step function, on the devices of a strategy."""
+    """Network, optimizer and the step function, on the devices of a strategy.
+
+    With several replicas each has a copy of every variable. The copies stay equal because all
+    replicas update theirs by the same values.
+    """
 
     def __init__(
         self,
@@ -199,13 +209,14 @@ class Trainer:
         tf.random.set_seed(config.train.seed)
         with strategy.scope():
             self.network = ResNet50(classes)
-            self.updates = _counter(tf.constant(0, tf.int64), "updates")
-            self.loss_scale = _counter(tf.constant(2.0**15), "loss_scale")
-            self.good_updates = _counter(tf.constant(0, tf.int64), "good_updates")
             self.optimizer = SkippingSGD(momentum=config.train.sgd_momentum)
             self.optimizer.build(self.network.trainable_variables)
+            self.updates = tf.Variable(0, trainable=False, dtype=tf.int64)
+            self.loss_scale = tf.Variable(2.0**15, trainable=False)
+            self.good_updates = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self.momentum = [slot.value for slot in self.optimizer.momentums]
         self.state = tf.train.Checkpoint(
-            momentum=[slot.value for slot in self.optimizer.momentums],
+            momentum=self.momentum,
             updates=self.updates,
             loss_scale=self.loss_scale,
             good_updates=self.good_updates,
@@ -217,37 +228,35 @@ class Trainer:
         self._step = tf.function(self._step, jit_compile=whole_step)
 
     def put(self, images: np.ndarray, labels: np.ndarray) -> tuple:
-        """A batch on the devices: each replica gets its share of the pictures."""
+        """Copies a batch to the devices: each replica gets its share of the pictures."""
         if self.replicas == 1:
             return tf.identity(shared(images)), tf.constant(labels)
         share = len(images) // self.local_replicas
 
-        def part(array: np.ndarray, tensor: Callable[[np.ndarray], tf.Tensor]) -> object:
-            def of_replica(context: object) -> tf.Tensor:
-                local = context.replica_id_in_sync_group % self.local_replicas
-                with tf.device(self.strategy.extended.worker_devices[local]):
-                    return tf.identity(tensor(array[local * share : (local + 1) * share]))
+        def part(context: tf.distribute.experimental.ValueContext) -> tuple[tf.Tensor, tf.Tensor]:
+            local = context.replica_id_in_sync_group % self.local_replicas
+            own = slice(local * share, (local + 1) * share)
+            with tf.device(self.strategy.extended.worker_devices[local]):
+                return tf.identity(shared(images[own])), tf.identity(labels[own])
 
-            return self.strategy.experimental_distribute_values_from_function(of_replica)
-
-        return part(images, shared), part(labels, tf.constant)
+        return self.strategy.experimental_distribute_values_from_function(part)
 
     def step(
         self, images: object, labels: object, rate: float, stop: "Stop | None" = None
     ) -> tf.Tensor:
-        """Trains on a batch. Returns float32 [9]: METRICS, perhaps still under way."""
+        """Trains on a batch. Returns float32 [9]: METRICS, which may still be being computed."""
         stopping = float(stop is not None and stop.is_set())
         return self._step(images, labels, tf.constant(rate), tf.constant(stopping))
 
     def _step(self, images, labels, rate, stopping):
-        """The step on all replicas. Compiled by XLA as a whole where there is only one."""
+        """The step on all replicas. If there is only one, XLA compiles it as a whole."""
         if self.replicas == 1:
             return self._replica_step(images, labels, rate, stopping)
         values = self.strategy.run(self._replica_step, (images, labels, rate, stopping))
         return self.strategy.reduce(tf.distribute.ReduceOp.MEAN, values, axis=None)
 
     def _replica_step(self, images, labels, rate, stopping):
-        """All that a step is: gradients, their mean over the replicas, the update, the averages."""
+        """The whole step: gradients, their mean over the replicas, new weights, new averages."""
         gradients, statistics, values = self._accumulate(images, labels)
         if self.replicas > 1:
             context = tf.distribute.get_replica_context()
@@ -261,13 +270,15 @@ class Trainer:
         self.optimizer.learning_rate = rate
         self.optimizer.apply(gradients, self.network.trainable_variables)
         limits = limits_at(self.updates, self.config.batch_renorm)
-        self._update_averages(statistics)
+        momentum = momentum_at(self.updates, self.config.batch_renorm.moving_avgs_momentum)
+        for layer, (mean, std) in zip(self.network.norms, statistics, strict=True):
+            layer.update(mean, std, momentum)
         self.updates.assign_add(1)
         skipped = 0.0 if usable is None else 1 - tf.cast(usable, tf.float32)
         return tf.stack([*tf.unstack(values), norm, *limits, skipped, self.loss_scale, stopping])
 
     def _accumulate(self, images, labels):
-        """Gradients, statistics and values of a replica's pictures, as means over their pieces."""
+        """What `_gradients` returns for a replica's pictures, averaged over their pieces."""
         pieces = self.args.accumulation_steps
         if pieces == 1:
             return self._gradients(images, labels)
@@ -287,8 +298,8 @@ class Trainer:
         return tf.nest.pack_sequence_as(zeros, means)
 
     def _gradients(self, images, labels):
-        """One forward and one backward pass: gradients of the (scaled) loss, batch statistics of
-        every normalisation, and float32 [3]: loss, loss without L2, share classified right.
+        """One forward and one backward pass. Returns the gradients of the (scaled) loss, the batch
+        statistics of every normalisation, and float32 [3]: loss, loss without L2, top-1.
         """
         limits = limits_at(self.updates, self.config.batch_renorm)
         smoothing = self.args.label_smoothing
@@ -311,9 +322,9 @@ class Trainer:
         )
 
     def _adapt_loss_scale(self, finite: tf.Tensor) -> tf.Tensor | None:
-        """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): half after an overflow,
-        whose step is skipped, double after 2,000 steps without one. Returns whether to take the
-        step; None in other types, whose losses need no scale.
+        """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): an overflow halves the
+        scale, and its step is skipped; 2,000 steps without one double it. Returns whether to take
+        the step, or None in other types than float16, whose losses need no scale.
         """
         if self.compute_type != tf.float16:
             return None
@@ -324,41 +335,23 @@ class Trainer:
         self.good_updates.assign(tf.where(good >= 2000, tf.zeros_like(good), good))
         return finite
 
-    def _update_averages(self, statistics: list[tuple[tf.Tensor, tf.Tensor]]) -> None:
-        """Every replica's copy moves by the same, so nothing needs to be sent between them."""
-        momentum = momentum_at(self.updates, self.config.batch_renorm.moving_avgs_momentum)
-
-        def update(strategy, statistics, momentum):
-            for norm, means in zip(self.network.norms, statistics, strict=True):
-                for average, mean in zip((norm.moving_mean, norm.moving_std), means, strict=True):
-                    strategy.extended.update(average, move, args=(mean, momentum), group=False)
-
-        context = tf.distribute.get_replica_context()
-        context.merge_call(update, args=(statistics, momentum))
-
-    def weights_are_finite(self) -> bool:
-        weights = [*self.network.variables, *self.optimizer.variables]
-        return all(bool(tf.reduce_all(tf.math.is_finite(tf.cast(w, tf.float32)))) for w in weights)
-
     def check_agreement(self, step: int) -> None:
         """Raises UserError unless all machines begin at the same step with the same weights."""
         worker, workers = worker_of_workers()
         if workers == 1:
             return
         checksum = zlib.crc32(b"".join(w.numpy().tobytes() for w in self.network.variables))
-        own = [0] * (2 * workers)
-        own[2 * worker : 2 * worker + 2] = step, checksum
+        own = np.zeros([workers, 2], np.int64)
+        own[worker] = step, checksum
 
         def exchange():
-            # Each machine's numbers come from its first replica; the others add zeros.
             context = tf.distribute.get_replica_context()
-            first = tf.equal(context.replica_id_in_sync_group % self.local_replicas, 0)
-            mine = tf.cast(first, tf.int64) * tf.constant(own, tf.int64)
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(own))
 
-        everywhere = self.strategy.run(tf.function(exchange))
-        numbers = self.strategy.experimental_local_results(everywhere)[0].numpy().reshape(-1, 2)
-        for other, (its_step, its_checksum) in enumerate(numbers.tolist()):
+        sums = self.strategy.run(tf.function(exchange))
+        # Each machine's row was added once by each of its replicas.
+        rows = self.strategy.experimental_local_results(sums)[0].numpy() // self.local_replicas
+        for other, (its_step, its_checksum) in enumerate(rows.tolist()):
             if (its_step, its_checksum) != (step, checksum):
                 what = f"at step {its_step}" if its_step != step else "with other weights"
                 raise UserError(
@@ -368,18 +361,11 @@ class Trainer:
                 )
 
 
-def _counter(initial: tf.Tensor, name: str) -> tf.Variable:
-    """A scalar that is not trained and has one value for all replicas."""
-    return tf.Variable(
-        initial, trainable=False, name=name, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
-    )
-
-
 def shared(array: np.ndarray) -> tf.Tensor:
-    """The array as a tensor in the CPU's memory, which it keeps from being used again.
+    """A tensor in the CPU's memory that shares the array's memory, and keeps it alive.
 
-    tf.constant would copy it into fresh memory: for 256 pictures that takes three times as long,
-    and holds the training thread up. TensorFlow wants tensors to begin at a multiple of 64.
+    tf.constant would copy: with 256 pictures that takes three times as long, and the training
+    thread waits for it. TensorFlow wants tensors to begin at a multiple of 64 bytes.
     """
     if array.ctypes.data % 64:
         return tf.constant(array)
@@ -427,16 +413,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_run()
     parser.add_epochs()
     add("--batch_size", whole(1), "pictures per batch, shared among the GPUs", REQUIRED)
-    add("--learning_rate", number(0), "learning rate at its highest", REQUIRED)
+    add("--learning_rate", number(0), "highest learning rate", REQUIRED)
     add("--lr_schedule", SCHEDULES, "constant (default), step or cosine", "constant")
     add("--lr_drop_epochs", epoch_list, "where step divides the rate by 10, such as 30,60,80", ())
     add("--warmup_epochs", number(0), "epochs in which the rate rises from 0 (default: 0)", 0.0)
-    add("--label_smoothing", number(0, 0.99), "share of the target for all classes", 0.0)
-    add("--accumulation_steps", whole(1), "pieces that a batch is taken in, to save memory", 1)
-    add("--init_from", Path, "saved model whose weights a new run begins with")
+    add("--label_smoothing", number(0, 0.99), "share of the target spread over all classes", 0.0)
+    add("--accumulation_steps", whole(1), "pieces that a batch is split into, to save memory", 1)
+    add("--init_from", Path, "saved model that a new run takes its weights from")
     add("--resume", None, "continue where the run stopped")
     add("--checkpoint_minutes", number(0), "minutes between two saved states (default: 10)", 10.0)
-    add("--keep_last", whole(1), "newest epochs to keep, with the best (default: all)")
+    add("--keep_last", whole(1), "newest epochs to keep besides the best (default: all)")
     add("--log_seconds", number(0), "seconds between two log lines (default: 30)", 30.0)
     add("--precision", PRECISIONS, "float32, mixed_float16 (on a GPU) or mixed_bfloat16")
     add("--jit_compile", None, "compile the step with XLA")
@@ -448,13 +434,13 @@ def parse_arguments() -> argparse.Namespace:
     if args.lr_schedule == "step" and not args.lr_drop_epochs:
         raise UserError("--lr_schedule=step needs --lr_drop_epochs, such as 30,60,80")
     if args.lr_schedule != "step" and args.lr_drop_epochs:
-        raise UserError("--lr_drop_epochs goes with --lr_schedule=step")
+        raise UserError("--lr_drop_epochs needs --lr_schedule=step")
     if args.warmup_epochs >= args.epoch_end:
         raise UserError(
             f"--warmup_epochs={args.warmup_epochs:g} must be less than --epoch_end={args.epoch_end}"
         )
     if args.init_from and args.epoch_start:
-        raise UserError("--init_from begins a new run; it goes with --epoch_start=0")
+        raise UserError("--init_from begins a new run, so it needs --epoch_start=0")
     return args
 
 
@@ -464,7 +450,7 @@ RECIPE = (
     "learning_rate", "lr_schedule", "lr_drop_epochs", "warmup_epochs", "epoch_end",
     "label_smoothing", "accumulation_steps", "precision",
 )  # fmt: skip
-"""Flags that shape the result; a state and a model remember them."""
+"""Flags that shape the result. States and models keep their values."""
 
 
 def recipe_of(args: argparse.Namespace) -> dict[str, object]:
@@ -490,8 +476,8 @@ def gpu_list(text: str) -> list[int]:
 def plan(
     run: "Run", trainer: Trainer, spec: BatchSpec, steps: range, args: argparse.Namespace
 ) -> Iterator[str]:
-    """What is going to happen, line by line. Warns of what is hardly meant."""
-    devices = "the GPU" if on_gpu() else "the CPU"
+    """What is going to happen, line by line. Warns of what is probably a mistake."""
+    devices = "the GPU" if tf.config.get_visible_devices("GPU") else "the CPU"
     if trainer.replicas > 1:
         devices = f"{trainer.replicas} replicas"
     per_epoch = spec.batches_per_epoch
@@ -515,7 +501,7 @@ def plan(
 def renorm_plan(
     settings: SimpleNamespace, per_epoch: int, args: argparse.Namespace
 ) -> Iterator[str]:
-    """In which epochs the limits of batch renormalization are relaxed."""
+    """In which epochs batch renormalization relaxes its limits. Warns if it never does."""
     last = args.epoch_end * per_epoch - 1
     if min(settings.start_relaxing_rmax, settings.start_relaxing_dmax) > last:
         utils.warn(
@@ -523,13 +509,13 @@ def renorm_plan(
             f"{last}: this run is plain batch normalization"
         )
         return
-    epochs = [
-        f"{name} to {getattr(settings, f'{key}_max'):g} in epochs "
-        f"{getattr(settings, f'start_relaxing_{key}') / per_epoch:.1f} to "
-        f"{getattr(settings, f'reach_{key}_max') / per_epoch:.1f}"
-        for name, key in (("r_max", "rmax"), ("d_max", "dmax"))
-    ]
-    yield f"batch renormalization relaxes {', '.join(epochs)}"
+    yield (
+        f"batch renormalization relaxes r_max to {settings.rmax_max:g} in epochs "
+        f"{settings.start_relaxing_rmax / per_epoch:.1f} to "
+        f"{settings.reach_rmax_max / per_epoch:.1f}, d_max to {settings.dmax_max:g} in epochs "
+        f"{settings.start_relaxing_dmax / per_epoch:.1f} to "
+        f"{settings.reach_dmax_max / per_epoch:.1f}"
+    )
 
 
 def disk_plan(folder: Path, trainer: Trainer, epochs: int) -> str:
@@ -539,7 +525,7 @@ def disk_plan(folder: Path, trainer: Trainer, epochs: int) -> str:
     if trainer.args.keep_last:
         epochs = min(epochs, trainer.args.keep_last + 2)  # the best one, and one being written
     free = shutil.disk_usage(folder).free
-    short = "" if epochs * each <= free else "; make room in time, or use another path_for_saving"
+    short = "" if epochs * each <= free else "; free some space, or use another path_for_saving"
     return (
         f"models go to {folder}: {utils.file_size(each)} each, {utils.file_size(epochs * each)} in "
         f"all, {utils.file_size(free)} free{short}"
@@ -563,10 +549,6 @@ def open_devices(args: argparse.Namespace) -> tf.distribute.Strategy:
     if len(chosen) > 1:
         return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(len(chosen))])
     return tf.distribute.get_strategy()
-
-
-def on_gpu() -> bool:
-    return bool(tf.config.get_visible_devices("GPU"))
 
 
 class Stop(threading.Event):
@@ -603,7 +585,7 @@ def explained_failures() -> Iterator[None]:
         yield
     except tf.errors.ResourceExhaustedError:
         raise UserError(
-            "not enough memory on the device; take a larger --accumulation_steps, a smaller "
+            "not enough memory on the device; use a larger --accumulation_steps, a smaller "
             "--batch_size, or --precision=mixed_float16"
         ) from None
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError):
@@ -618,10 +600,11 @@ def explained_failures() -> Iterator[None]:
 # --- the run's folder -----------------------------------------------------------------------
 
 STATE = "training_state"
-"""Subfolder of a model: what training needs besides the weights. It may be deleted."""
+"""Subfolder of a model with what training needs to continue. It may be deleted."""
 
 FACTS = ("classes", "batch_size", "seed", "N", "pictures", "workers", "mu", "sigma")
-"""Fields of BatchSpec that a state within an epoch fits to. One between epochs: only the first."""
+"""Fields of BatchSpec that must be the same to continue within an epoch. Between epochs only the
+first must."""
 
 
 @dataclasses.dataclass
@@ -630,10 +613,7 @@ class Run:
 
     folder: Path
     chief: bool
-    """Only one of several machines writes."""
-
-    def _names(self) -> list[str]:
-        return os.listdir(self.folder) if self.folder.is_dir() else []
+    """Whether this machine writes. One of several does."""
 
     def epochs(self) -> list[int]:
         """Epochs that have a model."""
@@ -641,16 +621,17 @@ class Run:
 
     def rolling(self) -> list[tuple[int, int, Path]]:
         """Epoch, batch and folder of the states saved within epochs, oldest first."""
-        found = [re.fullmatch(r"state_(\d+)_(\d+)", name) for name in self._names()]
+        names = (path.name for path in self.folder.glob("state_*"))
+        found = [re.fullmatch(r"state_(\d+)_(\d+)", name) for name in names]
         return sorted((int(m[1]), int(m[2]), self.folder / m[0]) for m in found if m)
 
     def is_trained_to(self, epoch_end: int) -> bool:
-        """Whether the last epoch's model is there, whole."""
-        last = self.folder / str(max(self.epochs(), default=-1))
-        return self.epochs()[-1:] >= [epoch_end - 1] and (last / "saved_model.pb").exists()
+        """Whether the last epoch's model is there, and complete."""
+        last = max(self.epochs(), default=-1)
+        return last >= epoch_end - 1 and (self.folder / str(last) / "saved_model.pb").exists()
 
     def claim(self, args: argparse.Namespace) -> None:
-        """Makes the run's folder this process's own; removes what killed ones left half-written.
+        """Locks the run's folder and removes what killed processes left half-written there.
 
         Raises UserError where models would be overwritten or are missing, and if another train.py
         works on the run.
@@ -666,7 +647,7 @@ class Run:
 
     def _remove_if_empty(self) -> None:
         """After a start that was refused."""
-        if self._names() == [LOCK]:
+        if list(self.folder.glob("*")) == [self.folder / LOCK]:
             utils.remove_lock(self.folder / LOCK)
             self.folder.rmdir()
 
@@ -675,13 +656,11 @@ class Run:
         epochs, start = self.epochs(), args.epoch_start
         has = f"it has epochs {compact(epochs)}" if epochs else "it has none"
         if args.resume and not self.folder.is_dir():
-            runs = self.folder.parent.iterdir() if self.folder.parent.is_dir() else []
-            names = ", ".join(sorted(path.name for path in runs if path.is_dir())) or "no runs yet"
             raise UserError(
-                f"{self.folder}: no such run to --resume; {self.folder.parent} has {names}. A new "
-                f"run begins without --resume"
+                f"{self.folder}: no such run to --resume; {self.folder.parent} has "
+                f"{runs_in(self.folder.parent)}. A new run begins without --resume"
             )
-        if start and not epochs or not args.resume and start and start - 1 not in epochs:
+        if start and start - 1 not in epochs and not (args.resume and epochs):
             raise UserError(
                 f"--epoch_start={start} continues from the model {self.folder / str(start - 1)}, "
                 f"which is not there; {has}"
@@ -719,14 +698,16 @@ class BrokenState(UserError):
 
 
 def restore(run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespace) -> int:
-    """Loads the state that training continues from, if any, and returns its first step.
+    """Loads the state that training continues from, if any, and returns the next step.
 
-    With --resume that is the latest whole one, else the end of epoch_start - 1. Broken ones after
-    it are renamed, so that they are made again. Raises UserError.
+    With --resume that is the latest state that can be read; later ones are broken and renamed.
+    Without, it is the end of epoch_start - 1. Raises UserError.
     """
-    ends = run.epochs() if args.resume else [args.epoch_start - 1] * (args.epoch_start > 0)
-    states = run.rolling() if args.resume else []
-    states += [(epoch + 1, 0, run.folder / str(epoch)) for epoch in ends]
+    states = [(epoch + 1, 0, run.folder / str(epoch)) for epoch in run.epochs()]
+    if args.resume:
+        states += run.rolling()
+    else:
+        states = [state for state in states if state[0] == args.epoch_start]
     broken = []
     for epoch, batch, folder in sorted(states, reverse=True):
         try:
@@ -753,10 +734,9 @@ def restore(run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespac
 
 
 def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> None:
-    """Raises BrokenState, and UserError where the state belongs to another training.
+    """Loads a state. Raises BrokenState, and UserError where it belongs to another training.
 
-    A state within an epoch (`exact`) fits only the same batches; one between epochs needs only the
-    same classes.
+    A state within an epoch (`exact`) needs the same batches, one between epochs the same classes.
     """
     state = folder / STATE
     if not state.is_dir():
@@ -769,13 +749,13 @@ def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> 
         raise BrokenState(f"{folder}: its state.json cannot be read")
     for key in FACTS if exact else FACTS[:1]:
         if saved.get(key) != getattr(spec, key):
-            way_out = "put that back, or continue from the end of an epoch with --epoch_start"
+            way_out = "restore that, or continue from the end of an epoch with --epoch_start"
             raise UserError(
                 f"{folder} was trained with {key} = {saved.get(key)}, now {key} is "
                 f"{getattr(spec, key)}; {way_out if exact else 'take another --run_folder'}"
             )
     if exact and saved.get("resized") != spec.resized:
-        utils.warn(f"{folder} was trained from another set of resized copies; using these")
+        utils.warn(f"{folder} was trained from another set of resized copies; using the new one")
     say_changes(saved.get("recipe", {}), recipe_of(trainer.args))
     weights = state / "weights" if exact else folder / "variables" / "variables"
     try:
@@ -784,14 +764,14 @@ def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> 
         status = trainer.state.read(str(state / "state"))
         if saved.get("sgd_momentum"):
             status.assert_existing_objects_matched()
-        else:  # trained without momentum, which therefore starts at zero
-            status.expect_partial()
+        else:
+            status.expect_partial()  # it has no momentum, which therefore starts at zero
     except (tf.errors.OpError, AssertionError, ValueError, LookupError, RuntimeError) as error:
         raise BrokenState(f"{folder}: its training state cannot be read: {brief(error)}") from None
 
 
 def say_changes(before: dict, now: dict) -> None:
-    """Names the flags that shape the result and are not as they were."""
+    """Prints the flags of RECIPE that have changed."""
     for name, value in now.items():
         value = list(value) if isinstance(value, tuple) else value
         irrelevant = name == "epoch_end" and now["lr_schedule"] != "cosine"
@@ -804,29 +784,24 @@ def brief(error: Exception) -> str:
 
 
 class Saver:
-    """Writes models and states, each aside and then renamed: complete or not there."""
+    """Writes models and states. Each is written aside, then renamed: complete or not there."""
 
-    def __init__(
-        self,
-        run: Run,
-        trainer: Trainer,
-        spec: BatchSpec,
-        config: SimpleNamespace,
-        args: argparse.Namespace,
-    ):
-        self.run, self.trainer, self.spec, self.config, self.args = run, trainer, spec, config, args
+    def __init__(self, run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespace):
+        self.run, self.trainer, self.spec, self.args = run, trainer, spec, args
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
         return time.monotonic() - self._last > 60 * self.args.checkpoint_minutes
 
     def save_rolling(self, step: int) -> None:
-        """The state before `step`. Without room, says so; the last one stays."""
+        """Saves the state before `step` in place of the last one. If it cannot be saved, warns and
+        keeps the last one.
+        """
         epoch, batch = divmod(step, self.spec.batches_per_epoch)
         folder = self.run.folder / f"state_{epoch}_{batch}"
         self._last = time.monotonic()
         if not self.run.chief or batch == 0 or folder.exists():
-            return  # not a step since the last save
+            return  # saved already
         self._check_weights(step)
         try:
             with utils.folder_written_aside(folder) as aside:
@@ -839,8 +814,8 @@ class Saver:
         self._remove_rolling(but=folder)
 
     def save_epoch(self, step: int, tries: int = 5, pause: float = 60.0) -> None:
-        """The model and the state after the epoch that ends before `step`. Raises UserError if it
-        cannot be saved.
+        """Saves the model and the state after the epoch that ends before `step`. Raises UserError
+        if it cannot, after several tries.
         """
         if not self.run.chief:
             return
@@ -866,24 +841,24 @@ class Saver:
             self._remove_old_epochs(self.args.keep_last)
 
     def _check_weights(self, step: int) -> None:
-        if not self.trainer.weights_are_finite():
+        weights = [*self.trainer.network.variables, *self.trainer.momentum]
+        if not all(tf.reduce_all(tf.math.is_finite(weight)) for weight in weights):
             raise UserError(
                 f"{self.spec.position(step)}: the weights are no longer finite; they were not "
                 f"saved. Continue from the last state with a smaller --learning_rate"
             )
 
     def _write_model(self, folder: Path, step: int) -> None:
-        recipe = recipe_of(self.args) | {"step": step}
-        recipe |= {
-            key: getattr(self.spec, key) for key in ("batch_size", "seed", "N", "mu", "sigma")
-        }
+        names = ("batch_size", "seed", "N", "mu", "sigma")
+        facts = {name: getattr(self.spec, name) for name in names}
+        recipe = {**recipe_of(self.args), "step": step, **facts}
         export_model(self.trainer.network, folder, self.spec.class_names, recipe)
 
     def _write_state(self, folder: Path, step: int) -> None:
         (folder / STATE).mkdir()
         self.trainer.state.write(str(folder / STATE / "state"))
-        facts = {key: getattr(self.spec, key) for key in (*FACTS, "resized")}
-        facts["sgd_momentum"] = self.config.train.sgd_momentum
+        facts = {name: getattr(self.spec, name) for name in (*FACTS, "resized")}
+        facts["sgd_momentum"] = self.trainer.config.train.sgd_momentum
         content = {"step": step, "recipe": recipe_of(self.args), **facts}
         utils.write_text(folder / STATE / "state.json", json.dumps(content, indent=1))
 
@@ -893,7 +868,7 @@ class Saver:
                 utils.remove_folder(folder)
 
     def _remove_old_epochs(self, keep: int) -> None:
-        """All but the newest and the best; one not yet evaluated waits for check_accuracy.py."""
+        """Removes all but the newest, the best, and what check_accuracy.py will still evaluate."""
         rows = utils.read_csv(self.run.folder / "accuracy.csv", ["epoch", "top1_centre"])
         top1 = {
             int(row["epoch"]): float(row.get("top1_10crop") or row["top1_centre"]) for row in rows
@@ -914,11 +889,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-class Log:
+class Log(contextlib.AbstractContextManager):
     """Prints a line per interval, and writes the same to training_log.csv and as events.
 
-    Of several machines only the chief writes; all stop at a loss that is not a number. A thread
-    waits for the values of the steps, so that the loop need not, and notes when each was finished.
+    With several machines only the chief writes, but all stop at a loss that is not finite. A thread
+    waits for the values of the steps and notes when each step was finished, so the loop need not.
     """
 
     def __init__(
@@ -930,14 +905,10 @@ class Log:
         self._stopping = math.inf
         self._waited = self._finished = 0.0
         self._wait = (0.0, 0.0)
-        self._start = self._shown = time.monotonic()
-        self._row_start = time.perf_counter()
+        self._start, self._row_start = time.monotonic(), time.perf_counter()
         self._seconds_before = 0.0
         if run.chief:
             self._open()
-
-    def __enter__(self) -> "Log":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
@@ -950,21 +921,20 @@ class Log:
         self._wait = start, time.perf_counter()
 
     def add(self, step: int, rate: float, values: tf.Tensor) -> None:
-        """Takes the values of a step, which may still be under way on a GPU, and waits for the
-        step before it. Raises UserError at a loss that is not a number.
+        """Takes the values of a step, which may still run on the device, and waits for the step
+        before it. Raises UserError at a loss that is not finite.
         """
         finished = self._pool.submit(lambda: (values.numpy(), time.perf_counter()))
         self._under_way.append((step, rate, finished, self._wait))
         if len(self._under_way) > 1:
             self._settle_first()
-        if time.monotonic() - self._shown >= self.args.log_seconds:
+        if time.perf_counter() - self._row_start >= self.args.log_seconds:
             self._write()
             self.say()
 
     def settle(self) -> None:
-        """Waits for all steps and writes their row. A state that is saved now has all rows before
-        it in the log, whenever the process is killed. Raises UserError at a loss that is not a
-        number.
+        """Waits for all steps and writes their row: before a state is saved, so that no row is
+        missing if the process is killed afterwards. Raises UserError at a loss that is not finite.
         """
         while self._under_way:
             self._settle_first()
@@ -979,7 +949,7 @@ class Log:
         step, rate, future, (asked, given) = self._under_way.popleft()
         values, finished = future.result()
         metrics = dict(zip(METRICS, values.tolist(), strict=True))
-        # The device waited only from the end of the step before on.
+        # The device waited only after it had finished the step before.
         self._waited += max(0.0, given - max(asked, self._finished))
         self._finished = finished
         if not math.isfinite(metrics["loss"]):
@@ -992,13 +962,15 @@ class Log:
         self._settled.append(metrics | {"step": step, "learning_rate": rate, "at": finished})
 
     def should_stop(self, step: int, stop: Stop) -> bool:
-        """Whether to stop before `step`. Several machines stop before the same one: when the values
-        of a step that all have seen by then say that one of them was asked to.
+        """Whether to stop before `step`.
+
+        Several machines must stop before the same step. The values of a step tell all of them that
+        one was asked to stop, and all have seen those values two steps later.
         """
         return stop.is_set() if worker_of_workers()[1] == 1 else self._stopping <= step - 2
 
     def _write(self) -> None:
-        """A row about the steps that have ended since the last one."""
+        """Writes a row about the steps that have finished since the last row."""
         if not self._settled:
             return
         steps, last = self._settled, self._settled[-1]
@@ -1017,7 +989,7 @@ class Log:
             "skipped_steps": round(sum(s["skipped_steps"] for s in steps)),
         }
         self._settled, self._waited = [], 0.0
-        self._shown, self._row_start = time.monotonic(), last["at"]
+        self._row_start = last["at"]
         if self.run.chief:
             self._append(row)
             self._unsaid.append(row)
@@ -1036,10 +1008,10 @@ class Log:
         )
 
     def _open(self) -> None:
-        """Drops the rows of steps that are to be trained again, and writes the events anew."""
+        """Drops the rows of steps that will be trained again, and writes the events anew."""
         path = self.run.folder / "training_log.csv"
-        rows = [row for row in map(as_numbers, utils.read_csv(path, COLUMNS)) if row]
-        rows = [row for row in rows if row["step"] < self.steps.start]
+        rows = [as_numbers(row) for row in utils.read_csv(path, COLUMNS)]
+        rows = [row for row in rows if row and row["step"] < self.steps.start]
         utils.write_csv(path, COLUMNS, rows)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self._rows = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
@@ -1067,13 +1039,13 @@ class Log:
 
 
 def mean_of_finite(values: list[float]) -> float:
-    """The gradient of a skipped step is not finite."""
+    """Skipped steps have gradients that are not finite."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.inf
 
 
 def as_numbers(row: dict[str, str]) -> dict[str, float] | None:
-    """A row of the log as numbers; None if it cannot be read as such."""
+    """A row of the log as numbers; None if it holds anything else."""
     try:
         return {
             name: int(text) if re.fullmatch(r"-?\d+", text) else float(text)
@@ -1084,4 +1056,4 @@ def as_numbers(row: dict[str, str]) -> dict[str, float] | None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run(explained_failures()(main))

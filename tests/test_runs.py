@@ -74,7 +74,7 @@ def trainer_of(*flags: str, classes: int = 8, **settings: object) -> train.Train
 
 
 def saver_of(run: train.Run, trainer: train.Trainer, spec: BatchSpec = SPEC) -> train.Saver:
-    return train.Saver(run, trainer, spec, trainer.config, trainer.args)
+    return train.Saver(run, trainer, spec, trainer.args)
 
 
 @pytest.fixture
@@ -96,9 +96,8 @@ def take_step(trainer: train.Trainer, seed: int = 0, rate: float = 0.01) -> dict
 
 def everything(trainer: train.Trainer) -> list[np.ndarray]:
     """Weights, averages, momentum and counters."""
-    slots = [slot.value for slot in trainer.optimizer.momentums]
     counters = [trainer.updates, trainer.loss_scale, trainer.good_updates]
-    return [v.numpy() for v in (*trainer.network.variables, *slots, *counters)]
+    return [v.numpy() for v in (*trainer.network.variables, *trainer.momentum, *counters)]
 
 
 def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
@@ -316,7 +315,7 @@ def test_a_run_that_begins_from_a_model_takes_its_weights_and_starts_afresh(run,
         [v.numpy() for v in trainer.network.variables],
     )
     assert int(same_classes.updates.numpy()) == 0
-    assert not any(slot.numpy().any() for slot in same_classes.optimizer.momentums)
+    assert not any(slot.numpy().any() for slot in same_classes.momentum)
     capsys.readouterr()
     others = trainer_of(flag, classes=3)
     spec = dataclasses.replace(SPEC, classes=3, class_names=["a", "b", "c"])
@@ -335,7 +334,7 @@ def test_a_run_that_begins_from_a_model_takes_its_weights_and_starts_afresh(run,
 @pytest.mark.parametrize("part", ["weights", "momentum"])
 def test_weights_that_are_not_finite_are_not_saved(run, part):
     trainer = trainer_of()
-    broken = trainer.network.dense_bias if part == "weights" else trainer.optimizer.momentums[-1]
+    broken = trainer.network.dense_bias if part == "weights" else trainer.momentum[-1]
     broken.assign(tf.fill(broken.shape, float("nan")))
     saver = saver_of(run, trainer)
     for save, step in ((saver.save_epoch, 2), (saver.save_rolling, 3)):
@@ -381,7 +380,7 @@ def keep(run: train.Run, evaluated: dict[int, float], epochs: int, *flags: str) 
     rows = [{"epoch": e, "top1_10crop": "", "top1_centre": top1} for e, top1 in evaluated.items()]
     utils.write_csv(run.folder / "accuracy.csv", ["epoch", "top1_10crop", "top1_centre"], rows)
     args = arguments(*flags)
-    train.Saver(run, None, SPEC, None, args)._remove_old_epochs(args.keep_last)
+    train.Saver(run, None, SPEC, args)._remove_old_epochs(args.keep_last)
     return run.epochs()
 
 

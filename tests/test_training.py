@@ -530,10 +530,10 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(replicas, small_network
     trainer.step(*trainer.put(*small_batch()), 0.01)
     trainer.loss_scale.assign(2.0**100)
     before = weights(trainer)
-    momentum = [slot.numpy() for slot in trainer.optimizer.momentums]
+    momentum = [slot.numpy() for slot in trainer.momentum]
     loss = metrics(trainer.step(*trainer.put(*small_batch()), 0.01))
     assert np.isfinite(loss["loss"]) and loss["skipped_steps"] == 1
-    for slot, then in zip(trainer.optimizer.momentums, momentum, strict=True):
+    for slot, then in zip(trainer.momentum, momentum, strict=True):
         np.testing.assert_array_equal(slot.numpy(), then)
     assert np.array_equal(weights(trainer), before)
     assert float(trainer.loss_scale.numpy()) == 2.0**99
