@@ -13,6 +13,8 @@ import shutil
 import signal
 import sys
 import time
+import types
+import zlib
 from pathlib import Path
 
 import toolkit
@@ -489,6 +491,37 @@ def test_the_gradients_norm_does_not_depend_on_the_loss_scale():
         take_step(trainer_of(f"--precision={p}"))["gradient_norm"] for p in train.PRECISIONS[:2]
     ]
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+# --- devices and machines -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theirs", ["at step 4", "with other weights", None])
+def test_machines_begin_at_the_same_step_with_the_same_weights(monkeypatch, theirs):
+    trainer = trainer_of()
+    checksum = zlib.crc32(b"".join(w.numpy().tobytes() for w in trainer.network.variables))
+    other = {"at step 4": (4, checksum), "with other weights": (5, checksum + 1)}
+    rows = tf.constant([(5, checksum), other.get(theirs, (5, checksum))], tf.int64)
+    monkeypatch.setattr(train, "worker_of_workers", lambda: (0, 2))
+    trainer.strategy = types.SimpleNamespace(
+        run=lambda _: rows, experimental_local_results=lambda values: [values]
+    )
+    refused = pytest.raises(utils.UserError, match=f"worker 1 of TF_CONFIG would begin {theirs}")
+    with refused if theirs else contextlib.nullcontext():
+        trainer.check_agreement(5)
+
+
+def test_the_chosen_gpus_alone_are_seen_and_their_memory_is_taken_as_needed(monkeypatch):
+    told = []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: ["zero", "one", "two"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda gpus, _: told.append(gpus))
+    monkeypatch.setattr(
+        tf.config.experimental, "set_memory_growth", lambda gpu, grows: told.append((gpu, grows))
+    )
+    assert utils.choose_gpus([1, 2], required=True) == ["one", "two"]
+    assert told == [["one", "two"], ("one", True), ("two", True)]
+    with pytest.raises(utils.UserError, match="--gpu=3: TensorFlow finds 3 GPUs"):
+        utils.choose_gpus([3], required=True)
 
 
 # --- the log --------------------------------------------------------------------------------

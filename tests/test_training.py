@@ -102,6 +102,7 @@ def assert_same_state(one: dict, other: dict) -> None:
 
 def test_epochs_in_one_go_and_in_two_end_with_the_same_weights(training):
     assert training.run("whole", 0, 4).returncode == 0
+    assert training.processes[-1].wait(timeout=60) == 0  # the preprocessor ends with training
     assert training.run("parts", 0, 2).returncode == 0
     second = training.run("parts", 2, 4)
     assert second.returncode == 0, second.stderr
