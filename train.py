@@ -176,6 +176,9 @@ class SkippingSGD(tf.keras.optimizers.SGD):
             value = tf.where(self.usable, value, tf.zeros_like(value))
         super().assign_add(variable, value)
 
+    def assign_sub(self, variable: tf.Variable, value: tf.Tensor) -> None:
+        self.assign_add(variable, -value)  # without momentum Keras subtracts
+
     def _all_reduce_sum_gradients(self, grads_and_vars: list) -> list:
         return grads_and_vars  # `Trainer` has averaged them over the replicas already
 

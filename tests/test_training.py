@@ -544,6 +544,20 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(replicas, small_network
     assert float(restored.loss_scale.numpy()) == 2.0**99
 
 
+def test_an_overflow_skips_the_step_of_an_optimizer_without_momentum(small_network, monkeypatch):
+    config = utils.load_config(toolkit.ROOT / "config.txt")
+    config.train.sgd_momentum = 0.0
+    monkeypatch.setattr(utils, "load_config", lambda _: config)
+    trainer = make_trainer(precision="mixed_float16")
+    before = weights(trainer)
+    trainer.step(*trainer.put(*small_batch()), 0.01)
+    after = weights(trainer)
+    assert not np.array_equal(after, before)
+    trainer.loss_scale.assign(2.0**100)
+    assert metrics(trainer.step(*trainer.put(*small_batch()), 0.01))["skipped_steps"] == 1
+    assert np.array_equal(weights(trainer), after)
+
+
 def test_xla_takes_the_same_step(small_network):
     results = []
     for jit in (False, True):
