@@ -476,19 +476,18 @@ def _in_class_folders(root: Path, part: str) -> Pictures:
             f"{folder / unknown[0]}: a class that the training set does not have "
             f"({len(unknown)} such); validation needs the class folders of {root / 'train'}"
         )
-    others = []
+    ranks, others = {name: rank for rank, name in enumerate(classes)}, []
 
     def labelled() -> Iterator[tuple[str, int]]:
         for name in found:
-            label = classes.index(name)
             for path in sorted(_files(folder, name)):
                 if _is_picture_name(path):
-                    yield path, label
+                    yield path, ranks[name]
                 else:
                     others.append(path)
 
     paths, labels = _collected(labelled())
-    others += sorted(entry.name for entry in _visible(folder) if entry.name not in found)
+    others += sorted({entry.name for entry in _visible(folder)}.difference(found))
     _warn_of_unused(folder, others)
     layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
     return Pictures(folder, paths, labels, _readable(root, classes), layout)

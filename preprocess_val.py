@@ -93,8 +93,8 @@ def check_own(folder: Path, names: list[str]) -> None:
 def _size(path: str) -> int:
     """In bytes, -1 if there is no such file. Tells pictures of the same name apart."""
     try:
-        return os.stat(path).st_size
-    except OSError:
+        return utils.patiently(os.stat, path).st_size
+    except (FileNotFoundError, NotADirectoryError):
         return -1
 
 

@@ -25,6 +25,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -624,7 +625,7 @@ class Run:
 
     def rolling(self) -> list[tuple[int, int, Path]]:
         """Epoch, batch and folder of the states saved within epochs, oldest first."""
-        names = (path.name for path in self.folder.glob("state_*"))
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
         found = [re.fullmatch(r"state_(\d+)_(\d+)", name) for name in names]
         return sorted((int(m[1]), int(m[2]), self.folder / m[0]) for m in found if m)
 
@@ -706,11 +707,10 @@ def restore(run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespac
     With --resume that is the latest state that can be read; later ones are broken and renamed.
     Without, it is the end of epoch_start - 1. Raises UserError.
     """
-    states = [(epoch + 1, 0, run.folder / str(epoch)) for epoch in run.epochs()]
+    ends = run.epochs() if args.resume else [args.epoch_start - 1] * (args.epoch_start > 0)
+    states = [(epoch + 1, 0, run.folder / str(epoch)) for epoch in ends]
     if args.resume:
         states += run.rolling()
-    else:
-        states = [state for state in states if state[0] == args.epoch_start]
     broken = []
     for epoch, batch, folder in sorted(states, reverse=True):
         try:
@@ -872,10 +872,15 @@ class Saver:
 
     def _remove_old_epochs(self, keep: int) -> None:
         """Removes all but the newest, the best, and what check_accuracy.py will still evaluate."""
-        rows = utils.read_csv(self.run.folder / "accuracy.csv", ["epoch", "top1_centre"])
-        top1 = {
-            int(row["epoch"]): float(row.get("top1_10crop") or row["top1_centre"]) for row in rows
-        }
+        table = self.run.folder / "accuracy.csv"
+        try:
+            top1 = {
+                int(row["epoch"]): float(row.get("top1_10crop") or row["top1_centre"])
+                for row in utils.read_csv(table, ["epoch", "top1_centre"])
+            }
+        except (UserError, ValueError) as error:
+            utils.warn(f"{table}: no old epoch is removed, because it cannot be read: {error}")
+            return
         checked = utils.is_locked(self.run.folder / ".check_accuracy.lock")
         best = max(top1, key=top1.get, default=None)
         for epoch in self.run.epochs()[:-keep]:
@@ -1018,11 +1023,16 @@ class Log(contextlib.AbstractContextManager):
         utils.write_csv(path, COLUMNS, rows)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self._rows = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
-        self._events = utils.new_event_file(self.run.folder / "events" / "training")
         self._seconds_before = rows[-1]["seconds"] if rows else 0.0
-        for row in rows:
-            self._add_event(row, time.time() - self._seconds_before + row["seconds"])
-        self._events.flush()
+        try:
+            self._events = utils.new_event_file(self.run.folder / "events" / "training")
+            for row in rows:
+                self._add_event(row, time.time() - self._seconds_before + row["seconds"])
+            self._events.flush()
+        except tf.errors.OpError as error:
+            raise UserError(
+                f"{self.run.folder / 'events'}: cannot be written: {brief(error)}"
+            ) from None
 
     def _append(self, row: dict) -> None:
         try:

@@ -515,9 +515,11 @@ def _aside(path: Path) -> Iterator[Path]:
         try:
             yield aside
         finally:
-            _remove(aside)
-            _lock_of(aside).unlink(missing_ok=True)
-            os.close(descriptor)
+            try:
+                _remove(aside)
+                _lock_of(aside).unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         if error.filename is None or is_leftover(os.path.basename(error.filename)):
             error.filename = str(path)
@@ -535,9 +537,13 @@ def _hold_name(path: Path) -> tuple[Path, int]:
         aside = aside_name(path)
         descriptor = os.open(_lock_of(aside), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            if _try_lock(descriptor, _lock_of(aside)):
-                return aside, descriptor
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = _lock_of(aside).exists()
+        except BlockingIOError:
+            held = False
         except OSError:  # no locks here, so nobody removes leftovers either
+            held = True
+        if held:
             return aside, descriptor
         os.close(descriptor)  # `remove_leftovers` was faster
 

@@ -218,6 +218,12 @@ def test_a_model_without_its_training_state_is_named_with_the_way_out(run):
     assert run.is_trained_to(1) and not run.is_trained_to(2)
 
 
+def test_a_model_that_is_removed_while_the_buffer_is_waited_for_is_not_passed_over(run):
+    other = trainer_of("--epoch_start=1")
+    with pytest.raises(utils.UserError, match="training_state is not there"):
+        train.restore(run, other, SPEC, other.args)
+
+
 def test_momentum_may_be_switched_on_and_off_between_runs(run):
     for epoch, (before, after) in enumerate([(0.0, 0.9), (0.9, 0.0)]):
         saver_of(run, trainer_of(train__sgd_momentum=before)).save_epoch(2 * epoch + 2)
@@ -382,7 +388,8 @@ def keep(run: train.Run, evaluated: dict[int, float], epochs: int, *flags: str) 
     rows = [{"epoch": e, "top1_10crop": "", "top1_centre": top1} for e, top1 in evaluated.items()]
     utils.write_csv(run.folder / "accuracy.csv", ["epoch", "top1_10crop", "top1_centre"], rows)
     args = arguments(*flags)
-    train.Saver(run, None, SPEC, args)._remove_old_epochs(args.keep_last)
+    if args.keep_last:
+        train.Saver(run, None, SPEC, args)._remove_old_epochs(args.keep_last)
     return run.epochs()
 
 
@@ -395,6 +402,15 @@ def test_keep_last_waits_for_a_checker_at_work(run):
     assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 2, 3, 4, 5]
     utils.remove_lock(run.folder / ".check_accuracy.lock")
     assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 4, 5]
+
+
+@pytest.mark.parametrize("table", ["epoch,thoughts\n0,mine\n", "epoch,top1_centre\n0,high\n"])
+def test_a_table_that_cannot_be_read_removes_nothing_and_training_goes_on(run, capsys, table):
+    keep(run, {}, 6)
+    (run.folder / "accuracy.csv").write_text(table)
+    train.Saver(run, None, SPEC, arguments())._remove_old_epochs(2)
+    assert run.epochs() == [0, 1, 2, 3, 4, 5]
+    assert "accuracy.csv: no old epoch is removed" in capsys.readouterr().err
 
 
 # --- the step -------------------------------------------------------------------------------
