@@ -2,19 +2,19 @@
 
     from batch_renorm import BatchRenorm, Limits, limits_at
     norm = BatchRenorm(64, name="norm")
-    outputs = norm(images, limits_at(step, config))   # training; afterwards
+    outputs = norm(images, limits_at(step, config))   # training, then after each step:
     norm.update(norm.batch_mean, norm.batch_std, momentum_at(step, 0.99))
     outputs = norm(images)                            # inference
 
-Batch normalization normalises with the statistics of the batch while training, and with moving
-averages at inference: two different functions. Batch renormalization corrects the former towards
-the latter by a scale r and a shift d per channel, which the gradient treats as constants:
+Batch normalization uses the statistics of the batch in training, but moving averages at inference:
+two different functions. Batch renormalization moves the first towards the second, by a scale r and
+a shift d per channel. The gradient treats r and d as constants:
 
     r = clip(sigma_B / sigma, 1/r_max, r_max)      d = clip((mu_B - mu) / sigma, -d_max, d_max)
     y = gamma * ((x - mu_B) / sigma_B * r + d) + beta
 
 With r_max = 1 and d_max = 0 this is batch normalization. Within the limits it computes exactly what
-inference computes, which is why small or unbalanced batches do much less harm.
+inference computes, so small or unbalanced batches do much less harm.
 """
 
 from functools import cache
@@ -24,8 +24,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 EPSILON = 1e-5
-"""Added to the variance, once. The fused GPU kernels accept no less, and other frameworks train
-ResNets with the same value."""
+"""Added to the variance, once. The fused GPU kernels accept no smaller value, and other frameworks
+train ResNets with the same one."""
 
 
 class Limits(NamedTuple):
@@ -36,7 +36,7 @@ class Limits(NamedTuple):
 
 
 def ramp(step: tf.Tensor, start: int, end: int, low: float, high: float) -> tf.Tensor:
-    """`low` up to step `start`, `high` from `end` on, a straight line between: float32 scalar."""
+    """`low` up to step `start`, `high` from step `end`, linear in between. float32 scalar."""
     progress = (tf.cast(step, tf.float32) - start) / max(end - start, 1)
     return low + (high - low) * tf.clip_by_value(progress, 0.0, 1.0)
 
@@ -44,8 +44,8 @@ def ramp(step: tf.Tensor, start: int, end: int, low: float, high: float) -> tf.T
 def limits_at(step: tf.Tensor, config) -> Limits:
     """The limits at a training step, from the `[batch_renorm]` section of config.txt.
 
-    The paper (section 4) starts with batch normalization, because the first moving averages mean
-    little, and relaxes slowly: r_max from 1 to 3, d_max from 0 to 5.
+    The first moving averages mean little. So the paper (section 4) starts with batch normalization
+    and then relaxes the limits slowly: r_max from 1 to 3, d_max from 0 to 5.
     """
     return Limits(
         ramp(step, config.start_relaxing_rmax, config.reach_rmax_max, 1.0, config.rmax_max),
@@ -54,9 +54,9 @@ def limits_at(step: tf.Tensor, config) -> Limits:
 
 
 def momentum_at(update: tf.Tensor, momentum: float) -> tf.Tensor:
-    """Weight of the old value in update number `update` (from 0) of the averages. float32 scalar.
+    """Weight of the old moving averages in an update. float32 scalar. `update` counts from 0.
 
-    The averages warm up: the first updates weigh much more than later ones, so the initial values
+    The averages warm up: the first updates weigh much more than later ones. So the initial values
     are soon forgotten, and a model evaluates well after a few dozen steps.
     """
     n = tf.cast(update, tf.float32)
@@ -84,9 +84,9 @@ class BatchRenorm(tf.Module):
     def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
         """Normalises x: float32, float16 or bfloat16 [n, height, width, channels], same type out.
 
-        Training passes `limits`: the batch's own statistics normalise, corrected by r and d, and
-        are kept for `update` in `batch_mean` and `batch_std`, float32. At inference, without
-        `limits`, the moving averages normalise.
+        With `limits`, in training, it uses the batch's statistics, corrected by r and d. It keeps
+        them for `update` in `batch_mean` and `batch_std`, float32. Without `limits`, at inference,
+        it uses the moving averages.
         """
         if limits is None:
             scale, offset = self.scale_and_offset()
@@ -95,26 +95,26 @@ class BatchRenorm(tf.Module):
         return y
 
     def scale_and_offset(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """The layer at inference is x * scale + offset; both float32 [channels]."""
+        """At inference the layer computes x * scale + offset. Both are float32 [channels]."""
         scale = self.gamma / self.moving_std
         return scale, self.beta - self.moving_mean * scale
 
     def update(self, mean: tf.Tensor, std: tf.Tensor, momentum: tf.Tensor) -> None:
         """Moves the averages towards batch statistics; `momentum` is the weight of the old values.
 
-        `mean` and `std`: float32 [channels]; with several replicas the mean over all of them,
-        because each replica moves its own copy of the averages.
+        `mean` and `std`: float32 [channels]. With several replicas, pass the mean over all of them,
+        because each replica updates its own copy of the averages.
         """
         for average, value in ((self.moving_mean, mean), (self.moving_std, std)):
             average.assign(momentum * average + (1 - momentum) * value)
 
 
 def _renormalize(layer: BatchRenorm, x: tf.Tensor, limits: Limits) -> tuple[tf.Tensor, ...]:
-    """y, batch mean and batch standard deviation, with the gradient of the paper's section 3.
+    """Returns y, batch mean and batch standard deviation. The gradient is the paper's, section 3.
 
-    The fused kernels do all the heavy work. As r and d are treated as constants, the gradient with
-    respect to x is that of batch normalization with scale gamma * r, so one call of the fused
-    kernel returns every gradient.
+    The fused kernels do all the heavy work. With r and d constant, the gradient with respect to x
+    is that of batch normalization with scale gamma * r. So one call of the fused kernel returns
+    every gradient.
     """
     moving_mean, moving_std = layer.moving_mean, layer.moving_std
     prepare = _moments_first if _moments_come_first(x) else _normalize_first
@@ -145,12 +145,12 @@ def _renormalize(layer: BatchRenorm, x: tf.Tensor, limits: Limits) -> tuple[tf.T
 
 
 def _moments_come_first(x: tf.Tensor) -> bool:
-    """Which of the two ways below to take. Both compute the same.
+    """Whether to use `_moments_first` or `_normalize_first`. Both compute the same.
 
-    For float32 on a processor without AVX-512 `_moments_first` is faster: it ran (forward and
-    backward) at 0.8 of the speed of the fused batch norm, `_normalize_first` at 0.75. With AVX-512
-    they ran at 0.7 and 0.8. A GPU gets `_normalize_first`, which leaves the statistics to cuDNN;
-    that was not measured.
+    `_moments_first` is faster for float32 on a processor without AVX-512: forward and backward it
+    ran at 0.8 of the speed of the fused batch norm, `_normalize_first` at 0.75. With AVX-512 they
+    ran at 0.7 and 0.8. A GPU uses `_normalize_first`, so that cuDNN computes the statistics. This
+    was not measured.
     """
     on_cpu = not tf.config.get_visible_devices("GPU")
     return x.dtype == tf.float32 and on_cpu and not _has_avx512()
@@ -165,8 +165,8 @@ def _has_avx512() -> bool:
 def _normalize_first(x: tf.Tensor) -> tuple:
     """Normalises with the fused kernel, which also returns the statistics.
 
-    Returns the inputs with which the inference form of FusedBatchNormV3 computes y, the mean and
-    variance of the batch, and the reserved inputs of FusedBatchNormGradV3.
+    Returns four things: inputs from which the inference form of FusedBatchNormV3 computes y; the
+    batch's mean; its variance; the reserved inputs of FusedBatchNormGradV3.
     """
     channels = x.shape[-1]
     ones, zeros = tf.ones([channels]), tf.zeros([channels])
@@ -183,12 +183,12 @@ def _normalize_first(x: tf.Tensor) -> tuple:
 
 
 def _moments_first(x: tf.Tensor) -> tuple:
-    """Computes the statistics by matrix products, then y in one fused pass. Returns as above.
+    """Computes the statistics by matrix products, then y in one fused pass. Returns the same four.
 
-    A row of 1/n times the rows of x is the mean: TensorFlow multiplies faster than it reduces. The
-    variance is the mean of the squared differences from the mean. Mean square minus squared mean
-    would be faster but cancels digits: with n = 200,704 and a mean of 4 deviations, the deviation
-    is off by 1e-4 instead of 1e-5.
+    The mean is a row of 1/n times the matrix of all pixels: TensorFlow multiplies faster than it
+    reduces. The variance is the mean of the squared differences from the mean. Mean square minus
+    squared mean would be faster but loses digits: with n = 200,704 and a mean of 4 deviations, the
+    deviation is off by 1e-4 instead of 1e-5.
     """
     rows = tf.cast(tf.reshape(x, [-1, x.shape[-1]]), tf.float32)
     count = tf.shape(rows)[0]
@@ -196,7 +196,7 @@ def _moments_first(x: tf.Tensor) -> tuple:
     mean = tf.matmul(weights, rows)[0]
     variance = tf.matmul(weights, tf.math.squared_difference(rows, mean))[0]
     inputs = {"x": x, "mean": mean, "variance": variance}
-    # The gradient's kernel takes the variance on a CPU; on a GPU it would take 1 / deviation.
+    # On a CPU the gradient kernel expects the variance; on a GPU it would expect 1 / deviation.
     return inputs, mean, variance, _reserve(mean, variance, tf.zeros([0]))
 
 

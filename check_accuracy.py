@@ -2,10 +2,10 @@
 
     python3 check_accuracy.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30
 
-takes one `saved_models/mytestrun/<epoch>/` after the other, and waits for those that training has
-yet to save. It prints top-1 and top-5 of the average over ten crops and of the centre crop alone,
-and the centre crop's loss. It adds them to `accuracy.csv` in the run's folder, and draws
-`accuracy.png` and `training.png` again. Started again, it skips the epochs in the table.
+evaluates `saved_models/mytestrun/<epoch>/`, epoch by epoch, and waits for models that training has
+yet to save. It prints top-1 and top-5, once averaged over ten crops and once for the centre crop
+alone, and the centre crop's loss. It adds them to `accuracy.csv` in the run's folder, and redraws
+`accuracy.png` and `training.png`. When started again, it skips epochs that are in the table.
 """
 
 import argparse
@@ -31,8 +31,8 @@ with utils.quiet_tensorflow():
 
 ACCURACIES = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre")
 COLUMNS = ("epoch", "step", *ACCURACIES, "loss_centre", "pictures", "model")
-"""Of accuracy.csv. Accuracies are 0…1, those of ten crops empty with --crops=1. The loss is the
-mean cross-entropy in nats. `model` changes when the epoch is trained again."""
+"""Columns of accuracy.csv. Accuracies are 0…1. With --crops=1 those of ten crops are empty. The
+loss is the mean cross-entropy in nats. `model` changes when the epoch is trained again."""
 
 LOCK = ".check_accuracy.lock"
 TRAINER_LOCK = ".train.lock"
@@ -47,7 +47,7 @@ def main() -> None:
     print(f"evaluating on {open_device(args.gpu)}")
     crops = Crops(config.preprocess.path_to_save / "val", config.preprocess.N, args.crops)
     wait_for_run(run)
-    utils.lock(run / LOCK, f"{run}: another check_accuracy.py is at work on it")
+    utils.lock(run / LOCK, f"{run}: another check_accuracy.py is evaluating this run")
     utils.remove_leftovers(run)
     table = run / "accuracy.csv"
     print(
@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_run()
     parser.add_epochs()
-    parser.add("--crops", crop_count, "10, or 1 for the centre alone, a tenth of the work", 10)
+    parser.add("--crops", crop_count, "10, or 1: only the centre crop, a tenth of the work", 10)
     parser.add("--every", whole(1), "evaluate every K-th epoch and the last (default: 1)", 1)
     parser.add("--gpu", whole(0), "GPU to use (default: 1, else the CPU)")
     parser.add("--pictures", whole(1), "pictures evaluated at a time (default: 16)", 16)
@@ -106,8 +106,8 @@ def wanted_epochs(args: argparse.Namespace) -> list[int]:
 
 
 def open_device(gpu: int | None) -> str:
-    """Takes the GPU asked for, or GPU 1, or else the CPU. Raises UserError if the GPU asked for is
-    not there.
+    """Uses the GPU asked for, else GPU 1, else the CPU. Raises UserError if the GPU asked for does
+    not exist.
     """
     if utils.choose_gpus([1 if gpu is None else gpu], required=gpu is not None):
         return f"GPU {1 if gpu is None else gpu}"
@@ -119,7 +119,7 @@ def open_device(gpu: int | None) -> str:
 
 
 def wait_for_run(run: Path, seconds: float = 30.0) -> None:
-    """Gives train.py some time to start. Raises UserError if the run does not appear."""
+    """Waits for train.py to start. Raises UserError if the run's folder does not appear."""
     if not run.is_dir():
         print(f"waiting {seconds:.0f} seconds for {run}, in case train.py is just starting")
     end = time.monotonic() + seconds
@@ -133,8 +133,8 @@ def wait_for_run(run: Path, seconds: float = 30.0) -> None:
 
 
 def wait_for(folder: Path) -> bool:
-    """Waits for a model, saying so. Returns False if it will not come: training has ended, with
-    the last epoch that it was asked for. A model's folder is complete as soon as it is there.
+    """Waits for a model and says so. Returns False if training has ended without it, after the last
+    epoch it was asked for. A model's folder is complete as soon as it exists.
     """
     said, say_again = None, 0.0
     while not folder.is_dir():
@@ -142,7 +142,7 @@ def wait_for(folder: Path) -> bool:
         if not training and not folder.is_dir() and has_ended_before(folder):
             return False
         if training != said or time.monotonic() > say_again:
-            work = "a train.py is at work on it" if training else "no train.py is at work on it now"
+            work = "train.py is training this run" if training else "no train.py is running for it"
             print(f"waiting for {folder}; {work}")
             said, say_again = training, time.monotonic() + SAY_AGAIN_SECONDS
         time.sleep(POLL_SECONDS)
@@ -150,7 +150,7 @@ def wait_for(folder: Path) -> bool:
 
 
 def has_ended_before(folder: Path) -> bool:
-    """Whether training has saved the last epoch that it was asked for, and this one is later."""
+    """Whether training has saved the last epoch it was asked for, and this model is later."""
     last = max(epochs_in(folder.parent), default=-1)
     wanted = model_recipe(folder.parent / str(last)).get("epoch_end")
     return wanted is not None and wanted <= last + 1 <= int(folder.name)
@@ -162,7 +162,7 @@ def has_ended_before(folder: Path) -> bool:
 def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
     """Evaluates a saved model. Raises UserError if it cannot be used.
 
-    The ten crops' probabilities (softmax, not logits) are averaged.
+    Averages the probabilities of the ten crops, not their logits.
     """
     model = fingerprint(folder)
     classify, classes = load_model(folder)
@@ -212,7 +212,7 @@ def rank(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(folder: Path) -> str:
-    """A text that is different if the epoch was trained again."""
+    """A text that changes when the epoch is trained again."""
     if known := model_recipe(folder).get("fingerprint"):
         return known
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -260,7 +260,7 @@ def describe(row: SimpleNamespace) -> str:
 
 
 def show(run: Path, rows: list[SimpleNamespace]) -> None:
-    """Draws the charts, and writes the events for TensorBoard, by training step."""
+    """Draws the charts by epoch, and writes the TensorBoard events by training step."""
     log = read_training_log(run / "training_log.csv")
     draw_accuracy(rows, learning_rate_drops(log), run / "accuracy.png")
     draw_training(log, rows, run / "training.png")
@@ -282,7 +282,7 @@ GREEN = (20, 134, 84)
 
 
 class Chart:
-    """Axes with ticks and curves, on opaque white, so that it can be read on dark screens too.
+    """Axes with ticks and curves. The background is opaque white, so dark screens show it too.
 
     It is drawn at twice its size and scaled down, which smooths the lines.
     """
@@ -377,7 +377,7 @@ def draw_accuracy(rows: list[SimpleNamespace], drops: list[float], path: Path) -
 
 
 def read_training_log(path: Path) -> list[SimpleNamespace]:
-    """The columns of training_log.csv that charts need; rows with broken numbers are left out."""
+    """The columns of training_log.csv that the charts need. Skips rows with broken numbers."""
     names = ("epoch", "batch", "loss", "loss_without_l2", "top1", "learning_rate")
     rows = []
     for row in utils.read_csv(path, names):
@@ -402,8 +402,8 @@ def learning_rate_drops(log: list[SimpleNamespace]) -> list[float]:
 def draw_training(
     log: list[SimpleNamespace], rows: list[SimpleNamespace], path: Path, most: int = 300
 ) -> None:
-    """Loss and top-1 of training batches, averaged to at most `most` points, and the validation
-    loss, by epoch. Top-1 has its own scale at the right edge.
+    """Loss and top-1 of training batches, and the validation loss, by epoch. The training curves
+    are averaged to at most `most` points. Top-1 has its own scale on the right.
     """
     batches = max((row.batch for row in log), default=0) + 1
     table = [(r.epoch + r.batch / batches, r.loss, r.loss_without_l2, r.top1) for r in log]
@@ -411,7 +411,7 @@ def draw_training(
         return
     groups = np.array_split(np.array(table), min(len(table), most))
     epochs, loss, plain, top1 = np.array([group.mean(axis=0) for group in groups]).T
-    # The model of epoch e is saved at its end.
+    # The model of epoch e is saved at the end of the epoch.
     checked = [(row.epoch + 1, row.loss_centre) for row in rows if epochs[0] <= row.epoch + 1]
     first, last = math.floor(epochs[0]), max(math.ceil(epochs[-1]), *(x for x, _ in checked), 0)
     highest = max(loss.max(), *(y for _, y in checked), 0)

@@ -2,20 +2,22 @@
 
     python3 resnet50.py saved_models/mytestrun cat.jpg dog.png
 
-prints what a trained model sees, a line per picture, the five most probable classes first:
+prints what a trained model sees: a line per picture with the five most probable classes.
 
     cat.jpg: 93.1% tabby, 4.0% tiger cat, 1.2% Egyptian cat, 0.4% lynx, 0.1% Persian cat
 
-The model is the folder of an epoch, or of a run, which stands for its newest epoch. As a module:
+The first argument is the folder of an epoch, or of a run to take its newest epoch. As a module:
 
     network = ResNet50(classes=1000)
     logits = network(images)            # images: float [n, 224, 224, 3], normalised, RGB
 
-The network is today's standard one ("v1.5": a stage halves its resolution in the 3x3 convolution of
-its first block, not in the 1x1 before it). Convolutions pad k // 2 pixels on every side, as in
-other frameworks, where TensorFlow's SAME pads unevenly; so weights can be exchanged with them.
+The network is today's standard one, "v1.5": a stage halves the resolution in the 3x3 convolution of
+its first block, not in the 1x1 convolution before it. A k x k convolution pads k // 2 pixels on
+every side, because other frameworks do, and weights can be exchanged with them. TensorFlow's SAME
+pads unevenly.
 
-The second part exports it as a TensorFlow SavedModel, which works without this file. Signatures:
+The second part of this file exports the network as a TensorFlow SavedModel, which works without
+this file. It has three signatures:
 
     serving_default    uint8 crops [n, 224, 224, 3]        -> probabilities
     jpeg               contents of picture files [n]       -> the five most probable classes
@@ -56,7 +58,7 @@ STAGES = [
 
 
 class ConvNorm(tf.Module):
-    """A convolution without bias and its batch renormalization."""
+    """A convolution without bias, then batch renormalization."""
 
     def __init__(
         self,
@@ -76,16 +78,16 @@ class ConvNorm(tf.Module):
     def __call__(self, x: tf.Tensor, limits: Limits | None) -> tf.Tensor:
         if limits is not None:
             return self.norm(self.convolve(x, self.kernel), limits)
-        # At inference the normalisation is linear, so it becomes part of the kernel and a bias.
+        # At inference the normalisation is linear, so fold it into the kernel and a bias.
         scale, offset = self.norm.scale_and_offset()
         return tf.nn.bias_add(self.convolve(x, self.kernel * scale), tf.cast(offset, x.dtype))
 
     def convolve(self, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         """Convolution in the type of x, padded by size // 2.
 
-        With stride 1 that is SAME, for 1x1 kernels VALID; elsewhere x is padded beforehand. On a
-        CPU this makes a step 1.4 times as fast as explicit padding in the convolution, which
-        TensorFlow's fast kernels do not support.
+        With stride 1 this is what SAME does, and 1x1 kernels need no padding. In the other cases x
+        is padded first. TensorFlow's fast CPU kernels do not support explicit padding in the
+        convolution; without it a step is 1.4 times as fast.
         """
         if self.stride > 1 and self.padding:
             pad = [self.padding, self.padding]
@@ -119,10 +121,10 @@ class Bottleneck(tf.Module):
 
 
 class ResNet50(tf.Module):
-    """float [n, 224, 224, 3] normalised RGB pictures to float32 [n, classes] logits.
+    """Maps normalised RGB pictures, float [n, 224, 224, 3], to logits, float32 [n, classes].
 
-    It computes in the type of its input: float32, float16 or bfloat16; variables, statistics and
-    logits are always float32. 25,557,032 trainable numbers for 1000 classes.
+    It computes in the type of its input: float32, float16 or bfloat16. Variables, statistics and
+    logits are always float32. With 1000 classes it has 25,557,032 trainable parameters.
     """
 
     def __init__(self, classes: int, name: str = "resnet50"):
@@ -182,13 +184,13 @@ SHORTER_SIDE = 256
 """Pixels of a picture's shorter side before its centre is cut out, as in preprocess_val.py."""
 
 RECIPE = "recipe.json"
-"""Among the assets of a model: how it was trained."""
+"""The asset that says how the model was trained."""
 
 CROPS = tf.TensorSpec([None, CROP, CROP, 3], tf.uint8, "images")
 
 
 class Classifier(tf.Module):
-    """What a SavedModel holds: network, normalisation, names of the classes, recipe.
+    """What a SavedModel holds: network, normalisation, class names, recipe.
 
     The three functions are its signatures. They check the size of the crops, which a loaded
     signature does not.
@@ -231,12 +233,12 @@ class Classifier(tf.Module):
 
 
 def centre_crop(content: tf.Tensor) -> tf.Tensor:
-    """The centre crop, uint8 [224, 224, 3] RGB, of a JPEG or PNG file's content, string [].
+    """The centre crop of a JPEG or PNG file. content: string []. Returns uint8 [224, 224, 3], RGB.
 
-    Each pixel is within one of 256 levels of the centre crop of preprocess_val.py: Pillow resizes
-    rows and columns one after the other, and rounds in between.
+    Each pixel is within one of 256 levels of the crop that preprocess_val.py cuts. They differ
+    because Pillow resizes rows, rounds, and then resizes columns.
     """
-    picture = tf.io.decode_jpeg(content, 3, dct_method="INTEGER_ACCURATE")  # reads PNG, too
+    picture = tf.io.decode_jpeg(content, 3, dct_method="INTEGER_ACCURATE")  # also reads PNG
     size = tf.shape(picture)[:2]
     resized = tf.round(size * SHORTER_SIDE / tf.reduce_min(size))  # half to even, as in Python
     resized = tf.cast(resized, tf.int32)
@@ -256,8 +258,8 @@ def export_model(
 ) -> None:
     """Writes the network as a SavedModel into `folder`, with the names of its classes.
 
-    `recipe` says how it was trained; its `mu` and `sigma` become part of the model. A `fingerprint`
-    of the variables is added, by which check_accuracy.py notices that an epoch was trained again.
+    `recipe` says how it was trained. Its `mu` and `sigma` become part of the model. A `fingerprint`
+    of the variables is added; it tells check_accuracy.py when an epoch was trained again.
     """
     weights = b"".join(variable.numpy().tobytes() for variable in network.variables)
     recipe = recipe | {"fingerprint": f"{zlib.crc32(weights):08x}"}
@@ -288,7 +290,7 @@ LOADING_ERRORS = (
 
 @contextlib.contextmanager
 def explained_loading(folder: Path) -> Iterator[None]:
-    """Turns what TensorFlow raises into UserError."""
+    """Turns LOADING_ERRORS into UserError."""
     try:
         yield
     except LOADING_ERRORS as error:
@@ -332,11 +334,11 @@ def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
 
 
 def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
-    """Gives the network the weights and averages of a saved model. Returns a line that says so.
+    """Copies the weights and averages of a saved model to the network. Returns a line to print.
 
-    The dense layer is taken over only if the classes have the same names in the same order.
-    `spec` has the `class_names`, `mu` and `sigma` of the new training. Warns if the model was
-    trained with another normalisation. Raises UserError.
+    The dense layer is copied only if the classes have the same names in the same order. `spec` has
+    the `class_names`, `mu` and `sigma` of the new training. Warns if the model was trained with
+    another normalisation. Raises UserError.
     """
     checkpoint = str(folder / "variables" / "variables")
     bias = "network/dense_bias/.ATTRIBUTES/VARIABLE_VALUE"
@@ -355,32 +357,32 @@ def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
         its, new = recipe.get(name), list(getattr(spec, name))
         if its not in (None, new):
             utils.warn(
-                f"{folder} was trained with {name} = {its}, now it is {new}; its weights fit best "
-                f"with its own: set [utils] of config.txt to those"
+                f"{folder} was trained with {name} = {its}, now it is {new}; its weights work "
+                f"best with the old {name}: set that in [utils] of config.txt"
             )
     its_classes = utils.plural(shapes[bias][0], "class")
-    dense = "taken over" if same else f"new: {utils.plural(len(spec.class_names), 'class')}"
+    dense = "copied" if same else f"new: {utils.plural(len(spec.class_names), 'class')}"
     return f"initialised from {folder} ({its_classes}); the dense layer is {dense}"
 
 
 def class_names_of(model: Path) -> list[str]:
-    """The names of a saved model's classes, as they are written there; [] if there are none."""
+    """The class names in a saved model, as its file spells them. [] if it has none."""
     return utils.read_lines(model / "assets" / utils.CLASS_NAMES)
 
 
 def as_written(name: str) -> str:
-    """A class name as `class_names_of` returns it."""
+    """A class name in the spelling of `class_names_of`."""
     return utils.as_written(utils.one_line(name)).decode()
 
 
 def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
-    """Warns of the first class that has another name in a saved model."""
+    """Warns of the first class whose name differs in a saved model."""
     names = map(as_written, names)
     for label, (its, name) in enumerate(zip(class_names_of(model), names, strict=False)):
         if its != name:
             utils.warn(
-                f"{model}: its class {label} is {its}, but {name} in {where}; unless these are two "
-                f"names of the same thing, the labels do not fit"
+                f"{model}: its class {label} is {its}, but {name} in {where}; unless both names "
+                f"mean the same thing, the labels do not match"
             )
             return
 
@@ -390,7 +392,7 @@ def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    tf.config.set_visible_devices([], "GPU")  # train.py may need all of its memory
+    tf.config.set_visible_devices([], "GPU")  # train.py may need all of the GPU's memory
     classify = load_signature(find_model(args.model, args.config), "jpeg")
     failed = 0
     for path in args.pictures:
@@ -409,10 +411,10 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = utils.Parser(
-        "Says what a trained model sees in pictures: the five most probable classes of each.",
+        "Prints the five most probable classes of each picture, according to a trained model.",
         "resnet50.py saved_models/mytestrun cat.jpg dog.png",
     )
-    model = "folder of a saved model; or folder or name of a run, for its newest epoch"
+    model = "folder of a saved model, or folder or name of a run (its newest epoch is used)"
     parser.add_argument("model", type=Path, metavar="MODEL", help=model)
     parser.add_argument("pictures", type=Path, metavar="PICTURE", nargs="+", help="picture files")
     parser.add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
@@ -420,9 +422,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_model(given: Path, settings: Path) -> Path:
-    """The model's folder for what the command line gives: a model, a run or a run's name.
+    """The folder of the model. `given`: the folder of a model or a run, or the name of a run.
 
-    Raises UserError if there is none.
+    Raises UserError if it does not exist.
     """
     folder = given
     if not given.exists() and settings.is_file():

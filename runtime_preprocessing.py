@@ -8,8 +8,9 @@ when training does. `--benchmark` measures pictures per second instead, and `--p
 draws a batch as the network will see it.
 
 Each picture goes through six steps: draw a shorter side s from 256, 263, … 480; resize the picture
-to it; cut out a random 224x224 crop; normalise; flip in half of the cases; shift the colours a
-little. The first three are done at once: only the crop's window is decoded and resized.
+so that its shorter side is s; cut out a random 224x224 crop; normalise; flip half of the time;
+shift the colours a little. The first three happen together: only the crop's window is decoded and
+resized.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ from preprocess import (
 )
 
 REFILL_BELOW = 0.8
-"""Below this share of buffer_size, the buffer is filled up again."""
+"""The buffer is refilled when it falls below this share of buffer_size."""
 
 
 def main() -> None:
@@ -78,9 +79,10 @@ def main() -> None:
         draw_preview(recipe, args.preview)
         return
     utils.make_folder(folder)
-    # The lock is held until the process ends, however it ends.
+    # The system releases the lock when the process ends, even if it is killed.
     utils.lock(
-        folder / LOCK, f"{folder}: another runtime_preprocessing.py works here; give each its own"
+        folder / LOCK,
+        f"{folder}: another runtime_preprocessing.py uses this folder; give each its own",
     )
     if args.benchmark:
         benchmark(recipe, folder)
@@ -111,10 +113,10 @@ def parse_arguments() -> Namespace:
 
 
 def describe(recipe: "Recipe") -> str:
-    """What is going to happen."""
+    """Says what will be made, and from what."""
     spec, source = recipe.spec, "the originals"
     if sides := len(recipe.copies):
-        source = f"resized copies in {sides} of the {len(SIDES)} shorter sides, else {source}"
+        source = f"resized copies for {sides} of the {len(SIDES)} shorter sides, else {source}"
     if spec.workers > 1:
         part = plural(spec.N // spec.workers, "picture")
         source += f"; worker {spec.worker} of {spec.workers} takes {part} of each epoch"
@@ -122,7 +124,7 @@ def describe(recipe: "Recipe") -> str:
     return (
         f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}, "
         f"{recipe.pictures.layout}; {plural(spec.batches_per_epoch, 'batch')} of "
-        f"{spec.batch_size} an epoch, {epochs * spec.batches_per_epoch:,} in "
+        f"{spec.batch_size} per epoch, {epochs * spec.batches_per_epoch:,} in "
         f"{plural(epochs, 'epoch')}, from {source}"
     )
 
@@ -133,9 +135,9 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def last_words(folder: Path) -> Iterator[None]:
-    """Makes a signal to stop say how much room the buffer still takes, and how to free it.
+    """On a signal to stop, prints how much room the buffer takes and how to free it.
 
-    A second signal ends the process at once. Raises UserError if the folder is gone.
+    A second signal ends the process at once. Raises UserError if the folder was removed.
     """
     caught = [each for each in STOPPING if signal.getsignal(each) != signal.SIG_IGN]  # nohup
 
@@ -153,7 +155,7 @@ def last_words(folder: Path) -> Iterator[None]:
             size = sum(_size(entry) for entry in entries if BATCH_FILE.fullmatch(entry.name))
         if size:
             print(
-                f"{utils.file_size(size)} of batches stay in {folder} for the next start; to free "
+                f"{utils.file_size(size)} of batches stay in {folder} for the next run; to delete "
                 f"them: rm {shlex.quote(str(folder))}/[XY]_[0-9]*.npy"
             )
         print(f"{utils.script_name()}: stopped", file=sys.stderr)
@@ -161,7 +163,7 @@ def last_words(folder: Path) -> Iterator[None]:
     except FileNotFoundError:
         if folder.is_dir():
             raise
-        raise UserError(f"{folder}: was removed; start again, which makes it anew") from None
+        raise UserError(f"{folder}: was removed; start again to recreate it") from None
 
 
 # --- what a buffer holds ---------------------------------------------------------------------
@@ -171,10 +173,10 @@ BATCH_FILE = re.compile(r"([XY])_(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.npy")
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a buffer's batches are, and all that they depend on: the content of buffer.json.
+    """Describes a buffer's batches and everything they depend on. This is what buffer.json holds.
 
-    It also tells readers in other frameworks what to expect. A step is the number of a batch,
-    counted from 0 through all epochs; only file names and messages say epoch and batch.
+    Readers in other frameworks can use it too. A step is a batch's number, counted from 0 across
+    all epochs. Only file names and messages use epoch and batch.
     """
 
     batch_size: int
@@ -186,14 +188,14 @@ class BatchSpec:
     class_names: list[str]  # by label
     mu: list[float]  # mean of the pixels, scaled to 0…1: R, G, B
     sigma: list[float]  # their standard deviation
-    resized: list[int]  # shorter sides whose resized copies are used instead of the originals
-    worker: int  # each of several machines makes its own part of every epoch
+    resized: list[int]  # shorter sides that are read from resized copies
+    worker: int  # index of this machine; each makes its own part of every epoch
     workers: int
     batches_per_epoch: int
-    epochs: list[int] = field(compare=False)  # the first, and the one to stop before
+    epochs: list[int] = field(compare=False)  # the first, and one past the last
     dtype: str = "float16"  # of the pictures
     layout: str = "NHWC, RGB, normalised; labels int32"
-    format: int = 1  # of the files; batches of another version are never read
+    format: int = 1  # version of the files; other versions are never read
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -204,7 +206,7 @@ class BatchSpec:
         return epoch * self.batches_per_epoch + batch
 
     def position(self, step: int) -> str:
-        """The step as messages say it."""
+        """The step as epoch and batch, for messages."""
         epoch, batch = divmod(step, self.batches_per_epoch)
         return f"epoch {epoch}, batch {batch}"
 
@@ -214,18 +216,18 @@ class BatchSpec:
         return folder / f"X_{epoch}_{batch}.npy", folder / f"Y_{epoch}_{batch}.npy"
 
     def step_of(self, name: str) -> int | None:
-        """The step of a batch file; None for other names, and for batches that no epoch has."""
+        """The step of a batch file. None for other names and if the batch number is too large."""
         match = BATCH_FILE.fullmatch(name)
         if not match or int(match[3]) >= self.batches_per_epoch:
             return None
         return self.step(int(match[2]), int(match[3]))
 
     def differences(self, expected: Mapping[str, object]) -> list[str]:
-        """Names of the fields that are not as expected."""
+        """Names of the fields that differ from `expected`."""
         return [name for name, value in expected.items() if getattr(self, name) != value]
 
     def changes(self, new: "BatchSpec") -> str:
-        """What differs in `new`, in words. The epochs may differ."""
+        """Says in words what differs in `new`. Ignores the epochs."""
         words = []
         for name in self.differences(dataclasses.asdict(new)):
             if name in IN_WORDS:
@@ -239,7 +241,7 @@ class BatchSpec:
 
     @classmethod
     def read(cls, folder: Path) -> "BatchSpec | None":
-        """The buffer's description; None if it is missing or of another version."""
+        """The content of buffer.json; None if it is missing or has another version."""
         content = utils.read_json(folder / BUFFER_JSON) or {}
         types = {each.name: get_origin(each.type) or each.type for each in dataclasses.fields(cls)}
         if {name: type(value) for name, value in content.items()} != types:
@@ -257,7 +259,7 @@ IN_WORDS = {"class_names": "class names", "pictures": "pictures", "resized": "re
 
 
 def spec_of(config: SimpleNamespace, pictures: Pictures, copies: Iterable[int], args) -> BatchSpec:
-    """What the settings and the command line ask for. Raises UserError."""
+    """The batches that the settings and the command line ask for. Raises UserError."""
     worker, workers = worker_of_workers()
     share = len(pictures) // workers
     if args.batch_size > share:
@@ -286,7 +288,7 @@ def spec_of(config: SimpleNamespace, pictures: Pictures, copies: Iterable[int], 
 def worker_of_workers() -> tuple[int, int]:
     """This machine's index and the number of machines that train together, from TF_CONFIG.
 
-    (0, 1) where the variable is not set. The chief is worker 0. Raises UserError.
+    (0, 1) if the variable is not set. The chief is worker 0. Raises UserError.
     """
     text = os.environ.get("TF_CONFIG", "")
     if not text.strip():
@@ -302,7 +304,7 @@ def worker_of_workers() -> tuple[int, int]:
             f'"task": {{"type": "worker", "index": 0}}}}, not {utils.one_line(text)[:80]}'
         ) from None
     if task["type"] not in ("chief", "worker") or not 0 <= index < chiefs + others:
-        raise UserError(f"TF_CONFIG: task {task} is none of the cluster's {chiefs + others}")
+        raise UserError(f"TF_CONFIG: task {task} is not one of the cluster's {chiefs + others}")
     return index, chiefs + others
 
 
@@ -311,19 +313,19 @@ POSITION = re.compile(rb"\s*(\d{1,9})\s+(\d{1,9})\s*")
 
 
 def write_progress(folder: Path, spec: BatchSpec, step: int) -> None:
-    """Says which batch training needs next."""
+    """Writes which batch training needs next."""
     epoch, batch = divmod(step, spec.batches_per_epoch)
     utils.write_text(folder / PROGRESS, f"{epoch}\n{batch}\n")
 
 
 def read_progress(folder: Path, spec: BatchSpec) -> int | None:
-    """The step that training needs next; None if the file is missing or holds anything else."""
+    """The step that training needs next. None if the file is missing or malformed."""
     position = read_position(folder)
     return spec.step(*position) if position else None
 
 
 def read_position(folder: Path) -> tuple[int, int] | None:
-    """The same as epoch and batch."""
+    """The same position, as (epoch, batch)."""
     try:
         text = utils.read_file(folder / PROGRESS)
     except (FileNotFoundError, NotADirectoryError):
@@ -333,9 +335,10 @@ def read_position(folder: Path) -> tuple[int, int] | None:
 
 
 def is_own(path: Path) -> bool:
-    """Whether this toolkit wrote a file of the buffer, judging by its first bytes.
+    """Whether this toolkit wrote the file, judging by its first bytes.
 
-    Nothing and zeros count as its own: a power failure leaves them, and they are no loss.
+    Empty files and files of zeros count as its own. A power failure leaves them, and removing them
+    loses nothing.
     """
 
     def read_start(path: Path) -> bytes:
@@ -361,7 +364,7 @@ class Choices:
     """The random choices for a batch, one row per picture."""
 
     side: np.ndarray  # int64 [n]: shorter side in pixels
-    corner: np.ndarray  # float64 [n, 2] in [0, 1): the crop's place, left to right, top to bottom
+    corner: np.ndarray  # float64 [n, 2] in [0, 1): the crop's position, from the left, from the top
     flip: np.ndarray  # bool [n]
     alpha: np.ndarray  # float64 [n, 3], standard deviation 0.1: strength of the three colour shifts
 
@@ -377,9 +380,9 @@ def draw_choices(generator: np.random.Generator, count: int) -> Choices:
 
 
 class Recipe:
-    """Makes any batch, as a pure function of its arguments and of the batch's step.
+    """Makes any batch. A batch depends only on the arguments below and on its step.
 
-    Threads may use it at the same time.
+    Several threads may use it at the same time.
     """
 
     def __init__(self, spec: BatchSpec, pictures: Pictures, copies: dict[int, Path]):
@@ -396,7 +399,7 @@ class Recipe:
 
     def order(self, epoch: int) -> np.ndarray:
         """int32 [N / workers]: this worker's part of the epoch's permutation of all pictures."""
-        with self._one_at_a_time:  # or each thread would draw its own
+        with self._one_at_a_time:  # otherwise every thread would shuffle
             return self._order(epoch)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
@@ -410,16 +413,16 @@ class Recipe:
         return np.concatenate(x), np.concatenate(y)
 
     def parts(self, step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The batch in parts of GROUP pictures, each to be written before the next is made.
+        """Yields the batch in parts of GROUP pictures. Use each part before asking for the next.
 
         X: float16 [n, 224, 224, 3], overwritten by the next part. Y: int32 [n]. Raises UserError
-        when too many pictures are broken.
+        if too many pictures are broken.
         """
         spec, size = self.spec, self.spec.batch_size
         epoch, batch = divmod(step, spec.batches_per_epoch)
         chosen = self.order(epoch)[batch * size : (batch + 1) * size].tolist()
         choices = draw_choices(self._generator(1, epoch, batch, spec.worker), size)
-        # Plain numbers: arithmetic with single numbers of NumPy takes ten times as long.
+        # Python numbers: arithmetic with NumPy scalars takes ten times as long.
         sides, corners = choices.side.tolist(), choices.corner.tolist()
         x = np.empty((min(GROUP, size), CROP, CROP, 3), np.float16)
         for start in range(0, size, GROUP):
@@ -441,7 +444,7 @@ class Recipe:
         """The crop of a picture, from its resized copy if there is one. None if it is broken."""
         path, folders = self.pictures.paths[index], [self.pictures.folder]
         if side in self.copies:
-            folders.insert(0, self.copies[side])  # where it is broken, the original is taken
+            folders.insert(0, self.copies[side])  # if the copy is broken, the original is used
         for folder in folders:
             try:
                 return unless_gone(
@@ -457,38 +460,39 @@ class Recipe:
 
 
 GROUP = 32
-"""Pictures finished at a time. More make colour shifts cheaper, fewer take less memory."""
+"""Pictures finished together. A larger group makes colour shifts cheaper but takes more memory."""
 
 
 def finish(
     crops: Sequence[np.ndarray], alpha: np.ndarray, mu: list, sigma: list, out: np.ndarray
 ) -> None:
-    """Steps 4 and 6: n crops, uint8 [224, 224, 3], to normalised, colour-shifted float16 `out`.
+    """Steps 4 and 6: normalises n crops and shifts their colours.
 
-    The result of a value depends only on its 8 bits, its channel and its crop. So a table of 256
-    entries per channel scales, normalises, shifts and converts to float16 at once.
+    `crops`: uint8 [224, 224, 3] each. `out`: float16 [n, 224, 224, 3]. A result depends only on the
+    8-bit value, its channel and its crop. So looking it up in a table of 256 entries per channel
+    scales, normalises, shifts and converts to float16 at once.
     """
     shifts = colour_shifts(crops, alpha, sigma)
     levels = (np.arange(256) / 255 - np.array(mu)[:, None]) / np.array(sigma)[:, None]
     tables = (levels + shifts[:, :, None]).astype(np.float16).reshape(len(crops), 3 * 256)
-    # NumPy is faster with rows of 3 * 224 values than with pixels of 3. `index` is used for every
-    # crop: to allocate it anew would take as long as the rest.
+    # NumPy is faster with rows of 3 * 224 values than with pixels of 3. All crops share `index`:
+    # allocating it for each would take as long as everything else.
     row = 3 * CROP
-    channel = np.tile(np.arange(0, 3 * 256, 256, np.uint16), CROP)  # where its table begins
+    channel = np.tile(np.arange(0, 3 * 256, 256, np.uint16), CROP)  # start of each channel's table
     index = np.empty((CROP, row), np.intp)
     for crop, table, x in zip(crops, tables, out, strict=True):
         np.add(crop.reshape(CROP, row), channel, out=index, dtype=np.uint16)
-        # All indices are inside the table; "wrap" is NumPy's fastest way to make sure.
+        # Every index is inside the table. "wrap" is NumPy's fastest way of checking that.
         table.take(index, out=x.reshape(CROP, row), mode="wrap")
 
 
 def colour_shifts(crops: Sequence[np.ndarray], alpha: np.ndarray, sigma: list) -> np.ndarray:
-    """Krizhevsky et al. 2012, section 4.1, with each crop's own colours: float64 [n, 3].
+    """Colour shifts as in Krizhevsky et al. 2012, section 4.1, but per crop: float64 [n, 3].
 
-    shift = Σ αᵢ λᵢ vᵢ with the eigenvalues and eigenvectors of the covariance of the crop's
-    normalised pixels, estimated from every 4th pixel in both directions. On photographs that
-    changes the shifts by 1%, 0.04 levels of 256. Every 8th pixel would save a fiftieth of a batch's
-    time, but is far off on regular patterns.
+    shift = Σ αᵢ λᵢ vᵢ, where λᵢ and vᵢ are the eigenvalues and eigenvectors of the covariance of
+    the crop's normalised pixels. The covariance is estimated from every 4th pixel in both
+    directions. On photographs this changes the shifts by 1%, 0.04 levels of 256. Every 8th pixel
+    would save a fiftieth of the time per batch, but is far off on regular patterns.
     """
     grid = np.empty((len(crops), 3, CROP // 4, CROP // 4), np.float32)
     for crop, its_grid in zip(crops, grid, strict=True):
@@ -506,9 +510,9 @@ def colour_shifts(crops: Sequence[np.ndarray], alpha: np.ndarray, sigma: list) -
 
 
 class Buffer:
-    """The folder of batches: which are wanted, which are there, and making those that are missing.
+    """The folder of batches: knows which are needed and which are there, makes the missing ones.
 
-    It looks at and removes only files that have the toolkit's own names.
+    It reads and removes only files with the toolkit's own names.
     """
 
     _said_too_early = _said_no_room = False
@@ -521,10 +525,10 @@ class Buffer:
         self.y_bytes = utils.array_file_size(np.int32, self.spec.shape[:1])
 
     def claim(self, before: tuple[int, int] | None = None) -> None:
-        """Takes the folder for this recipe: removes leftovers and batches made in another way.
+        """Prepares the folder for this recipe: removes leftovers and batches of other recipes.
 
         `before`: the epoch and batch in the progress file when this script started. Raises
-        UserError if somebody else's files have names that the toolkit uses.
+        UserError if a file has one of the toolkit's names but was not written by it.
         """
         names, old = self._batch_names(), BatchSpec.read(self.folder)
         if old != self.spec:
@@ -540,21 +544,23 @@ class Buffer:
             self._remove(names)
         utils.remove_leftovers(self.folder)
         self.spec.write(self.folder)
-        # A position outside of this run's epochs was left by an older run, unless it is new: then
-        # training has ended while this script started.
+        # A position outside this run's epochs was left by an older run. But if it is new, training
+        # has ended while this script was starting.
         step, is_new = read_progress(self.folder, self.spec), read_position(self.folder) != before
         if step is not None and not is_new and not self.start <= step < self.end:
             self._remove([PROGRESS])
         first = self.wanted_first()
         if ready := [n for n in self.ready() if first <= n < first + self.size]:
-            print(f"{self.folder}: {plural(len(ready), 'batch')} ready since an earlier start")
+            print(f"{self.folder}: {plural(len(ready), 'batch')} ready from an earlier run")
 
     def check_room(self) -> None:
-        """Says how much room the window needs and how much there is. Raises UserError if less."""
+        """Prints how much room the buffer needs and how much there is. Raises UserError if too
+        little.
+        """
         folder, size_of = self.folder, utils.file_size
         own = sum(on_disk((folder / name).stat().st_size) for name in self._batch_names())
         room = shutil.disk_usage(folder).free + own
-        room = max(room - 4096, 0)  # training_progress.txt needs some while it is replaced
+        room = max(room - 4096, 0)  # replacing training_progress.txt takes a page
         batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
         needed, in_memory = batch * self.size, is_ram_disk(folder)
         free = utils.available_memory() if in_memory else None
@@ -571,7 +577,7 @@ class Buffer:
             )
         limits = [(room, f"{folder} has room for {size_of(room)}")]
         if free is not None:
-            # Training keeps a tenth of the free memory, but at least 1 GB and at most half.
+            # Leave a tenth of the free memory for training, but at least 1 GB and at most half.
             limit = free + own - min(max(10**9, free // 10), free // 2)
             why = f"{folder} is a RAM disk and may take {size_of(limit)} of memory"
             limits.append((limit, f"{why}: {size_of(free)} is free, and training needs some"))
@@ -579,7 +585,7 @@ class Buffer:
         if needed > room:
             way_out = f"the largest buffer_size that fits is {room // batch}"
             if room < batch:
-                way_out = "not even one batch fits: take another folder or a smaller --batch_size"
+                way_out = "not even one batch fits: use another folder or a smaller --batch_size"
             raise UserError(
                 f"[train] buffer_size = {self.size} needs {size_of(needed)}, but "
                 f"buffer_folder {why}; {way_out}"
@@ -600,7 +606,7 @@ class Buffer:
         return step
 
     def ready(self) -> set[int]:
-        """Steps of the batches whose files are both there and complete."""
+        """Steps of the batches whose two files both exist and are complete."""
         sizes = {"X": self.x_bytes, "Y": self.y_bytes}
         complete: dict[str, set[int]] = {"X": set(), "Y": set()}
         with os.scandir(self.folder) as entries:
@@ -611,16 +617,16 @@ class Buffer:
         return complete["X"] & complete["Y"]
 
     def remove_all_but(self, window: range) -> None:
-        """Removes all batches outside of the window, whichever run has made them."""
+        """Removes all batches outside the window, no matter which run made them."""
         self._remove(name for name in self._batch_names() if self.spec.step_of(name) not in window)
 
     def remove(self, steps: Iterable[int]) -> None:
-        """Removes these batches, as far as they are there."""
+        """Removes these batches if they exist."""
         for step in steps:
             self._remove(path.name for path in self.spec.files(self.folder, step))
 
     def make(self, step: int) -> bool:
-        """Makes a batch, labels first. Without room it waits a moment and returns False."""
+        """Makes a batch, labels first. If there is no room, waits a moment and returns False."""
         x_path, y_path = self.spec.files(self.folder, step)
         labels = []
         try:
@@ -637,13 +643,13 @@ class Buffer:
         return True
 
     def no_room(self) -> None:
-        """Says, once, that a batch could not be made."""
+        """Warns once that there is no room for a batch."""
         if not self._said_no_room:
             utils.warn(f"{self.folder}: no room for another batch; waiting for room")
         self._said_no_room = True
 
     def leave(self) -> None:
-        """Leaves the folder clean."""
+        """Removes all of the toolkit's files from the folder."""
         self.remove_all_but(range(0))
         utils.remove_leftovers(self.folder)
         self._remove([PROGRESS, BUFFER_JSON])
@@ -659,7 +665,7 @@ class Buffer:
 
 
 def is_ram_disk(folder: Path) -> bool:
-    """Whether the folder's file system is kept in memory, as Linux tells; False elsewhere."""
+    """Whether Linux keeps the folder's file system in memory. False on other systems."""
     mounts, device = Path("/proc/self/mountinfo"), os.stat(folder).st_dev
     known = mounts.read_bytes() if mounts.exists() else b""
     line = rb"^\d+ \d+ %d:%d .*? - (\w+) " % (os.major(device), os.minor(device))
@@ -668,7 +674,7 @@ def is_ram_disk(folder: Path) -> bool:
 
 
 def looks_like_a_ram_disk(folder: Path) -> bool:
-    """Whether part of the path has a name, or almost a name, that RAM disks usually have."""
+    """Whether part of the path is named, or almost named, like a RAM disk."""
     words = [re.sub("[^a-z]", "", part.lower()) for part in folder.parts]
     names = ("ramdisk", "ramfs", "tmpfs")
     close = any(difflib.get_close_matches(word, names, 1, 0.8) for word in words)
@@ -677,31 +683,33 @@ def looks_like_a_ram_disk(folder: Path) -> bool:
 
 
 def on_disk(size: int) -> int:
-    """Bytes that a file of this size takes on a RAM disk: whole pages."""
+    """Bytes that a file of this size takes on a RAM disk, in whole pages."""
     return -(-size // 4096) * 4096
 
 
 def _size(entry: os.DirEntry) -> int:
     try:
         return entry.stat().st_size
-    except FileNotFoundError:  # removed since the folder was listed
+    except FileNotFoundError:  # removed after the folder was listed
         return 0
 
 
 # --- keeping it full ------------------------------------------------------------------------
 
 POLL = 0.01
-"""Seconds between two looks at the progress of training. Each takes 20 µs."""
+"""Seconds between two checks of training's progress. A check takes 20 µs."""
 
 LOOK_AGAIN = 1.0
-"""Seconds after which the folder is listed again, in case somebody else has changed it. With 1,000
-batches in it that takes 6 ms."""
+"""Seconds between two listings of the folder, in case someone else has changed it. Listing 1,000
+batches takes 6 ms."""
 
 
 def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
-    """Follows training until it has passed the last epoch. Returns the number of batches made.
+    """Keeps the buffer full until training has passed the last epoch. Returns the number of batches
+    made.
 
-    Whatever happens to the progress or to the folder, the next batch made is the nearest missing.
+    It always makes the missing batch that training needs first, whatever happens to the progress
+    file or the folder.
     """
     stock = Stock(buffer, min(LOOK_AGAIN, sleep_time))
     diary, filling = Diary(buffer.spec.batch_size, sleep_time), False
@@ -729,7 +737,7 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
 
 
 class Stock:
-    """Knows which batches of the window are ready, so that the folder is seldom listed."""
+    """Tracks which batches of the window are ready, so that the folder is rarely listed."""
 
     def __init__(self, buffer: Buffer, look_again: float):
         self.buffer, self.look_again = buffer, look_again
@@ -737,7 +745,7 @@ class Stock:
         self.ready: set[int] = set()
         self.under_way: set[int] = set()
         self._look_at = 0.0  # when to list the folder again
-        self._next = 0  # all batches before are ready or under way
+        self._next = 0  # all batches before this step are ready or under way
         self._used: list[int] = []
         self._sweep = False
 
@@ -763,7 +771,7 @@ class Stock:
         start = time.thread_time()
         self.ready = self.buffer.ready().intersection(self.window)
         self._next, self._used, self._sweep = self.window.start, [], True
-        # However many batches there are, looking takes at most a hundredth of the time.
+        # Listing takes at most a hundredth of the time, however many batches there are.
         pause = max(self.look_again, 100 * (time.thread_time() - start))
         self._look_at = time.monotonic() + pause
 
@@ -776,7 +784,7 @@ class Stock:
         return self._next
 
     def made(self, step: int, done: bool) -> None:
-        """Notes the end of a job; `done` is False if there was no room."""
+        """Records that a job has ended. `done` is False if there was no room."""
         self.under_way.discard(step)
         if not done:
             self._next = self.window.start
@@ -787,7 +795,7 @@ class Stock:
             self._used.append(step)
 
     def remove_used(self) -> None:
-        """Removes the batches outside of the window; after the folder was listed, all of them."""
+        """Removes used batches. After a listing, removes every batch outside the window."""
         if self._sweep:
             self.buffer.remove_all_but(self.window)
         self.buffer.remove(self._used)
@@ -795,10 +803,10 @@ class Stock:
 
 
 class Diary:
-    """Counts the batches made, and says so when the buffer is full, but not too often."""
+    """Counts the batches made and prints the count when the buffer is full, but not too often."""
 
     def __init__(self, batch_size: int, pause: float):
-        """`pause`: seconds between two lines, at least."""
+        """`pause`: minimum number of seconds between two lines."""
         self.batch_size, self.pause = batch_size, pause
         self.made = self._said = 0
         self._seconds = self._say_at = 0.0
@@ -818,16 +826,16 @@ class Diary:
 
 
 FORK = sys.platform == "linux"
-"""Whether to make batches in forked processes. The libraries of macOS do not survive a fork, so
-there all threads run in this process."""
+"""Whether to make batches in forked processes. On macOS the system libraries break after a fork, so
+all threads run in this process."""
 
 
 class Workers:
     """Threads that make batches, spread over processes because of Python's global lock.
 
-    A context manager. All threads read their jobs from one pipe, nearest batch first. A job is a
-    step in 8 bytes, which a pipe never splits. When this process ends, however it ends, the pipe
-    hangs up and the other processes end at once.
+    A context manager. All threads read their jobs from one pipe. The batch needed first comes
+    first. A job is a step in 8 bytes, which a pipe never splits. When this process ends, even if it
+    is killed, the pipe closes and the other processes end at once.
     """
 
     def __init__(self, buffer: Buffer, threads: int):
@@ -868,9 +876,9 @@ class Workers:
         os.write(self._submit, step.to_bytes(8))
 
     def results(self, timeout: float) -> list[tuple[int, bool]]:
-        """The steps whose jobs have ended, and whether there was room for them.
+        """Steps whose jobs have ended, each with whether there was room for the batch.
 
-        Raises what a thread has raised, and UserError for too many broken pictures.
+        Raises the exception of a thread, and UserError if too many pictures are broken.
         """
         done = []
         for connection in multiprocessing.connection.wait(self._results, timeout):
@@ -879,7 +887,7 @@ class Workers:
             except EOFError:
                 raise UserError(
                     "a process that made batches was killed, perhaps for lack of memory; start "
-                    "again, with a smaller num_of_threads if it happens again"
+                    "again; if it happens again, use a smaller num_of_threads"
                 ) from None
             if isinstance(message, Exception):
                 raise message
@@ -890,13 +898,13 @@ class Workers:
         return done
 
     def _process(self, threads: int, results: Connection) -> None:
-        """What a process does. It ends when the pipe of jobs hangs up."""
+        """Runs in each forked process, until the job pipe closes."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         kept = (0, 1, 2, self._jobs, results.fileno())
         for descriptor in {*map(int, os.listdir("/dev/fd"))}.difference(kept):
             with contextlib.suppress(OSError):
-                os.close(descriptor)  # a lock, for one, is held while any process has its file open
+                os.close(descriptor)  # a lock is held while any process has its file open
         self.buffer.recipe.report = lambda *broken: self._send(results, broken)
         self._threads(threads, results)
         hung_up = select.poll()
@@ -913,7 +921,7 @@ class Workers:
         return threads
 
     def _make(self, results: Connection) -> None:
-        """What a thread does: one job after another. What it raises is raised in the parent."""
+        """Runs in each thread: one job after another. The main process raises its exceptions."""
         try:
             while not self._stopped.is_set() and (job := os.read(self._jobs, 8)):
                 step = int.from_bytes(job)
@@ -923,7 +931,9 @@ class Workers:
             self._send(results, error)
 
     def _send(self, results: Connection, message: object) -> None:
-        """A step and whether there was room; a path and why it is broken; or an exception."""
+        """`message`: a step and whether there was room, a path and why it is broken, or an
+        exception.
+        """
         with self._lock:
             results.send(message)
 
@@ -932,9 +942,9 @@ class Workers:
 
 
 def take_buffer(config: SimpleNamespace) -> Path:
-    """Locks the buffer's folder for this process. Raises UserError if another training has it."""
+    """Locks the buffer's folder. Raises UserError if another train.py holds the lock."""
     folder = utils.make_folder(config.train.buffer_folder)
-    utils.lock(folder / TRAINER_LOCK, f"{folder}: another train.py takes batches from here")
+    utils.lock(folder / TRAINER_LOCK, f"{folder}: another train.py uses this buffer")
     return folder
 
 
@@ -945,7 +955,7 @@ def end_preprocessing(folder: Path, epoch_end: int) -> None:
 
 
 def check_spec(spec: BatchSpec, config: SimpleNamespace, batch_size: int, folder: Path) -> None:
-    """Raises UserError, with both values, if the buffer's batches do not fit this training."""
+    """Raises UserError if the buffer's batches do not fit this training, and says why."""
     worker, workers = worker_of_workers()
     ours = {
         "batch_size": batch_size,
@@ -959,19 +969,19 @@ def check_spec(spec: BatchSpec, config: SimpleNamespace, batch_size: int, folder
     for key in spec.differences(ours):
         raise UserError(
             f"{folder}: its batches were made with {key} = {getattr(spec, key)}, this training "
-            f"has {key} = {ours[key]}; start both scripts with the same"
+            f"has {key} = {ours[key]}; start both scripts with the same value"
         )
 
 
 LOOK = 0.02
-"""Seconds between two looks of a trainer that waits."""
+"""Seconds between two checks while training waits for a file."""
 
 
 def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
-    """Takes the buffer for this process, waits until it is described, and returns what it holds.
+    """Locks the buffer, waits for its buffer.json, and returns what that says.
 
     `args`: the trainer's epoch_start, epoch_end, batch_size and config. Raises UserError if another
-    training uses the buffer, or if it does not fit this one.
+    train.py uses the buffer, or if its batches do not fit this training.
     """
     folder, say_at = take_buffer(config), 0.0
     while (spec := BatchSpec.read(folder)) is None:
@@ -987,7 +997,7 @@ def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
 
 
 def preprocessor_command(args: Namespace) -> str:
-    """The command that makes the batches of a training with these arguments."""
+    """The command that makes the batches for train.py with these arguments."""
     return (
         f"python3 runtime_preprocessing.py --epoch_start={args.epoch_start} "
         f"--epoch_end={args.epoch_end} --batch_size={args.batch_size} "
@@ -996,11 +1006,11 @@ def preprocessor_command(args: Namespace) -> str:
 
 
 class BatchReader:
-    """Reads the batches in order, in a thread of its own, two ahead of training.
+    """Reads the batches in order, in its own thread, two batches ahead of training.
 
-    A context manager. Pictures are read into memory that is used again as soon as no array or
-    tensor needs it: new memory would cost three times as much as reading, because the system clears
-    every page. Reading does not hold Python's lock, so the training thread keeps running.
+    A context manager. It reuses memory as soon as no array or tensor needs it. New memory would
+    cost three times as much as reading, because the system clears every page. Reading does not hold
+    Python's lock, so the training thread keeps running.
     """
 
     def __init__(
@@ -1011,8 +1021,8 @@ class BatchReader:
         put: Callable[[np.ndarray, np.ndarray], object],
         args: Namespace,
     ):
-        """`put` takes a batch's images and labels to where they are trained on. It need not copy
-        the images: their memory stays as it is while anything uses it. `args`: as for
+        """`put` moves a batch's images and labels to the training device. It need not copy the
+        images: their memory is not reused while anything refers to it. `args`: as in
         `wait_for_buffer`.
         """
         self.folder, self.sleep_time = config.train.buffer_folder, config.train.sleep_time
@@ -1038,7 +1048,7 @@ class BatchReader:
         self._pool.shutdown(cancel_futures=True)
 
     def next(self, stop: threading.Event) -> object:
-        """What `put` made of the next batch, or None when `stop` was set while waiting.
+        """Returns what `put` returned for the next batch, or None if `stop` is set while waiting.
 
         Raises UserError.
         """
@@ -1056,7 +1066,7 @@ class BatchReader:
             self._ahead.append(self._pool.submit(self._read, step))
 
     def _read(self, step: int) -> object:
-        """Waits for the batch if need be, and returns it; None once the reader is closed."""
+        """Waits for the batch and returns what `put` makes of it. None if the reader is closed."""
         say_at = time.monotonic() + min(1, self.sleep_time)
         self._tell(step)
         while not self._closed.is_set():
@@ -1066,7 +1076,7 @@ class BatchReader:
             except FileNotFoundError:
                 pass  # not made yet
             except ValueError as error:
-                utils.warn(f"{error}; removed, to be made again")
+                utils.warn(f"{error}; removed, so that it is made again")
                 for path in self.spec.files(self.folder, step):
                     path.unlink(missing_ok=True)
             if time.monotonic() >= max(say_at, self._say_at):
@@ -1074,7 +1084,7 @@ class BatchReader:
                 print(f"waiting for {file}: {why_missing(self.folder, step, self.args)}")
                 self._say_at = time.monotonic() + self.sleep_time
             self._closed.wait(LOOK)
-            if read_progress(self.folder, self.spec) != step:  # lost, or there was no room for it
+            if read_progress(self.folder, self.spec) != step:  # lost, or there was no room
                 self._tell(step)
         return None
 
@@ -1082,16 +1092,16 @@ class BatchReader:
         """float16 [batch_size, 224, 224, 3] in memory that nothing else uses, aligned to a page."""
         shape = self.spec.shape
         memory = self._free.pop() if self._free else mmap.mmap(-1, 2 * math.prod(shape))
-        # Every view of this array keeps it alive, those that TensorFlow holds included.
+        # Every view of this array keeps it alive, including TensorFlow's.
         array = np.frombuffer(memory, np.float16)
         weakref.finalize(array, self._free.append, memory)
         return array.reshape(shape)
 
     def _check(self) -> None:
-        """Raises UserError if the buffer holds other batches than when training began."""
+        """Raises UserError if the buffer's batches are not those that training began with."""
         status = os.stat(self.folder / BUFFER_JSON)
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if version == self._checked:  # with 1,000 class names, too long to read for every batch
+        if version == self._checked:  # reading 1,000 class names for every batch takes too long
             return
         spec = BatchSpec.read(self.folder)
         if spec is None:
@@ -1099,13 +1109,13 @@ class BatchReader:
         for key in self.spec.differences(dataclasses.asdict(spec)):
             if key not in ("epochs", "resized"):
                 raise UserError(
-                    f"{self.folder}: its batches are of other {key} than when this training began; "
+                    f"{self.folder}: {key} of its batches changed after this training began; "
                     f"stop runtime_preprocessing.py, or start this training again"
                 )
         self._checked = version
 
     def _tell(self, step: int) -> None:
-        """Says which batch is needed next. Without room for that, `_read` says it later."""
+        """Writes which batch is needed next. If there is no room, `_read` tries again later."""
         try:
             write_progress(self.folder, self.spec, step)
         except OSError as error:
@@ -1114,7 +1124,7 @@ class BatchReader:
 
 
 def why_missing(folder: Path, step: int, args: Namespace) -> str:
-    """Why a batch is not there, as far as the files tell, and what to do."""
+    """Why a batch is missing, judging by the buffer's files, and what to do about it."""
     if not utils.is_locked(folder / LOCK):
         return f"no runtime_preprocessing.py is running; start {preprocessor_command(args)}"
     spec = BatchSpec.read(folder)
@@ -1123,12 +1133,12 @@ def why_missing(folder: Path, step: int, args: Namespace) -> str:
     if line := out_of_reach(spec, step):
         return line
     if read_progress(folder, spec) != step:
-        return f"there is no room for {PROGRESS}, which tells what to make; make room"
-    return "runtime_preprocessing.py is at work; its output tells why it takes so long"
+        return f"there is no room for {PROGRESS}, which says what to make; free some space"
+    return "runtime_preprocessing.py is at work; its output says why this takes so long"
 
 
 def out_of_reach(spec: BatchSpec, step: int) -> str | None:
-    """What to do if the buffer's preprocessor was started for epochs without this step."""
+    """What to do if the preprocessor was started with epochs that lack this step, else None."""
     epoch, (start, end) = step // spec.batches_per_epoch, spec.epochs
     if start <= epoch < end:
         return None
@@ -1143,10 +1153,11 @@ def out_of_reach(spec: BatchSpec, step: int) -> str | None:
 def read_batch(
     folder: Path, spec: BatchSpec, step: int, images: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fills `images`, float16 [batch_size, 224, 224, 3]. Returns it and int32 [batch_size].
+    """Reads a batch into `images`, float16 [batch_size, 224, 224, 3]. Returns it and the labels,
+    int32 [batch_size].
 
-    Raises FileNotFoundError, ValueError for anything else than such a batch, and UserError if the
-    storage goes on failing.
+    Raises FileNotFoundError if a file is missing, ValueError if it holds anything else, and
+    UserError if the storage keeps failing.
     """
     x_path, y_path = spec.files(folder, step)
     utils.patiently(lambda path: read_array(path, images), x_path)
@@ -1177,33 +1188,33 @@ def read_array(path: Path, array: np.ndarray) -> None:
 
 
 def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
-    """Prints pictures per second for 1, 2, 4 … threads, in a buffer kept full as for training.
+    """Prints pictures per second for 1, 2, 4 … threads. They fill a buffer just as for training.
 
-    With slow storage, more threads than cores help, so it goes on as long as they do. Raises
-    UserError without room.
+    With slow storage, more threads than cores can help, so it continues as long as they do. Raises
+    UserError if there is no room.
     """
     utils.remove_leftovers(folder)
     threads, most, rates = 1, max(4 * utils.cores(), 8), {}
-    # What was read before lies in memory, so every benchmark and every count takes other pictures.
+    # The system caches files, so every benchmark and every number of threads reads new pictures.
     step = recipe.spec.step(random.randrange(1000, 1_000_000))
     while threads <= most or rates[threads // 2] > 1.1 * rates[threads // 4]:
         rates[threads], step = measure(recipe, folder, threads, step, seconds)
         print(
             f"{plural(threads, 'thread'):>10} {rates[threads]:8,.0f} pictures/s "
-            f"{rates[threads] / threads:8,.0f} a thread   x{rates[threads] / rates[1]:.2f}"
+            f"{rates[threads] / threads:8,.0f} per thread   x{rates[threads] / rates[1]:.2f}"
         )
         threads *= 2
     best = next(n for n in rates if rates[n] > 0.98 * max(rates.values()))
     print(
-        f"this machine feeds {rates[best]:,.0f} pictures/s with num_of_threads = {best}; if "
-        f"`train.py --synthetic` trains fewer than that, the GPU will not wait for data"
+        f"this machine prepares {rates[best]:,.0f} pictures/s with num_of_threads = {best}; if "
+        f"`train.py --synthetic` trains fewer, the GPU will not wait for data"
     )
 
 
 def measure(
     recipe: Recipe, folder: Path, threads: int, step: int, seconds: float
 ) -> tuple[float, int]:
-    """Pictures per second with this many threads from this step on, and the step they reached."""
+    """Makes batches from `step` on. Returns pictures per second and the step reached."""
     aside = utils.aside_name(folder / "benchmark")
     aside.mkdir()
     try:
@@ -1215,7 +1226,7 @@ def measure(
 
 
 class TakenBuffer(Buffer):
-    """A buffer whose batches are taken as soon as they are there, by a stand-in for training."""
+    """A buffer with a stand-in for training, which takes each batch as soon as it is ready."""
 
     def __init__(self, folder: Path, recipe: Recipe, threads: int, step: int, seconds: float):
         super().__init__(folder, recipe, 3 * threads)
@@ -1226,8 +1237,8 @@ class TakenBuffer(Buffer):
     def wanted_first(self) -> int:
         """The next step to take, or the end when the time is up.
 
-        All threads finish their batches at about the same time, so only whole rounds of them count,
-        and the first is left out.
+        All threads finish their batches at about the same time. So only whole rounds count, one
+        batch per thread, and the first round is left out.
         """
         while self.spec.files(self.folder, self.first)[0].exists():
             self.first += 1
@@ -1241,11 +1252,11 @@ class TakenBuffer(Buffer):
         return self.first
 
     def no_room(self) -> None:
-        raise UserError(f"{self.folder.parent}: no room for three batches of each thread")
+        raise UserError(f"{self.folder.parent}: no room for three batches per thread")
 
 
 def draw_preview(recipe: Recipe, file: Path, most: int = 32) -> None:
-    """A contact sheet of the first batch as the network will see it, with the classes' names."""
+    """Draws a contact sheet of the first batch as the network will see it, with class names."""
     spec = recipe.spec
     step = spec.step(spec.epochs[0])
     x, y = recipe.make(step)
@@ -1266,7 +1277,7 @@ def draw_preview(recipe: Recipe, file: Path, most: int = 32) -> None:
         name = shortened(spec.class_names[label], small, CROP)
         pen.text((left, top + CROP + 4), name, "black", small)
     if file.is_dir():
-        raise UserError(f"--preview={file}: a folder, not a file")
+        raise UserError(f"--preview={file} is a folder, not a file")
     try:
         with utils.written_aside(file.absolute()) as aside:
             sheet.save(aside, format="PNG")
@@ -1276,7 +1287,7 @@ def draw_preview(recipe: Recipe, file: Path, most: int = 32) -> None:
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """`text`, cut to at most `width` pixels, in ASCII: Pillow's own font has nothing else."""
+    """`text` in ASCII, cut to at most `width` pixels. Pillow's own font has only ASCII."""
     text = unicodedata.normalize("NFKD", utils.one_line(text).replace("ß", "ss"))
     text = "".join(c for c in text if not unicodedata.combining(c))
     text = text.encode("ascii", "backslashreplace").decode()

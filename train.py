@@ -3,19 +3,20 @@
     python3 train.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30 --batch_size=64 \\
         --learning_rate=0.01
 
-Each step takes the next batch from `buffer_folder`, which runtime_preprocessing.py fills from
-another terminal; if the batch is not there yet, training waits. A step is a forward and a backward
-pass, an update of the weights by SGD with momentum, and an update of the moving averages.
+runtime_preprocessing.py, in another terminal, fills `buffer_folder` with batches. Each step takes
+the next one, and waits if it is not there yet. A step is a forward and a backward pass, an update
+of the weights by SGD with momentum, and an update of the moving averages.
 
-After epoch e it saves `saved_models/mytestrun/<e>/`: a TensorFlow SavedModel and, in its subfolder
-`training_state/`, what training needs besides the weights to continue from there. Every 10 minutes,
-and when it is stopped, it saves its state within the epoch, `state_<epoch>_<batch>/`, in place of
-the last one. The same command with `--resume` loads the latest of these and continues at the exact
-batch, however training stopped; `--epoch_start=E` alone continues from the model of epoch E - 1.
-The log lines are also in `training_log.csv` and, for TensorBoard, in `events/`.
+After epoch e it saves `saved_models/mytestrun/<e>/`, a TensorFlow SavedModel. Its subfolder
+`training_state/` holds what else training needs to continue from there. Every 10 minutes, and when
+it is stopped, training also saves a state within the epoch, `state_<epoch>_<batch>/`, which
+replaces the previous one. The same command with `--resume` loads the latest model or state and
+continues at the exact batch, however training stopped. `--epoch_start=E` alone continues from the
+model of epoch E - 1. The log lines also go to `training_log.csv` and, for TensorBoard, to
+`events/`.
 
-In this order: main and the loop, the learning rate, the step, the command line, devices and
-signals, the run's folder with all that is saved there, the log.
+This file holds, in order: main and the loop, the learning rate, the step, the command line, devices
+and signals, the run's folder and what is saved there, the log.
 """
 
 import argparse
@@ -82,7 +83,6 @@ def main() -> None:
         return
     spec = wait_for_buffer(config, args)  # what the batches are made of
     trainer = Trainer(strategy, config, spec.classes, args)
-    # From 0, or from the step after the saved state.
     steps = range(restore(run, trainer, spec, args), spec.step(args.epoch_end))
     trainer.check_agreement(steps.start)
     saver = Saver(run, trainer, spec, args)
@@ -94,7 +94,7 @@ def main() -> None:
         finished = train(trainer, reader, saver, log, stop)
     if not finished:
         sys.exit(128 + stop.number)
-    # Only now: until the last model is saved, a kill would make training need these batches again.
+    # Only after the last model is saved: a kill before that makes training need the batches again.
     end_preprocessing(reader.folder, args.epoch_end)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
@@ -108,9 +108,9 @@ def train(
 ) -> bool:
     """Trains on one batch per step, to the last step or until `stop`. Returns whether it finished.
 
-    Steps are counted from 0 through all epochs. A step is sent to the device while the one before
-    it still runs there. `settle` waits for both, and raises UserError instead of letting weights be
-    saved whose loss was not finite.
+    Steps are counted from 0 across all epochs. A step is sent to the device while the previous one
+    still runs there. `settle` waits for both. It raises UserError if a loss was not finite, so that
+    such weights are never saved.
     """
     step = log.steps.start
     while step < log.steps.stop and not log.should_stop(step, stop):
@@ -162,10 +162,10 @@ def learning_rate(step: int, args: argparse.Namespace, batches_per_epoch: int) -
 
 
 class SkippingSGD(tf.keras.optimizers.SGD):
-    """Keras's SGD, which can skip a step. The device decides that: nothing waits for the host."""
+    """Keras's SGD, but it can skip a step. The device decides, so nothing waits for the host."""
 
     usable: tf.Tensor | None = None
-    """Whether to take the step at hand, a bool scalar; None if every step is taken."""
+    """Whether to take the current step, a bool scalar. None takes every step."""
 
     def assign(self, variable: tf.Variable, value: tf.Tensor) -> None:
         if self.usable is not None:
@@ -181,14 +181,14 @@ class SkippingSGD(tf.keras.optimizers.SGD):
         self.assign_add(variable, -value)  # without momentum Keras subtracts
 
     def _all_reduce_sum_gradients(self, grads_and_vars: list) -> list:
-        return grads_and_vars  # `Trainer` has averaged them over the replicas already
+        return grads_and_vars  # `Trainer` has already averaged them over the replicas
 
 
 class Trainer:
     """Network, optimizer and the step function, on the devices of a strategy.
 
-    With several replicas each has a copy of every variable. The copies stay equal because all
-    replicas update theirs by the same values.
+    Each replica has a copy of every variable. The copies stay equal because all replicas apply the
+    same updates.
     """
 
     def __init__(
@@ -248,12 +248,12 @@ class Trainer:
     def step(
         self, images: object, labels: object, rate: float, stop: "Stop | None" = None
     ) -> tf.Tensor:
-        """Trains on a batch. Returns float32 [9]: METRICS, which may still be being computed."""
+        """Trains on a batch. Returns METRICS, float32 [9]; the device may still compute them."""
         stopping = float(stop is not None and stop.is_set())
         return self._step(images, labels, tf.constant(rate), tf.constant(stopping))
 
     def _step(self, images, labels, rate, stopping):
-        """The step on all replicas. If there is only one, XLA compiles it as a whole."""
+        """The step on all replicas. With only one, XLA can compile the whole step."""
         if self.replicas == 1:
             return self._replica_step(images, labels, rate, stopping)
         values = self.strategy.run(self._replica_step, (images, labels, rate, stopping))
@@ -282,7 +282,7 @@ class Trainer:
         return tf.stack([*tf.unstack(values), norm, *limits, skipped, self.loss_scale, stopping])
 
     def _accumulate(self, images, labels):
-        """What `_gradients` returns for a replica's pictures, averaged over their pieces."""
+        """Splits a replica's pictures into pieces and averages what `_gradients` returns."""
         pieces = self.args.accumulation_steps
         if pieces == 1:
             return self._gradients(images, labels)
@@ -326,9 +326,9 @@ class Trainer:
         )
 
     def _adapt_loss_scale(self, finite: tf.Tensor) -> tf.Tensor | None:
-        """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): an overflow halves the
-        scale, and its step is skipped; 2,000 steps without one double it. Returns whether to take
-        the step, or None in other types than float16, whose losses need no scale.
+        """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): an overflow skips the step
+        and halves the scale; 2,000 steps without an overflow double it. Returns whether to take the
+        step. Types other than float16 need no scale and get None.
         """
         if self.compute_type != tf.float16:
             return None
@@ -366,10 +366,10 @@ class Trainer:
 
 
 def shared(array: np.ndarray) -> tf.Tensor:
-    """A tensor in the CPU's memory that shares the array's memory, and keeps it alive.
+    """A CPU tensor that shares the array's memory and keeps it alive.
 
     tf.constant would copy: with 256 pictures that takes three times as long, and the training
-    thread waits for it. TensorFlow wants tensors to begin at a multiple of 64 bytes.
+    thread has to wait. TensorFlow needs tensors to start at a multiple of 64 bytes.
     """
     if array.ctypes.data % 64:
         return tf.constant(array)
@@ -397,7 +397,7 @@ def measure_speed(trainer: Trainer, seconds: float = 20.0) -> None:
     under_way, count, start = deque(), 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         under_way.append(trainer.step(*batch, 0.0))
-        if len(under_way) > 1:  # as training does, wait for the step before last
+        if len(under_way) > 1:  # wait for the step before last, as training does
             under_way.popleft().numpy()
             count += 1
     rate = count * size / (time.perf_counter() - start)
@@ -419,19 +419,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", whole(1), "pictures per batch, shared among the GPUs", REQUIRED)
     add("--learning_rate", number(0), "highest learning rate", REQUIRED)
     add("--lr_schedule", SCHEDULES, "constant (default), step or cosine", "constant")
-    add("--lr_drop_epochs", epoch_list, "where step divides the rate by 10, such as 30,60,80", ())
+    add("--lr_drop_epochs", epoch_list, "where step divides the rate by 10, e.g. 30,60,80", ())
     add("--warmup_epochs", number(0), "epochs in which the rate rises from 0 (default: 0)", 0.0)
     add("--label_smoothing", number(0, 0.99), "share of the target spread over all classes", 0.0)
     add("--accumulation_steps", whole(1), "pieces that a batch is split into, to save memory", 1)
     add("--init_from", Path, "saved model that a new run takes its weights from")
     add("--resume", None, "continue where the run stopped")
     add("--checkpoint_minutes", number(0), "minutes between two saved states (default: 10)", 10.0)
-    add("--keep_last", whole(1), "newest epochs to keep besides the best (default: all)")
+    add("--keep_last", whole(1), "newest models to keep besides the best (default: all)")
     add("--log_seconds", number(0), "seconds between two log lines (default: 30)", 30.0)
     add("--precision", PRECISIONS, "float32, mixed_float16 (on a GPU) or mixed_bfloat16")
     add("--jit_compile", None, "compile the step with XLA")
     add("--gpu", gpu_list, "GPUs to train on, such as 0,1 (default: 0, else the CPU)")
-    add("--deterministic", None, "same result each time, slower")
+    add("--deterministic", None, "get the same result every time, but slower")
     add("--synthetic", None, "measure the speed on random batches and exit")
     add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
     args = parser.parse()
@@ -454,7 +454,7 @@ RECIPE = (
     "learning_rate", "lr_schedule", "lr_drop_epochs", "warmup_epochs", "epoch_end",
     "label_smoothing", "accumulation_steps", "precision",
 )  # fmt: skip
-"""Flags that shape the result. States and models keep their values."""
+"""Flags that affect the result. States and models record their values."""
 
 
 def recipe_of(args: argparse.Namespace) -> dict[str, object]:
@@ -462,10 +462,10 @@ def recipe_of(args: argparse.Namespace) -> dict[str, object]:
 
 
 def epoch_list(text: str) -> tuple[int, ...]:
-    """Argument type: rising epochs, "20,40,70"."""
+    """Argument type: increasing epochs, "20,40,70"."""
     epochs = tuple(whole(1)(part) for part in text.split(","))
     if list(epochs) != sorted(set(epochs)):
-        raise argparse.ArgumentTypeError(f"expected rising epochs, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected increasing epochs, not {text!r}")
     return epochs
 
 
@@ -480,7 +480,7 @@ def gpu_list(text: str) -> list[int]:
 def plan(
     run: "Run", trainer: Trainer, spec: BatchSpec, steps: range, args: argparse.Namespace
 ) -> Iterator[str]:
-    """What is going to happen, line by line. Warns of what is probably a mistake."""
+    """Lines that say what this run will do. Warns of likely mistakes."""
     devices = "the GPU" if tf.config.get_visible_devices("GPU") else "the CPU"
     if trainer.replicas > 1:
         devices = f"{trainer.replicas} replicas"
@@ -494,7 +494,7 @@ def plan(
     left_out = spec.N // spec.workers % args.batch_size
     if left_out > 0.03 * spec.N:
         utils.warn(
-            f"each epoch leaves out {plural(left_out, 'picture')} of {spec.N}, which do not fill a "
+            f"each epoch leaves out {plural(left_out, 'picture')} of {spec.N}, too few to fill a "
             f"batch; a smaller --batch_size leaves out fewer"
         )
     yield from renorm_plan(trainer.config.batch_renorm, per_epoch, args)
@@ -524,10 +524,11 @@ def renorm_plan(
 
 def disk_plan(folder: Path, trainer: Trainer, epochs: int) -> str:
     """How much disk the models will take, in one line."""
-    kept = trainer.network.variables + trainer.network.trainable_variables  # these with momentum
+    # Trainable variables count twice: each has a momentum.
+    kept = trainer.network.variables + trainer.network.trainable_variables
     each = sum(4 * variable.shape.num_elements() for variable in kept)
     if trainer.args.keep_last:
-        epochs = min(epochs, trainer.args.keep_last + 2)  # the best one, and one being written
+        epochs = min(epochs, trainer.args.keep_last + 2)  # plus the best and the one being written
     free = shutil.disk_usage(folder).free
     short = "" if epochs * each <= free else "; free some space, or use another path_for_saving"
     return (
@@ -540,9 +541,9 @@ def disk_plan(folder: Path, trainer: Trainer, epochs: int) -> str:
 
 
 def open_devices(args: argparse.Namespace) -> tf.distribute.Strategy:
-    """The strategy for the GPUs asked for and, with several workers, for all machines.
+    """The strategy for the chosen GPUs, and for all machines if there are several.
 
-    Raises UserError for a GPU that is not there.
+    Raises UserError for a GPU that does not exist.
     """
     if args.deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -556,7 +557,7 @@ def open_devices(args: argparse.Namespace) -> tf.distribute.Strategy:
 
 
 class Stop(threading.Event):
-    """Set by a signal, whose number is in `number`."""
+    """Set by a signal. `number` is the signal's number."""
 
     number: int = signal.SIGTERM
 
@@ -584,7 +585,7 @@ def stop_on_signals() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def explained_failures() -> Iterator[None]:
-    """Turns what TensorFlow raises when the hardware fails or is too small into UserError."""
+    """Raises UserError if the device runs out of memory or another machine fails."""
     try:
         yield
     except tf.errors.ResourceExhaustedError:
@@ -596,8 +597,8 @@ def explained_failures() -> Iterator[None]:
         if worker_of_workers()[1] == 1:
             raise
         raise UserError(
-            "another machine of TF_CONFIG stopped answering; see what it says, and start all of "
-            "them again with --resume"
+            "another machine of TF_CONFIG stopped answering; see what it printed, and start all "
+            "machines again with --resume"
         ) from None
 
 
@@ -607,8 +608,8 @@ STATE = "training_state"
 """Subfolder of a model with what training needs to continue. It may be deleted."""
 
 FACTS = ("classes", "batch_size", "seed", "N", "pictures", "workers", "mu", "sigma")
-"""Fields of BatchSpec that must be the same to continue within an epoch. Between epochs only the
-first must."""
+"""Fields of BatchSpec that must not change if training continues within an epoch. Between epochs
+only the first must not change."""
 
 
 @dataclasses.dataclass
@@ -617,7 +618,7 @@ class Run:
 
     folder: Path
     chief: bool
-    """Whether this machine writes. One of several does."""
+    """Whether this machine writes files. Only one of several does."""
 
     def epochs(self) -> list[int]:
         """Epochs that have a model."""
@@ -630,33 +631,33 @@ class Run:
         return sorted((int(m[1]), int(m[2]), self.folder / m[0]) for m in found if m)
 
     def is_trained_to(self, epoch_end: int) -> bool:
-        """Whether the last epoch's model is there, and complete."""
+        """Whether the last epoch's model exists and is complete."""
         last = max(self.epochs(), default=-1)
         return last >= epoch_end - 1 and (self.folder / str(last) / "saved_model.pb").exists()
 
     def claim(self, args: argparse.Namespace) -> None:
-        """Locks the run's folder and removes what killed processes left half-written there.
+        """Locks the run's folder and removes half-written files of killed processes.
 
-        Raises UserError where models would be overwritten or are missing, and if another train.py
-        works on the run.
+        Raises UserError if models would be overwritten or are missing, or if another train.py uses
+        the run.
         """
         self._check_position(args)
         if not self.chief:
             return
         utils.make_folder(self.folder)
-        utils.lock(self.folder / LOCK, f"{self.folder}: another train.py works on this run")
+        utils.lock(self.folder / LOCK, f"{self.folder}: another train.py is training this run")
         atexit.register(self._remove_if_empty)
         utils.remove_leftovers(self.folder)
-        self._check_position(args)  # again: now nobody else changes it
+        self._check_position(args)  # again: from here on no one else changes it
 
     def _remove_if_empty(self) -> None:
-        """After a start that was refused."""
+        """Removes the folder if it holds nothing but the lock, as after a refused start."""
         if list(self.folder.glob("*")) == [self.folder / LOCK]:
             utils.remove_lock(self.folder / LOCK)
             self.folder.rmdir()
 
     def _check_position(self, args: argparse.Namespace) -> None:
-        """Raises UserError where models would be overwritten or are missing."""
+        """Raises UserError if models would be overwritten or are missing."""
         epochs, start = self.epochs(), args.epoch_start
         has = f"it has epochs {compact(epochs)}" if epochs else "it has none"
         if args.resume and not self.folder.is_dir():
@@ -667,19 +668,19 @@ class Run:
         if start and start - 1 not in epochs and not (args.resume and epochs):
             raise UserError(
                 f"--epoch_start={start} continues from the model {self.folder / str(start - 1)}, "
-                f"which is not there; {has}"
+                f"which does not exist; {has}"
             )
         if args.resume:
             return
         if existing := [epoch for epoch in epochs if epoch >= start]:
             raise UserError(
-                f"{self.folder / str(existing[0])} is there already and would be overwritten; "
-                f"{has}. Add --resume to continue, or take another --run_folder"
+                f"{self.folder / str(existing[0])} already exists and would be overwritten; "
+                f"{has}. Add --resume to continue, or use another --run_folder"
             )
         if rolling := self.rolling():
             raise UserError(
-                f"{rolling[-1][2]} was saved by an unfinished training. Add --resume to continue "
-                f"there; or remove that folder to begin epoch {start} again"
+                f"{rolling[-1][2]} was saved in an unfinished epoch. Add --resume to continue "
+                f"there, or remove that folder to start epoch {start} again"
             )
 
 
@@ -704,8 +705,8 @@ class BrokenState(UserError):
 def restore(run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespace) -> int:
     """Loads the state that training continues from, if any, and returns the next step.
 
-    With --resume that is the latest state that can be read; later ones are broken and renamed.
-    Without, it is the end of epoch_start - 1. Raises UserError.
+    With --resume that is the latest readable state; newer ones are broken and get renamed. Without
+    --resume it is the end of epoch_start - 1. Raises UserError.
     """
     ends = run.epochs() if args.resume else [args.epoch_start - 1] * (args.epoch_start > 0)
     states = [(epoch + 1, 0, run.folder / str(epoch)) for epoch in ends]
@@ -737,25 +738,26 @@ def restore(run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespac
 
 
 def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> None:
-    """Loads a state. Raises BrokenState, and UserError where it belongs to another training.
+    """Loads a state. Raises BrokenState, or UserError if it belongs to another training.
 
-    A state within an epoch (`exact`) needs the same batches, one between epochs the same classes.
+    A state within an epoch (`exact`) needs the same batches. A state between epochs needs only the
+    same classes.
     """
     state = folder / STATE
     if not state.is_dir():
         raise UserError(
-            f"{state} is not there, so training cannot continue from {folder}; "
-            f"--init_from={folder} begins a new run with its weights"
+            f"{state} is missing, so training cannot continue from {folder}; "
+            f"--init_from={folder} starts a new run with its weights"
         )
     saved = utils.read_json(state / "state.json")
     if saved is None:
         raise BrokenState(f"{folder}: its state.json cannot be read")
     for key in FACTS if exact else FACTS[:1]:
         if saved.get(key) != getattr(spec, key):
-            way_out = "restore that, or continue from the end of an epoch with --epoch_start"
+            way_out = "change it back, or continue from the end of an epoch with --epoch_start"
             raise UserError(
                 f"{folder} was trained with {key} = {saved.get(key)}, now {key} is "
-                f"{getattr(spec, key)}; {way_out if exact else 'take another --run_folder'}"
+                f"{getattr(spec, key)}; {way_out if exact else 'use another --run_folder'}"
             )
     if exact and saved.get("resized") != spec.resized:
         utils.warn(f"{folder} was trained from another set of resized copies; using the new one")
@@ -768,7 +770,7 @@ def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> 
         if saved.get("sgd_momentum"):
             status.assert_existing_objects_matched()
         else:
-            status.expect_partial()  # it has no momentum, which therefore starts at zero
+            status.expect_partial()  # without saved momentum, it starts at zero
     except (tf.errors.OpError, AssertionError, ValueError, LookupError, RuntimeError) as error:
         raise BrokenState(f"{folder}: its training state cannot be read: {brief(error)}") from None
 
@@ -787,7 +789,7 @@ def brief(error: Exception) -> str:
 
 
 class Saver:
-    """Writes models and states. Each is written aside, then renamed: complete or not there."""
+    """Writes models and states, each aside and then renamed: it is complete or does not exist."""
 
     def __init__(self, run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespace):
         self.run, self.trainer, self.spec, self.args = run, trainer, spec, args
@@ -797,14 +799,14 @@ class Saver:
         return time.monotonic() - self._last > 60 * self.args.checkpoint_minutes
 
     def save_rolling(self, step: int) -> None:
-        """Saves the state before `step` in place of the last one. If it cannot be saved, warns and
-        keeps the last one.
+        """Saves the state before `step`, which replaces the previous one. If that fails, warns and
+        keeps the previous one.
         """
         epoch, batch = divmod(step, self.spec.batches_per_epoch)
         folder = self.run.folder / f"state_{epoch}_{batch}"
         self._last = time.monotonic()
         if not self.run.chief or batch == 0 or folder.exists():
-            return  # saved already
+            return  # already saved
         self._check_weights(step)
         try:
             with utils.folder_written_aside(folder) as aside:
@@ -817,8 +819,8 @@ class Saver:
         self._remove_rolling(but=folder)
 
     def save_epoch(self, step: int, tries: int = 5, pause: float = 60.0) -> None:
-        """Saves the model and the state after the epoch that ends before `step`. Raises UserError
-        if it cannot, after several tries.
+        """Saves the model and the state of the epoch that ends before `step`. Raises UserError
+        after `tries` failures.
         """
         if not self.run.chief:
             return
@@ -871,7 +873,7 @@ class Saver:
                 utils.remove_folder(folder)
 
     def _remove_old_epochs(self, keep: int) -> None:
-        """Removes all but the newest, the best, and what check_accuracy.py will still evaluate."""
+        """Keeps the newest models, the best, and those that check_accuracy.py has yet to see."""
         table = self.run.folder / "accuracy.csv"
         try:
             top1 = {
@@ -900,8 +902,8 @@ COLUMNS = [
 class Log(contextlib.AbstractContextManager):
     """Prints a line per interval, and writes the same to training_log.csv and as events.
 
-    With several machines only the chief writes, but all stop at a loss that is not finite. A thread
-    waits for the values of the steps and notes when each step was finished, so the loop need not.
+    With several machines only the chief writes, but all stop if a loss is not finite. A thread
+    waits for each step's values and records when the step finished, so the loop does not have to.
     """
 
     def __init__(
@@ -929,8 +931,8 @@ class Log(contextlib.AbstractContextManager):
         self._wait = start, time.perf_counter()
 
     def add(self, step: int, rate: float, values: tf.Tensor) -> None:
-        """Takes the values of a step, which may still run on the device, and waits for the step
-        before it. Raises UserError at a loss that is not finite.
+        """Adds a step, which may still run on the device, and waits for the one before it. Raises
+        UserError if a loss is not finite.
         """
         finished = self._pool.submit(lambda: (values.numpy(), time.perf_counter()))
         self._under_way.append((step, rate, finished, self._wait))
@@ -941,15 +943,15 @@ class Log(contextlib.AbstractContextManager):
             self.say()
 
     def settle(self) -> None:
-        """Waits for all steps and writes their row: before a state is saved, so that no row is
-        missing if the process is killed afterwards. Raises UserError at a loss that is not finite.
+        """Waits for all steps and writes their row. Runs before a state is saved, so that no row is
+        missing if the process is killed afterwards. Raises UserError if a loss is not finite.
         """
         while self._under_way:
             self._settle_first()
         self._write()
 
     def say(self) -> None:
-        """Prints the rows that were written since the last time."""
+        """Prints the rows written since the last call."""
         while self._unsaid:
             self._print(self._unsaid.pop(0))
 
@@ -957,7 +959,7 @@ class Log(contextlib.AbstractContextManager):
         step, rate, future, (asked, given) = self._under_way.popleft()
         values, finished = future.result()
         metrics = dict(zip(METRICS, values.tolist(), strict=True))
-        # The device waited only after it had finished the step before.
+        # The device waits only once it has finished the previous step.
         self._waited += max(0.0, given - max(asked, self._finished))
         self._finished = finished
         if not math.isfinite(metrics["loss"]):
@@ -972,13 +974,13 @@ class Log(contextlib.AbstractContextManager):
     def should_stop(self, step: int, stop: Stop) -> bool:
         """Whether to stop before `step`.
 
-        Several machines must stop before the same step. The values of a step tell all of them that
-        one was asked to stop, and all have seen those values two steps later.
+        Several machines must stop before the same step. A step's values tell all of them that one
+        was asked to stop. Two steps later all of them have seen those values.
         """
         return stop.is_set() if worker_of_workers()[1] == 1 else self._stopping <= step - 2
 
     def _write(self) -> None:
-        """Writes a row about the steps that have finished since the last row."""
+        """Writes a row for the steps that finished since the last row."""
         if not self._settled:
             return
         steps, last = self._settled, self._settled[-1]
@@ -1016,7 +1018,7 @@ class Log(contextlib.AbstractContextManager):
         )
 
     def _open(self) -> None:
-        """Drops the rows of steps that will be trained again, and writes the events anew."""
+        """Drops the rows of steps that will be trained again, and rewrites the events."""
         path = self.run.folder / "training_log.csv"
         rows = [as_numbers(row) for row in utils.read_csv(path, COLUMNS)]
         rows = [row for row in rows if row and row["step"] < self.steps.start]
@@ -1041,7 +1043,7 @@ class Log(contextlib.AbstractContextManager):
             self._add_event(row, time.time())
             self._events.flush()
         except (OSError, tf.errors.OpError) as error:
-            utils.warn(f"the log is not written: {brief(error)}")
+            utils.warn(f"the log could not be written: {brief(error)}")
 
     def _add_event(self, row: dict, wall_time: float) -> None:
         scalars = {f"training/{name}": float(row[name]) for name in COLUMNS[5:]}
@@ -1052,13 +1054,13 @@ class Log(contextlib.AbstractContextManager):
 
 
 def mean_of_finite(values: list[float]) -> float:
-    """Skipped steps have gradients that are not finite."""
+    """The mean of the finite values. Skipped steps have gradient norms that are not finite."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.inf
 
 
 def as_numbers(row: dict[str, str]) -> dict[str, float] | None:
-    """A row of the log as numbers; None if it holds anything else."""
+    """A row of the log as numbers. None if a cell is not a number."""
     try:
         return {
             name: int(text) if re.fullmatch(r"-?\d+", text) else float(text)

@@ -537,13 +537,11 @@ def _hold_name(path: Path) -> tuple[Path, int]:
         aside = aside_name(path)
         descriptor = os.open(_lock_of(aside), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = _lock_of(aside).exists()
-        except BlockingIOError:
-            held = False
+            # Some network file systems number a file anew when it is looked up, so only its name
+            # is asked for: nobody else has made a file of this one.
+            if _try_lock(descriptor) and _lock_of(aside).exists():
+                return aside, descriptor
         except OSError:  # no locks here, so nobody removes leftovers either
-            held = True
-        if held:
             return aside, descriptor
         os.close(descriptor)  # `remove_leftovers` was faster
 
@@ -833,14 +831,14 @@ def _unless_held(path: Path) -> Iterator[bool]:
         yield free
 
 
-def _try_lock(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
+def _try_lock(descriptor: int, path: Path | None = None, kind: int = fcntl.LOCK_EX) -> bool:
     """Takes the lock on an open file. False if it is held, or if `path` no longer names that file.
 
     Raises OSError where there are no locks.
     """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return path is None or os.path.samestat(os.fstat(descriptor), os.stat(path))
     except (BlockingIOError, FileNotFoundError):
         return False
 

@@ -209,7 +209,7 @@ def test_waiting_says_whether_training_is_at_work_and_ends_with_it(tmp_path, mon
     assert not check_accuracy.wait_for(run / "2")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
-    assert "a train.py is at work" in said[0] and "no train.py is at work" in said[1]
+    assert "train.py is training this run" in said[0] and "no train.py is running" in said[1]
     (run / "1" / "assets" / "recipe.json").write_text('{"epoch_end": 9}')
     monkeypatch.setattr(check_accuracy.time, "sleep", lambda _: (run / "2").mkdir())
     assert check_accuracy.wait_for(run / "2")

@@ -251,7 +251,7 @@ def test_epoch_end_raised_and_started_again(tmp_path, toy, ram):
     with preprocessor(config, *span(1, 3)) as process:
         wait_until(settled(ram, range(18, 22)), process, "buffer full")
         assert {name: (ram / name).stat().st_ino for name in before} == before
-        assert "2 batches ready since an earlier start" in said(config)
+        assert "2 batches ready from an earlier run" in said(config)
         train(ram, recipe, range(18, 30), process)
         assert finish(process) == 0
     assert os.listdir(ram) == []
@@ -1068,7 +1068,7 @@ def test_a_buffer_that_becomes_another_stops_training(config, ram):
     with reading(buffer) as reader:
         assert next_batch(reader) is not None
         dataclasses.replace(buffer.spec, class_names=["cats"] * 4).write(ram)
-        with pytest.raises(utils.UserError, match="other class_names than when this training"):
+        with pytest.raises(utils.UserError, match="class_names of its batches changed"):
             next_batch(reader)
 
 

@@ -238,7 +238,7 @@ def assert_same_variables(network: ResNet50, source: ResNet50, dense: bool) -> N
 def test_weights_of_the_same_classes_are_taken_over_whole(network, model, capsys):
     fresh = ResNet50(len(NAMES))
     line = read_weights(fresh, model, SPEC)
-    assert line == f"initialised from {model} (7 classes); the dense layer is taken over"
+    assert line == f"initialised from {model} (7 classes); the dense layer is copied"
     assert_same_variables(fresh, network, dense=True)
     assert capsys.readouterr().err == ""
 

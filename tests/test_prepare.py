@@ -363,7 +363,7 @@ def test_copies_that_are_not_complete_are_not_trained_on(many, tmp_path):
     run_well("preprocess.py", many, "--shorter_side=256")
     result = preview(many, tmp_path)
     assert "preprocessed/263: copies incomplete (also in 31 other shorter sides)" in result.stderr
-    assert "from resized copies in 1 of the 33 shorter sides" in result.stdout
+    assert "from resized copies for 1 of the 33 shorter sides" in result.stdout
     assert toolkit.recipe_of(many).spec.resized == [256]
 
 

@@ -121,7 +121,7 @@ def test_buffer_json_is_read_again_only_when_it_has_changed(config, ram, monkeyp
             assert next_batch(reader) is not None
         assert len(reads) == 1
         dataclasses.replace(buffer.spec, seed=7).write(ram)
-        with pytest.raises(utils.UserError, match="other seed than when this training began"):
+        with pytest.raises(utils.UserError, match="seed of its batches changed after this"):
             for _ in range(3):
                 next_batch(reader)
 
@@ -288,7 +288,7 @@ def test_stopped_it_says_what_stays_and_how_to_free_it(tmp_path, toy, ram, numbe
     assert there(ram) == there(ram, "Y") == {0, 1, 2}
     lines = said(config).splitlines()
     assert lines[-1] == "runtime_preprocessing.py: stopped"
-    assert f"3.61 MB of batches stay in {ram} for the next start" in lines[-2]
+    assert f"3.61 MB of batches stay in {ram} for the next run" in lines[-2]
     assert f"rm {ram}/[XY]_[0-9]*.npy" in lines[-2]
     assert "Traceback" not in said(config)
 

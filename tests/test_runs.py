@@ -212,7 +212,7 @@ def test_a_model_without_its_training_state_is_named_with_the_way_out(run):
     shutil.rmtree(run.folder / "0" / "training_state")
     for flags in (["--resume"], ["--epoch_start=1"]):
         other = trainer_of(*flags)
-        with pytest.raises(utils.UserError, match="training_state is not there.*--init_from"):
+        with pytest.raises(utils.UserError, match="training_state is missing.*--init_from"):
             train.restore(run, other, SPEC, other.args)
     assert (run.folder / "0").is_dir()
     assert run.is_trained_to(1) and not run.is_trained_to(2)

@@ -263,7 +263,7 @@ def test_second_trainer_on_a_run_is_refused_and_leaves_it_alone(training):
     try:
         _wait_until(lambda: "no batches in" in (training.folder / "run.log").read_text())
         second = toolkit.run("train.py", training.config, *training.arguments("run", 0, 1))
-        toolkit.assert_one_line_error(second, "train.py", "another train.py works on this run")
+        toolkit.assert_one_line_error(second, "train.py", "another train.py is training this run")
         assert (training.models / "run").is_dir()
     finally:
         first.kill()
