@@ -220,7 +220,7 @@ def test_a_model_without_its_training_state_is_named_with_the_way_out(run):
 
 def test_a_model_that_is_removed_while_the_buffer_is_waited_for_is_not_passed_over(run):
     other = trainer_of("--epoch_start=1")
-    with pytest.raises(utils.UserError, match="training_state is not there"):
+    with pytest.raises(utils.UserError, match="training_state is missing"):
         train.restore(run, other, SPEC, other.args)
 
 
