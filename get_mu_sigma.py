@@ -1,10 +1,10 @@
-"""Computes mean and standard deviation of the three channels over all training pictures.
+"""Computes the mean and standard deviation of the three channels over all training pictures.
 
     python3 get_mu_sigma.py
 
-writes them to `mu_sigma.txt` in the folder that [get_mu_sigma] path_to_save names, and prints a
-[utils] section to paste into config.txt. Every picture weighs the same, whatever its size, because
-the network sees equally many crops of each.
+writes them to `mu_sigma.txt` in the folder [get_mu_sigma] path_to_save, and prints a [utils]
+section to paste into config.txt. Every picture has the same weight, whatever its size, because the
+network sees the same number of crops of each.
 """
 
 import argparse
@@ -42,28 +42,27 @@ def main() -> None:
     failures = Failures(len(pictures))
     text = toml(*mu_sigma(pictures, failures))
     utils.write_text(result, text)
-    print(f"{text}\nThis is in {result} too; {failures}. Next: paste it into {args.config}")
+    print(f"{text}\nAlso saved to {result}; {failures}. Next: paste it into {args.config}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = utils.Parser(
-        "Computes mean and standard deviation of the training pictures' channels.",
+        "Computes the mean and standard deviation of the training pictures' channels.",
         "get_mu_sigma.py",
     )
-    text = "read the resized copies of preprocess.py, not the originals"
+    text = "read preprocess.py's copies, not the originals"
     parser.add("--shorter_side", utils.whole(1), text)
     return parser.parse()
 
 
 def resized(pictures: Pictures, root: Path, side: int) -> Pictures:
-    """The copies of the pictures at this shorter side. Raises UserError if they are not there."""
+    """The copies of the pictures at this shorter side. Raises UserError if they are unusable."""
     folder = root / str(side)
     if copies_of_others(root, pictures):
-        raise UserError(f"{folder}: its copies are of other pictures; take another path_to_save")
+        raise UserError(f"{folder}: holds copies of other pictures; use another path_to_save")
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no such folder; preprocess.py makes those of the shorter sides 256, "
-            f"263, … 480"
+            f"{folder}: no such folder; preprocess.py makes copies of shorter side 256, 263, … 480"
         )
     if reason := why_unused(root, side, pictures):
         raise UserError(f"{folder}: {reason}; run preprocess.py --shorter_side={side} first")
@@ -71,21 +70,21 @@ def resized(pictures: Pictures, root: Path, side: int) -> Pictures:
 
 
 def check_own(result: Path) -> None:
-    """Raises UserError if the result would overwrite a file that is not an earlier result."""
+    """Raises UserError if the result would overwrite a file that this script did not write."""
     if os.path.lexists(result) and not (
         result.is_file() and utils.read_file(result).startswith(b"[utils]\nmu_0 = ")
     ):
         raise UserError(
-            f"{result}: not written by get_mu_sigma.py, and would be overwritten; take another "
-            f"[get_mu_sigma] path_to_save, or move the file"
+            f"{result}: get_mu_sigma.py did not write this file and would overwrite it; use "
+            f"another [get_mu_sigma] path_to_save, or move the file"
         )
 
 
 def mu_sigma(pictures: Pictures, failures: Failures) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, float64 [3] each, RGB, pixels scaled to 0…1.
 
-    E[x] and E[x²] of each picture come exactly from its histogram, and are averaged in the order of
-    the pictures: the result is the same to the last bit on any number of cores.
+    Computes E[x] and E[x²] of each picture exactly, from its histogram, and averages them in the
+    order of the pictures. So the result is the same to the last bit on any number of cores.
     """
 
     def moments(_index: int, image: Image.Image) -> np.ndarray:

@@ -1,15 +1,14 @@
-"""Makes resized copies of all training pictures, for machines that cannot feed their GPU otherwise.
+"""Makes resized copies of all training pictures, for machines too slow to use the originals.
 
     python3 preprocess.py --shorter_side=256
 
-writes `<path_to_save>/256/<path of the original below the training folder>`: shorter side 256
-pixels, aspect kept, JPEG. `--shorter_side=all` makes the 33 sides 256, 263, … 480 and decodes each
-original once. Started again, it continues where it stopped. This step is optional: without copies
-runtime_preprocessing.py works from the originals. README says when copies help.
+writes `<path_to_save>/256/<path of the original inside the training folder>`: JPEG, shorter side
+256 pixels, same aspect ratio. `--shorter_side=all` makes the 33 sides 256, 263, … 480 and decodes
+each original only once. If started again, it continues where it stopped. This step is optional:
+without copies, runtime_preprocessing.py uses the originals. The README says when copies help.
 
-The other scripts import from here what they need to know about pictures. In this order: the list of
-pictures and how to work through it, dataset layouts, reading and decoding, cutting a crop, resized
-copies.
+The other scripts import everything about pictures from here. Sections: the list of pictures,
+dataset layouts, reading and decoding a picture, cutting a crop from a picture, resized copies.
 """
 
 import argparse
@@ -52,8 +51,8 @@ def main() -> None:
     claim(root, pictures, args.shorter_side)
     utils.lock(
         root / COPIES_OF,
-        f"{root}: another preprocess.py adds to the copies there, or runtime_preprocessing.py "
-        f"makes batches from them; wait until it ends, or take another path_to_save",
+        f"{root}: another preprocess.py is adding copies there, or runtime_preprocessing.py is "
+        f"making batches from them; wait until it ends, or use another path_to_save",
     )
     folders = {side: root / str(side) for side in args.shorter_side}
     wanted = missing(pictures, folders)
@@ -67,12 +66,12 @@ def main() -> None:
         say_room(pictures, folders, wanted, total)
         note_copies(root, folders, pictures, complete=False)
         write_all(pictures, folders, wanted, failures)
-        os.sync()  # the note below must not survive a power failure that the copies do not
+        os.sync()  # after a power failure, the note below must not exist without the copies
     note_copies(root, folders, pictures, complete=True)
     print(
         f"resized copies of {plural(len(pictures) - len(failures), 'picture')} at "
         f"{plural(len(folders), 'shorter side')} are in {root}; {failures}. "
-        f"Next: runtime_preprocessing.py finds them there"
+        f"Next: run runtime_preprocessing.py, which will find them there"
     )
 
 
@@ -116,7 +115,7 @@ class Paths(Sequence[str]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        index = range(len(self))[index]  # counts from the end, or raises IndexError
+        index = range(len(self))[index]  # accepts negative indices, raises IndexError
         return os.fsdecode(self._block[self._ends[index] : self._ends[index + 1]])
 
     def __eq__(self, other: object) -> bool:
@@ -151,11 +150,11 @@ class Pictures:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Two checksums: of all names and labels, and of what is in the files.
+        """Two checksums: one of all names and labels, one of the files' contents.
 
         The first changes when a picture is added, removed, renamed or moved to another class. The
-        second changes when pictures are replaced under their old names. It covers the sizes and
-        first bytes of SAMPLED pictures, evenly spaced: from a cold disk, all would take minutes.
+        second changes when pictures are replaced but keep their names. It covers the sizes and
+        first bytes of SAMPLED pictures, evenly spaced: reading all from a cold disk takes minutes.
         """
         names = zlib.crc32(self.labels.tobytes(), self.paths.checksum())
         sample = np.linspace(0, len(self) - 1, min(len(self), SAMPLED)).astype(int).tolist()
@@ -172,11 +171,11 @@ class Pictures:
 
 
 SAMPLED = 2000
-"""Pictures that the fingerprint looks into."""
+"""Number of pictures that the fingerprint reads."""
 
 
 class BrokenPicture(Exception):
-    """A picture that is missing or cannot be decoded. The message says why, for people."""
+    """A picture that is missing or cannot be decoded. The message gives the reason."""
 
 
 class MissingPicture(BrokenPicture):
@@ -184,9 +183,10 @@ class MissingPicture(BrokenPicture):
 
 
 def unless_gone(work: Callable, folder: str | Path, picture: Any) -> Any:
-    """`work(picture)`. If the file is missing, waits until `folder` is there and tries once more.
+    """Returns `work(picture)`. If the file is missing, waits for `folder` to exist, then retries.
 
-    So a disk that is unmounted for a moment breaks no picture. Raises UserError if it stays away.
+    So no picture counts as broken because its disk was unmounted for a moment. Raises UserError if
+    the folder does not come back.
     """
     try:
         return work(picture)
@@ -201,10 +201,10 @@ def _look_for(folder: str | Path) -> None:
 
 
 class Failures:
-    """Names each broken picture once, and counts them. Safe to use from threads."""
+    """Counts broken pictures, and warns about each one once. Thread-safe."""
 
     def __init__(self, pictures: int):
-        """`pictures` is the size of the set, of which 1 in 100 may fail."""
+        """`pictures`: the size of the set. 1 in 100 may fail."""
         self.pictures, self.allowed = pictures, max(1, pictures // 100)
         self.paths: set[str] = set()
         self._lock = threading.Lock()
@@ -232,10 +232,10 @@ class Failures:
 def map_pictures(
     pictures: Pictures, indices: Sequence[int], load: Callable, work: Callable, failures: Failures
 ) -> Iterator:
-    """`work(index, load(index))` for these pictures, on all cores. Results come in order.
+    """Yields `work(index, load(index))` for these pictures, in order, computed on all cores.
 
-    `load` reads and decodes. If it raises BrokenPicture, the picture is added to `failures` and its
-    result is None.
+    `load` reads and decodes a picture. If it raises BrokenPicture, the picture is added to
+    `failures` and its result is None.
     """
 
     def each(index: int) -> object:
@@ -259,10 +259,10 @@ PICTURE_SUFFIXES = (
     ".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".jpe", ".jif",
     ".mpo", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k",
 )  # fmt: skip
-"""Files that count as pictures. Their format is found by content, whatever the suffix."""
+"""Files with these suffixes count as pictures. Their content tells the format, not the suffix."""
 
 VALIDATION = ("val", "valid", "validation", "test")
-"""Names that the validation set's folder and its list file may have."""
+"""Possible names of the validation set's folder and of its list file."""
 
 
 def training_pictures(config: SimpleNamespace) -> Pictures:
@@ -278,7 +278,7 @@ def training_pictures(config: SimpleNamespace) -> Pictures:
 def validation_pictures(config: SimpleNamespace) -> Pictures:
     """Finds the validation set below `ImageNet_folder`, labelled like the training set.
 
-    Raises UserError, also if the devkit's ground truth is all that gives the classes.
+    Raises UserError, also if only the devkit's ground truth says what the classes are.
     """
     root = _dataset_root(config.preprocess.ImageNet_folder)
     part = _validation_part(root)
@@ -308,7 +308,7 @@ def _validation_part(root: Path) -> str | None:
 
 
 def _checked(pictures: Pictures, section: str, expected: int) -> Pictures:
-    """The pictures, if there are as many as [section] N says. Warns of empty classes."""
+    """The pictures. Raises UserError if [section] N is another number. Warns of empty classes."""
     if not len(pictures):
         raise UserError(
             f"{pictures.folder}: no pictures found; expected class folders with "
@@ -317,14 +317,14 @@ def _checked(pictures: Pictures, section: str, expected: int) -> Pictures:
     if expected not in (0, len(pictures)):
         raise UserError(
             f"[{section}] N is {expected}, but {pictures.folder} holds {len(pictures)} pictures; "
-            f"correct one of them, or set N = 0 to take what is found"
+            f"correct one of them, or set N = 0 to accept any number"
         )
     names = pictures.class_names
     counts = np.bincount(pictures.labels, minlength=len(names))
     if len(empty := np.flatnonzero(counts == 0)):
         utils.warn(
-            f"{pictures.folder}: no pictures of {plural(len(empty), 'class')} of "
-            f"{len(names):,} (labels count from 0), the first is {names[empty[0]]}"
+            f"{pictures.folder}: no pictures in {plural(len(empty), 'class')} of "
+            f"{len(names):,} (labels count from 0); the first is {names[empty[0]]}"
         )
     return pictures
 
@@ -333,8 +333,8 @@ def _dataset_root(folder: Path) -> Path:
     """The folder that holds train/ or the lists."""
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no such folder; [preprocess] ImageNet_folder must name the one that holds "
-            f"train and val"
+            f"{folder}: no such folder; [preprocess] ImageNet_folder must be the folder that "
+            f"contains train and val"
         )
     if root := _root_in(folder):
         return root
@@ -348,7 +348,7 @@ def _dataset_root(folder: Path) -> Path:
 
 
 def _root_in(folder: Path) -> Path | None:
-    """Here, or deeper where Kaggle's archive has it; None if there is none."""
+    """`folder` itself, or the folder inside it that Kaggle's archive uses; None if neither fits."""
     roots = (folder / below for below in (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"))
     return next((root for root in roots if (root / "train").is_dir() or _has_lists(root)), None)
 
@@ -356,7 +356,8 @@ def _root_in(folder: Path) -> Path | None:
 def _has_lists(root: Path) -> bool:
     """Whether train.txt lists the pictures.
 
-    Beside class folders it may be any text, unless there is also a val.txt or a 2012_train/.
+    If there are class folders too, train.txt may be any text. A val.txt or a 2012_train/ shows that
+    it is a list.
     """
 
     if not (root / "train.txt").is_file():
@@ -378,23 +379,23 @@ ARCHIVES = {
     r"ILSVRC2012_img_train.*\.tar": f"ImageNet's training pictures; unpack them: "
     f"cd FOLDER && mkdir -p train && tar -xf NAME -C train && cd train && {UNPACK_CLASSES}",
     r"ILSVRC2012_img_val\.tar": "ImageNet's validation pictures; unpack them: cd FOLDER && "
-    "mkdir -p val && tar -xf NAME -C val, and put Kaggle's LOC_val_solution.csv beside",
-    r".*\d{4}\.tar": "probably WebDataset shards, which are not read; unpack them and move each "
-    "picture into train/<class>/, named by the .cls file beside it",
+    "mkdir -p val && tar -xf NAME -C val, and put Kaggle's LOC_val_solution.csv next to val",
+    r".*\d{4}\.tar": "probably WebDataset shards, which are not supported; unpack them and move "
+    "each picture into train/<class>/; the .cls file next to it gives the class",
     r".*\.(tar|tar\.\w+|tgz|tbz2|txz|zip|rar|7z)": "an archive; unpack it, so that train/<class>/ "
     "holds the pictures",
-    r".*\.(parquet|arrow)": "pictures in a table, which is not read; write each to "
+    r".*\.(parquet|arrow)": "pictures in a table, which is not supported; write each to "
     'train/<class>/ (Python: datasets.load_dataset("parquet", data_files=…), then image.save)',
-    r".*\.tfrecords?|.*-of-\d{5}": "TFRecord files, which are not read; write each picture to "
-    "train/<class>/ (Python: tf.data.TFRecordDataset and tf.train.Example)",
-    r".*\.(h5|hdf5|lmdb|mdb|rec|beton|npz|pkl)": "made for another program and not read; write "
-    "each picture to train/<class>/",
+    r".*\.tfrecords?|.*-of-\d{5}": "TFRecord files, which are not supported; write each picture "
+    "to train/<class>/ (Python: tf.data.TFRecordDataset and tf.train.Example)",
+    r".*\.(h5|hdf5|lmdb|mdb|rec|beton|npz|pkl)": "made for another program, and not supported; "
+    "write each picture to train/<class>/",
 }
-"""What people have instead of folders of pictures: by its name, what it is, what to do."""
+"""Files that people have instead of folders of pictures: name, what they are, what to do."""
 
 
 def _content(folder: Path) -> str:
-    """What a folder holds that is no dataset, and what to do about it."""
+    """What is in a folder that is not a dataset, and what to do about it."""
     names = sorted(entry.name for entry in _visible(folder))
     for pattern, way_out in ARCHIVES.items():
         found = [name for name in names if re.fullmatch(pattern, name, re.IGNORECASE)]
@@ -403,7 +404,7 @@ def _content(folder: Path) -> str:
             way_out = way_out.replace("FOLDER", shlex.quote(str(folder)))
             return f"{folder / found[0]}{others} {way_out.replace('NAME', shlex.quote(found[0]))}"
     if any(map(_is_picture_name, names)):
-        return "its pictures are not in class folders: move each into a folder of its class"
+        return "its pictures are not in class folders: move each into a folder for its class"
     with contextlib.suppress(OSError):  # it is only a hint
         below = [e.name for name in _subfolders(folder)[:3] for e in _visible(folder / name)]
         if any(map(_is_picture_name, below)):
@@ -417,18 +418,18 @@ def _is_picture_name(name: str) -> bool:
 
 
 def _visible(folder: Path) -> Iterator[os.DirEntry]:
-    """What is in a folder, without hidden files and folders, in no order."""
+    """The files and folders in a folder that are not hidden, in no particular order."""
     with os.scandir(folder) as entries:
         yield from (entry for entry in entries if not entry.name.startswith("."))
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Follows links. A broken one is no folder, and no error."""
+    """Whether this is a folder or a link to one. A broken link is not, and is no error."""
     return not entry.is_file(follow_symlinks=False) and os.path.isdir(entry.path)
 
 
 def _subfolders(folder: Path) -> list[str]:
-    """Sorted names of the visible folders in a folder; empty if it is none."""
+    """Sorted names of the visible folders in `folder`; empty if `folder` is not a folder."""
     if not folder.is_dir():
         return []
     return sorted(entry.name for entry in _visible(folder) if _is_folder(entry))
@@ -437,7 +438,7 @@ def _subfolders(folder: Path) -> list[str]:
 def _files(folder: Path, below: str) -> Iterator[str]:
     """Paths, relative to `folder`, of all files in folder/below and its subfolders.
 
-    Does not follow links to further folders, which may form loops.
+    Does not follow links to folders, which may form loops.
     """
     for entry in _visible(folder / below):
         path = f"{below}/{entry.name}"
@@ -448,33 +449,33 @@ def _files(folder: Path, below: str) -> Iterator[str]:
 
 
 def _near(root: Path, *names: str) -> Path | None:
-    """The first of these files in the folder, or in the three above it (Kaggle's root)."""
+    """The first of these files in `root` or the three folders above it (Kaggle's root)."""
     folders = (root, *list(root.resolve().parents)[:3])
     paths = (folder / name for folder in folders for name in names)
     return next((path for path in paths if path.is_file()), None)
 
 
 def _mapping(root: Path) -> list[list[str]]:
-    """[class folder, readable name] in the order of the file; empty if no such file is near."""
+    """[class folder, readable name] for each line of the mapping file; empty if there is none."""
     file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file else []
     return [line.split(maxsplit=1) for line in lines if line.strip()]
 
 
 def _readable(root: Path, classes: list[str]) -> list[str]:
-    """The classes' names from the mapping, if it has them."""
+    """The readable names of the classes. A class that the mapping lacks keeps its folder's name."""
     names = dict(pair for pair in _mapping(root) if len(pair) == 2)
     return [names.get(name, name) for name in classes]
 
 
 def _in_class_folders(root: Path, part: str) -> Pictures:
-    """`root/part/<class>/**`, the classes numbered by their rank in the training set."""
+    """The pictures in `root/part/<class>/**`. The label is the class's rank in the training set."""
     folder, classes = root / part, _subfolders(root / "train")
     found = _subfolders(folder)
     if unknown := sorted(set(found).difference(classes)):
         raise UserError(
-            f"{folder / unknown[0]}: a class that the training set does not have "
-            f"({len(unknown)} such); validation needs the class folders of {root / 'train'}"
+            f"{folder / unknown[0]}: not a class of the training set ({len(unknown)} such); "
+            f"validation must use the class folders of {root / 'train'}"
         )
     ranks, others = {name: rank for rank, name in enumerate(classes)}, []
 
@@ -514,9 +515,9 @@ BEGINNINGS = re.compile(
 
 
 def _warn_of_unused(folder: Path, others: list[str]) -> None:
-    """Warns if there are pictures among the files that are not used.
+    """Warns if some of the files that are not used are pictures.
 
-    Looks into up to 1,000 of the files whose suffix does not tell.
+    If the suffix does not tell, looks at the content, of at most 1,000 files.
     """
     unused, looks = [], 1000
     for path in others:
@@ -536,7 +537,7 @@ def _warn_of_unused(folder: Path, others: list[str]) -> None:
 
 
 def _flat_validation(root: Path, part: str) -> Pictures:
-    """All pictures in val/ itself, their classes in Kaggle's LOC_val_solution.csv."""
+    """All pictures directly in val/, with their classes from Kaggle's LOC_val_solution.csv."""
     folder, classes = root / part, _subfolders(root / "train")
     names = sorted(e.name for e in _visible(folder) if _is_picture_name(e.name))
     solution = _near(root, "LOC_val_solution.csv")
@@ -549,8 +550,8 @@ def _flat_validation(root: Path, part: str) -> Pictures:
     labels = [ranks.get(wnids.get(Path(name).stem), -1) for name in names]
     if -1 in labels:
         raise UserError(
-            f"{folder / names[labels.index(-1)]}: {solution} gives it no class that "
-            f"{root / 'train'} has"
+            f"{folder / names[labels.index(-1)]}: {solution} gives no class for it that is in "
+            f"{root / 'train'}"
         )
     labels = np.array(labels, np.int32)
     return Pictures(folder, Paths(names), labels, _readable(root, classes), "Kaggle layout")
@@ -569,19 +570,19 @@ def _why_no_classes(root: Path, folder: Path, names: list[str]) -> str:
         )
     return (
         f"its pictures are not in class folders, {why}; put Kaggle's LOC_val_solution.csv into "
-        f"{root}, or move the pictures into {folder}/<class>/ (for ImageNet the script valprep.sh "
-        f"of soumith/imagenetloader.torch, run in {folder}, does it)"
+        f"{root}, or move the pictures into {folder}/<class>/ (for ImageNet, run valprep.sh from "
+        f"soumith/imagenetloader.torch in {folder})"
     )
 
 
 def _listed(root: Path, part: str) -> Pictures:
-    """`train.txt` or `val.txt`: a line `filename label` for each picture."""
+    """The pictures in `train.txt` or `val.txt`. Each line is `filename label`."""
     near = [root / f"2012_{part}", root / f"2012_{part[:3]}", root / part]
     folder = next((each for each in near if each.is_dir()), None)
     if folder is None:
         raise UserError(
-            f"{near[-1]}: no such folder; {root / part}.txt lists pictures that must lie there, or "
-            f"in 2012_{part}/"
+            f"{near[-1]}: no such folder; the pictures in {root / part}.txt must be there, or in "
+            f"2012_{part}/"
         )
     listed = {}
     for name in filter(None, ("train", _validation_part(root))):
@@ -592,14 +593,14 @@ def _listed(root: Path, part: str) -> Pictures:
         last = listed["train"][1].max()
         if len(beyond := np.flatnonzero(labels > last)):
             raise UserError(
-                f"{file}: {paths[beyond[0]]} has label {labels[beyond[0]]}, but the labels of "
-                f"{root / 'train.txt'} end with {last}"
+                f"{file}: {paths[beyond[0]]} has label {labels[beyond[0]]}, but the largest label "
+                f"in {root / 'train.txt'} is {last}"
             )
     return Pictures(folder, *listed[part], _names_of_labels(root, *listed["train"]), "list files")
 
 
 def _names_of_labels(root: Path, paths: Paths, labels: np.ndarray) -> list[str]:
-    """From a mapping with a line per class, else the folders in the list, else the labels."""
+    """Class names: from a mapping with one line per class, else the folders, else the labels."""
     mapping, classes = _mapping(root), 1 + int(labels.max())
     if len(mapping) == classes:
         return [pair[-1] for pair in mapping]
@@ -618,7 +619,7 @@ def _read_list(file: Path) -> Iterator[tuple[str, int]]:
             if match:
                 path, label = match.groups()
                 if os.path.isabs(path) or ".." in Path(path).parts:
-                    raise UserError(f"{where}: {path} lies outside the folder of pictures")
+                    raise UserError(f"{where}: {path} is outside the picture folder")
                 yield path, int(label)
             elif line.strip():
                 raise UserError(f"{where}: expected 'filename label', not {line.rstrip()!r}")
@@ -629,19 +630,19 @@ def _read_list(file: Path) -> Iterator[tuple[str, int]]:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
 
 LONGEST = 100
-"""The longer side of a picture may be at most this many times the shorter. Longer ones would make
-copies that do not fit into a JPEG file (65,535 pixels), and hardly into memory."""
+"""Largest ratio of a picture's longer side to its shorter side. Copies of longer pictures would not
+fit into a JPEG file (65,535 pixels), and barely into memory."""
 
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
-"""Errors about the path. All others are about the storage."""
+"""These errors mean that the path is wrong. All others mean that the storage failed."""
 
 PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError,
     struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
-"""What Pillow raises for broken files; caught around calls of Pillow alone."""
+"""What Pillow raises for broken files. Caught only around calls to Pillow."""
 
-# Broken EXIF data does not matter here; a picture of over 89 million pixels is refused.
+# Ignore broken EXIF data, but refuse pictures of over 89 million pixels.
 warnings.filterwarnings("ignore", module="PIL")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
@@ -649,7 +650,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 def read_picture(path: str | Path) -> bytes:
     """The content of a picture's file. Raises MissingPicture if there is no such file.
 
-    Other OSErrors are the storage's, and say nothing about the picture.
+    Any other OSError comes from the storage, and does not mean that the picture is broken.
     """
     with _no_file_is_missing(path):
         return utils.read_file(path)
@@ -682,32 +683,32 @@ def _no_file_is_missing(path: str | Path) -> Iterator[None]:
 def pillow_decodes() -> Iterator[None]:
     """Turns what Pillow raises for a broken file into BrokenPicture.
 
-    Only calls of Pillow go inside: anywhere else such an error is a bug, and must surface.
+    Wrap only calls to Pillow: anywhere else, such an error is a bug and must not be hidden.
     """
     try:
         yield
     except UnidentifiedImageError:
-        raise BrokenPicture(f"cannot be decoded: is none of {', '.join(FORMATS)}") from None
+        raise BrokenPicture(f"cannot be decoded: not one of {', '.join(FORMATS)}") from None
     except PILLOW_ERRORS as error:
-        # Decoders also say "broken data" when memory runs out. Then this raises MemoryError.
+        # Decoders also report "broken data" if memory runs out. Then this line raises MemoryError.
         np.empty(1 << 26, np.uint8)
         reason = str(error) or type(error).__name__
         raise BrokenPicture(f"cannot be decoded: {reason}") from error
 
 
 def decode(content: bytes) -> Image.Image:
-    """The picture in a file's content, 8-bit RGB. EXIF orientation is ignored, as other loaders do.
+    """The picture in a file's content, 8-bit RGB. Ignores EXIF orientation, as other loaders do.
 
-    Raises BrokenPicture if it is no picture, or too large, or too long and thin.
+    Raises BrokenPicture if it is not a picture, is too large, or is too long and thin.
     """
     return decode_reduced(content, None)[0]
 
 
 def decode_reduced(content: bytes, side: int | None) -> tuple[Image.Image, tuple, tuple]:
-    """The same, but a large JPEG is reduced while decoding, to no less than twice `side`.
+    """Like `decode`, but reduces a large JPEG while decoding, to no less than twice `side`.
 
-    Twice the pixels are enough to resize from. Returns the picture, its original size, and the box
-    that the original fills in the decoded pixels.
+    That is enough for resizing to `side`. Returns the picture, its original size, and the box that
+    the original fills in the decoded pixels.
     """
     with pillow_decodes():
         image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -730,10 +731,10 @@ def size_is_fit(width: int, height: int) -> bool:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture as 8-bit RGB: grey, palette, CMYK, 16-bit and transparent ones too."""
+    """Converts a decoded picture to 8-bit RGB, also if grey, palette, CMYK, 16-bit, transparent."""
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip, not scale
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip, not scale
         grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
     with pillow_decodes():
@@ -741,7 +742,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
-    """Width and height after resizing the shorter side to `side`, aspect kept, in pixels."""
+    """Width and height in pixels after resizing the shorter side to `side`, aspect ratio kept."""
     shorter = min(width, height)
     return round(width * side / shorter), round(height * side / shorter)
 
@@ -750,29 +751,29 @@ def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
 
 
 def crop_file(path: str | Path, side: int, corner: Sequence[float]) -> Image.Image:
-    """Steps 1 to 3: the 224x224 RGB crop at `corner` of the picture resized to shorter side `side`.
+    """The 224x224 RGB crop at `corner` of a picture whose shorter side is resized to `side`.
 
-    `corner`: two numbers in [0, 1), from left to right and from top to bottom. Resizing only the
-    crop's window gives the same pixels as resizing the picture, at a fraction of the cost.
-    Raises BrokenPicture, and OSError if the storage fails.
+    `corner`: position from left to right and from top to bottom, two numbers in [0, 1). Resizing
+    only the crop's window gives the same pixels as resizing the whole picture, at a fraction of the
+    cost. Raises BrokenPicture, and OSError if the storage fails.
     """
     content = read_picture(path)
     return crop_jpeg(content, side, corner) or crop_any(content, side, corner)
 
 
 def crop_any(content: bytes, side: int, corner: Sequence[float]) -> Image.Image:
-    """The crop of a file of any format. Raises BrokenPicture."""
+    """The crop from a file of any format. Raises BrokenPicture."""
     image = decode(content)
     return cut(image, window(image.size, side, corner))
 
 
 def crop_jpeg(content: bytes, side: int, corner: Sequence[float]) -> Image.Image | None:
-    """The crop of a usual JPEG, decoding no more than is needed. None: `crop_any` must do it.
+    """The crop from an ordinary JPEG, decoded only as far as needed. None if `crop_any` must do it.
 
-    libjpeg halves a large picture while decoding, as long as twice the pixels needed remain.
-    Told that the picture ends where the window ends, Pillow's decoder stops there, which saves a
-    fifth of the work. It raises ValueError, about the data left over or about broken data. If the
-    last row is still black, the data may be broken.
+    libjpeg halves a large picture while decoding, as long as twice the needed pixels remain. We
+    tell Pillow's decoder that the picture ends at the bottom of the window. It stops there, which
+    saves a fifth of the work. It raises ValueError for the data left over, but also for broken
+    data. If the last row is still black, the data may be broken.
     """
     frame = jpeg_frame(content)
     if frame is None:
@@ -781,7 +782,7 @@ def crop_jpeg(content: bytes, side: int, corner: Sequence[float]) -> Image.Image
     factor = next(f for f in (8, 4, 2, 1) if min(size) >= 2 * f * side or f == 1)
     width, height = -(-size[0] // factor), -(-size[1] // factor)
     box = tuple(edge / factor for edge in window(size, side, corner))
-    # Antialiasing reaches beyond the window by one output pixel; one more for rounding.
+    # Antialiasing reaches one output pixel beyond the window. One more row is for rounding.
     rows = min(int(box[3] + max((box[3] - box[1]) / CROP, 1)) + 2, height)
     image = Image.new(mode, (width, rows))
     try:
@@ -797,7 +798,7 @@ def is_black(image: Image.Image, row: int) -> bool:
 
 
 def window(size: Sequence[int], side: int, corner: Sequence[float]) -> tuple[float, ...]:
-    """Left, top, right and bottom of the crop, in pixels of a picture of that width and height."""
+    """Left, top, right and bottom of the crop, in pixels of the original picture of this size."""
     width, height = resized_size(*size, side)
     left, top = int(corner[0] * (width - CROP + 1)), int(corner[1] * (height - CROP + 1))
     across, down = size[0] / width, size[1] / height
@@ -805,7 +806,7 @@ def window(size: Sequence[int], side: int, corner: Sequence[float]) -> tuple[flo
 
 
 def cut(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
-    """The window, resized to 224x224."""
+    """The part of the picture in `box`, resized to 224x224."""
     if box[2] - box[0] == CROP == box[3] - box[1]:  # nothing to resize
         return image.crop(tuple(map(int, box)))
     return image.resize((CROP, CROP), Image.Resampling.BILINEAR, box)
@@ -815,11 +816,11 @@ FRAMES = (0xC0, 0xC1, 0xC2)
 """Markers of frame headers: baseline, extended and progressive, all with Huffman coding."""
 
 TABLES = (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))
-"""Markers of what may precede it: tables, restart interval, comment, application data."""
+"""Markers that may precede a frame header: tables, restart interval, comment, application data."""
 
 
 def jpeg_frame(content: bytes) -> tuple[int, int, str] | None:
-    """Width, height and mode of a usual JPEG, from its frame header (ITU-T T.81, annex B).
+    """Width, height and mode of an ordinary JPEG, from its frame header (ITU-T T.81, annex B).
 
     None for anything that libjpeg might read differently, and for sizes that `decode` refuses.
     """
@@ -839,44 +840,44 @@ def jpeg_frame(content: bytes) -> tuple[int, int, str] | None:
 # --- resized copies -------------------------------------------------------------------------
 
 COPIES_OF = "copies_of.txt"
-"""Beside the resized copies: the folder of the pictures they were made from."""
+"""File next to the resized copies: the folder of the original pictures."""
 
 COPIES = "copies.json"
-"""Also beside them: for each shorter side, the fingerprint of the pictures, and whether all have a
-copy, apart from those that cannot be decoded."""
+"""File next to the resized copies: for each shorter side, the fingerprint of the original pictures,
+and whether every picture that can be decoded has a copy."""
 
 QUALITY = {"quality": 95, "subsampling": 0}
-"""JPEG settings: a mean error of 1.1 levels of 256 on photographs (44 dB), which nobody sees.
-Quality 90 with halved colour resolution would take 0.56 of the disk, at 1.9 levels (39 dB)."""
+"""JPEG settings. The mean error on photographs is 1.1 of 256 levels (44 dB), which is invisible.
+Quality 90 with halved colour resolution takes 0.56 of the disk space, at 1.9 levels (39 dB)."""
 
 
 def copies_of_others(root: Path, pictures: Pictures) -> bool:
-    """Whether the copies in `root` are of another dataset. Its files may have the same names."""
+    """Whether the copies in `root` are of another dataset, whose files may have the same names."""
     note = root / COPIES_OF
     return note.exists() and note.read_bytes() != utils.as_written(str(pictures.folder))
 
 
 def claim(root: Path, pictures: Pictures, wanted: list[int]) -> None:
-    """Notes in `root` which pictures its copies are of.
+    """Records in `root` where the originals of its copies are.
 
-    Raises UserError if the files there are copies of other pictures, or of pictures that have been
-    replaced since, or were not made by preprocess.py.
+    Raises UserError if `root` holds copies of other pictures, copies of pictures that were replaced
+    since, or files that preprocess.py did not make.
     """
     note, states = root / COPIES_OF, states_of(root)
     if copies_of_others(root, pictures):
         others = utils.one_line(note.read_text(errors="replace"))[:200]
         raise UserError(
-            f"{root} holds copies of pictures in {others}, not in {pictures.folder}; take another "
+            f"{root} holds copies of pictures in {others}, not in {pictures.folder}; use another "
             f"path_to_save, or remove {note} if the pictures have only moved"
         )
     if (root / COPIES).exists() and not states:
-        raise UserError(f"{root / COPIES}: not written by preprocess.py; take another path_to_save")
+        raise UserError(f"{root / COPIES}: not written by preprocess.py; use another path_to_save")
     for side in wanted:
         folder = root / str(side)
         is_ours = note.exists() or side in states
         if not is_ours and (any(folder.iterdir()) if folder.is_dir() else folder.exists()):
             raise UserError(
-                f"{folder}: not made by preprocess.py, which would have left {note}; take another "
+                f"{folder}: not made by preprocess.py, which would have left {note}; use another "
                 f"path_to_save, or remove the folder"
             )
         if folder.exists() and "replaced" in (reason := why_unused(root, side, pictures)):
@@ -888,7 +889,7 @@ def claim(root: Path, pictures: Pictures, wanted: list[int]) -> None:
 def states_of(root: Path) -> dict[int, tuple[str, bool]]:
     """What COPIES says, by shorter side: fingerprint of the pictures, and whether all have copies.
 
-    Empty if the file is missing or holds anything else.
+    Empty if the file is missing or contains anything else.
     """
     try:
         states = (utils.read_json(root / COPIES) or {}).items()
@@ -898,7 +899,7 @@ def states_of(root: Path) -> dict[int, tuple[str, bool]]:
 
 
 def note_copies(root: Path, sides: Iterable[int], pictures: Pictures, complete: bool) -> None:
-    """Notes that these sides have copies of all the pictures, or not yet."""
+    """Records whether these sides have copies of all the pictures."""
     states = states_of(root) | dict.fromkeys(sides, (pictures.fingerprint, complete))
     content = {side: {"pictures": p, "complete": c} for side, (p, c) in sorted(states.items())}
     utils.write_text(root / COPIES, json.dumps(content, indent=1))
@@ -917,7 +918,7 @@ def why_unused(root: Path, side: int, pictures: Pictures) -> str:
 def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
     """The folders with resized copies of all these pictures, by shorter side.
 
-    Warns of folders that are not used. Locks preprocess.py out of those that are: the content of a
+    Warns about folders that are not used. Locks the others against preprocess.py: the content of a
     batch must not depend on when it is made.
     """
     folders = {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
@@ -925,7 +926,7 @@ def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
         if copies_of_others(root, pictures):
             raise UserError("its resized copies are of other pictures")
         if folders and (root / COPIES_OF).is_file():
-            utils.lock(root / COPIES_OF, "preprocess.py is at work here", shared=True)
+            utils.lock(root / COPIES_OF, "preprocess.py is running here", shared=True)
     except UserError as error:
         utils.warn(f"{root}: {error}; the originals are used")
         return {}
@@ -944,9 +945,9 @@ def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
 
 
 def missing(pictures: Pictures, folders: dict[int, Path]) -> np.ndarray:
-    """uint64 [pictures]: bit i is set if the copy at the i-th side is still to be made.
+    """uint64 [pictures]: bit i is set if the copy at the i-th side is missing.
 
-    Compares hashes of 64 bits: as text, the names of all sides would take 5 GB.
+    Compares 64-bit hashes: the names of all copies would take 5 GB as text.
     """
     hashes = np.fromiter((hash(os.path.split(path)) for path in pictures.paths), np.int64)
     parents = {os.path.dirname(path) for path in pictures.paths}
@@ -960,7 +961,7 @@ def missing(pictures: Pictures, folders: dict[int, Path]) -> np.ndarray:
 def finished(folder: Path, parents: Iterable[str]) -> Iterator[int]:
     """A hash of (subfolder, name) for each copy in these subfolders.
 
-    Files of length 0 do not count: a power failure may leave them.
+    Ignores empty files, which a power failure may leave behind.
     """
     for parent in parents:
         if (folder / parent).is_dir():
@@ -969,9 +970,9 @@ def finished(folder: Path, parents: Iterable[str]) -> Iterator[int]:
 
 
 def resized_copies(path: str | Path, wanted: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-    """A picture, decoded once, at each of the shorter sides in turn.
+    """Decodes a picture once, and yields it at each of the shorter sides.
 
-    Raises BrokenPicture at once, not only when the first copy is taken.
+    Raises BrokenPicture right away, not when the first copy is requested.
     """
     picture, size, box = decode_reduced(read_picture(path), max(wanted))
     bilinear = Image.Resampling.BILINEAR
@@ -979,16 +980,16 @@ def resized_copies(path: str | Path, wanted: Sequence[int]) -> Iterator[tuple[in
 
 
 def save_jpeg(image: Image.Image, path: Path) -> None:
-    """Saves straight into the file: into memory, Pillow would compress one picture at a time.
+    """Saves directly to the file: to memory, Pillow would compress only one picture at a time.
 
-    The copy is on the disk before it gets its name, so a power failure leaves no half of one.
-    Raises OSError, also if the disk is full, which Pillow overlooks.
+    The copy is on the disk before it gets its name, so a power failure leaves no incomplete file.
+    Raises OSError, also for a full disk, which Pillow does not notice.
     """
     with utils.written_aside(path) as aside, open(aside, "w+b") as file:
         image.save(file, "JPEG", **QUALITY)
         file.seek(-2, os.SEEK_END)
         if file.read() != b"\xff\xd9":  # the end of every JPEG
-            raise OSError(errno.ENOSPC, "only a part could be written; is the disk full?")
+            raise OSError(errno.ENOSPC, "only part of it could be written; is the disk full?")
         os.fsync(file.fileno())
 
 
@@ -998,10 +999,10 @@ def sides_of(bits: int, folders: dict[int, Path]) -> list[int]:
 
 
 def say_room(pictures: Pictures, folders: dict, wanted: np.ndarray, total: int) -> None:
-    """Says about how much disk the copies will take. Raises UserError if it is not free."""
+    """Prints roughly how much disk space the copies need. Raises UserError if it is not free."""
     sizes, indices = [], np.flatnonzero(wanted)
     for index in indices[:: max(1, len(indices) // 16)].tolist():
-        with contextlib.suppress(BrokenPicture):  # reported when its turn comes
+        with contextlib.suppress(BrokenPicture):  # `write_all` reports it
             sides = sides_of(wanted[index], folders)
             for _, image in resized_copies(pictures.path(index), sides):
                 copy = io.BytesIO()
@@ -1014,7 +1015,7 @@ def say_room(pictures: Pictures, folders: dict, wanted: np.ndarray, total: int) 
 
 
 def write_all(pictures: Pictures, folders: dict, wanted: np.ndarray, failures: Failures) -> None:
-    """Makes the copies, each under its name only when it is whole."""
+    """Makes the copies. Each gets its name only when it is complete."""
     for parent in {os.path.dirname(path) for path in pictures.paths}:
         for folder in folders.values():
             utils.remove_leftovers(utils.make_folder(folder / parent))

@@ -1,11 +1,11 @@
-"""Cuts the ten crops of each validation picture that check_accuracy.py averages over.
+"""Cuts ten crops from each validation picture. check_accuracy.py averages over them.
 
     python3 preprocess_val.py
 
 resizes each picture to shorter side 256 and writes `<path_to_save>/val/X10_<index>.npy`, uint8
-[10, 224, 224, 3]: upper left, upper right, bottom left, bottom right and centre, each followed by
-its mirror image. It also writes `<path_to_save>/val/y.npy`, int64 [N]: the labels, -1 for a picture
-that cannot be decoded. Started again, it continues where it stopped.
+[10, 224, 224, 3]: top left, top right, bottom left, bottom right and centre, each followed by its
+mirror image. It also writes `<path_to_save>/val/y.npy`, int64 [N]: the labels, -1 for a picture
+that cannot be decoded. If started again, it continues where it stopped.
 """
 
 import os
@@ -34,30 +34,30 @@ def main() -> None:
     print(
         f"{plural(len(pictures), 'validation picture')} of "
         f"{plural(len(pictures.class_names), 'class')}, {pictures.layout}; "
-        f"the crops of {len(jobs):,} are still to be cut, {utils.file_size(needed)}"
+        f"the crops of {len(jobs):,} are still to be cut ({utils.file_size(needed)})"
     )
     utils.check_room(folder, needed, "the crops need")
     labels = pictures.labels.astype(np.int64)
     failures = write_all(pictures, folder, jobs, labels)
     if jobs:
-        os.sync()  # y.npy must not survive a power failure that the crops do not
+        os.sync()  # after a power failure, y.npy must not exist without the crops
     utils.write_lines(folder / utils.CLASS_NAMES, pictures.class_names)
     utils.save_array(folder / "y.npy", labels)
     print(
         f"ten crops of {plural(len(pictures) - len(failures), 'picture')} are in {folder}; "
-        f"{failures}. Next: check_accuracy.py finds them there"
+        f"{failures}. check_accuracy.py will find them there"
     )
 
 
 LISTING = "pictures.txt"
-"""Beside the crops: size and name of each picture they were cut from, one a line."""
+"""File next to the crops: size and name of each original picture, one per line."""
 
 
 def missing(pictures: Pictures, folder: Path) -> list[int]:
     """Indices of the pictures whose crops are still to be cut.
 
-    Removes crops of other pictures, and what a killed process left half-written. Raises UserError
-    if the folder holds files of these names that the toolkit did not write.
+    Removes crops of other pictures, and half-written files of killed processes. Raises UserError if
+    the folder has files with these names that the toolkit did not write.
     """
     listing = folder / LISTING
     old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
@@ -76,7 +76,7 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
 
 
 def check_own(folder: Path, names: list[str]) -> None:
-    """Raises UserError if one of these files is there but preprocess_val.py did not write it."""
+    """Raises UserError if one of these files exists but preprocess_val.py did not write it."""
     listing = folder / LISTING
     if listing.is_file():
         with open(listing, "rb") as file:
@@ -85,13 +85,13 @@ def check_own(folder: Path, names: list[str]) -> None:
     for name in names:
         if os.path.lexists(folder / name):
             raise UserError(
-                f"{folder / name}: not written by preprocess_val.py, and would be overwritten; "
-                f"take another path_to_save, or move the file"
+                f"{folder / name}: preprocess_val.py did not write this file and would overwrite "
+                f"it; use another path_to_save, or move the file"
             )
 
 
 def _size(path: str) -> int:
-    """In bytes, -1 if there is no such file. Tells pictures of the same name apart."""
+    """File size in bytes; -1 if there is no such file. Distinguishes pictures of the same name."""
     try:
         return utils.patiently(os.stat, path).st_size
     except (FileNotFoundError, NotADirectoryError):
@@ -99,10 +99,10 @@ def _size(path: str) -> int:
 
 
 def ten_crops(image: Image.Image) -> np.ndarray:
-    """uint8 [10, 224, 224, 3]: corners and centre of an RGB picture, each before its mirror."""
+    """uint8 [10, 224, 224, 3]: corners and centre of an RGB picture, each with its mirror image."""
     size = resized_size(*image.size, SHORTER_SIDE)
     resized = image.resize(size, Image.Resampling.BILINEAR)
-    # Pillow mirrors the whole picture: NumPy takes three times as long for pixels of 3 bytes.
+    # Mirror the whole picture with Pillow: NumPy takes three times as long for 3-byte pixels.
     picture = np.asarray(resized)
     mirror = np.asarray(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     right, bottom = size[0] - CROP, size[1] - CROP
@@ -138,7 +138,7 @@ class Crops:
     def __init__(self, folder: Path, expected: int, count: int = 10):
         """`count`: 10, or 1 for the centre crop alone.
 
-        Raises UserError if files are missing, or are not as many as `expected` (0: any number).
+        Raises UserError if files are missing, or if their number is not `expected` (0: any number).
         """
         self.folder, self.count = folder, count
         file = folder / "y.npy"
@@ -146,7 +146,7 @@ class Crops:
             with open(file, "rb") as content:
                 self.labels = np.lib.format.read_array(content, allow_pickle=False)
         except FileNotFoundError:
-            raise UserError(f"{file}: not there; run preprocess_val.py first") from None
+            raise UserError(f"{file}: no such file; run preprocess_val.py first") from None
         except ValueError as error:
             raise UserError(f"{file}: {error}; run preprocess_val.py again") from None
         if self.labels.dtype != np.int64 or self.labels.ndim != 1:
@@ -160,11 +160,11 @@ class Crops:
         there = set(os.listdir(folder))
         if absent := [i for i in self.indices if f"X10_{i}.npy" not in there]:
             raise UserError(
-                f"{folder / f'X10_{absent[0]}.npy'}: not there; the crops of "
+                f"{folder / f'X10_{absent[0]}.npy'}: no such file; the crops of "
                 f"{plural(len(absent), 'picture')} are missing; run preprocess_val.py again"
             )
         if not len(self.indices):
-            raise UserError(f"{folder}: not a single picture to evaluate; run preprocess_val.py")
+            raise UserError(f"{folder}: no pictures to evaluate; run preprocess_val.py")
         self.classes = int(self.labels.max()) + 1
         self.names = utils.read_lines(folder / utils.CLASS_NAMES)
 
@@ -173,7 +173,7 @@ class Crops:
 
     @property
     def centre(self) -> int:
-        """Index of the centre crop among the `count`; of ten, its mirror image follows it."""
+        """Index of the centre crop among the `count` crops. Of ten, its mirror image comes next."""
         return 8 if self.count == 10 else 0
 
     def load(self, indices: np.ndarray) -> np.ndarray:

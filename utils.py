@@ -1,14 +1,14 @@
-"""What the scripts share; imported, not run.
+"""Code that all the scripts use. It is imported, not run.
 
     config = utils.load_config(Path("config.txt"))      # every key known, typed and in range
     with utils.written_aside(path) as aside: ...        # a file appears whole or not at all
-    utils.lock(folder / ".lock", "another one is at work here")
+    utils.lock(folder / ".lock", "another process works here")
     for result in utils.map_in_order(work, items, 4): ...
 
-In this order: what a script needs, errors and command lines, config.txt, files that appear whole,
-locks, working through many things, TensorFlow's devices and events. Nothing here knows pictures or
-training. The scripts import this module before the packages, so that a missing package is reported
-in one line.
+Sections: what a script needs, errors and command lines, config.txt, files that appear whole, locks,
+parallel work and progress, TensorFlow's devices and events. Nothing here knows about pictures or
+training. The scripts import this module before other packages, so that a missing package is
+reported in one line.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def script_name() -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` with its line breaks escaped: a file name may hold any character."""
+    """`text` with its line breaks escaped. File names may contain them."""
     return "\\n".join(text.splitlines())
 
 
@@ -51,14 +51,14 @@ def _die(message: str) -> None:
 
 
 def _die_without(error: ModuleNotFoundError) -> None:
-    """Says what to install and ends the script. Raises any other module's error again."""
+    """Prints what to install and ends the script. Re-raises the error of any other module."""
     package = {"PIL": "pillow"}.get(error.name, error.name)
     if error.name == "fcntl":
-        _die(f"needs Linux or macOS, this is {platform.system()}; use WSL or a container")
+        _die(f"needs Linux or macOS, but this is {platform.system()}; use WSL or a container")
     if error.name == "tomllib":
         _die(
-            f"needs Python 3.11 or newer, this is {platform.python_version()}; install a newer one "
-            f"and start the script with it: python3.12 {script_name()} ..."
+            f"needs Python 3.11 or newer, but this is {platform.python_version()}; install a newer "
+            f"one and run the script with it: python3.12 {script_name()} ..."
         )
     if package in ("numpy", "pillow", "tensorflow"):
         requirements = Path(__file__).resolve().with_name("requirements.txt")
@@ -66,7 +66,7 @@ def _die_without(error: ModuleNotFoundError) -> None:
     raise error
 
 
-# Everything above this line also runs on an older Python.
+# Everything above this line must also run on older versions of Python.
 try:
     import fcntl
     import tomllib
@@ -77,14 +77,14 @@ except ModuleNotFoundError as _error:
     _die_without(_error)
 
 
-# Open the streams that the shell has closed (`>&-`) to nowhere. Otherwise the next file would get
-# the number of such a stream, and what libraries print would go into that file.
+# If the shell has closed a standard stream (`>&-`), open it on /dev/null. Otherwise the next file
+# that is opened would get the stream's number, and libraries would print into that file.
 while (_descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
 os.close(_descriptor)
 
 CROP = 224
-"""Side of the pictures that the network sees, in pixels."""
+"""Side of the network's input pictures, in pixels."""
 
 
 # --- errors and command lines ---------------------------------------------------------------
@@ -95,9 +95,9 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script: a `UserError` becomes one line on stderr and exit status 2, no traceback.
+    """Runs a script. Reports a `UserError` in one line on stderr and exits with status 2.
 
-    So does an error of the operating system, such as a missing file or a full disk.
+    Does the same for errors of the operating system, such as a missing file or a full disk.
     """
     sys.stdout, sys.stderr = _Output.stream(1), _Output.stream(2)
     try:
@@ -109,7 +109,7 @@ def run(main: Callable[[], None]) -> None:
     except MemoryError:
         _die("not enough memory; close other programs, or use fewer threads or smaller batches")
     except RuntimeError as error:
-        if str(error) != "can't start new thread":  # Python has no type of its own for this
+        if str(error) != "can't start new thread":  # Python has no special type for this
             raise
         _die(f"{error}: close other programs, or allow more memory or processes (ulimit -v, -u)")
     except KeyboardInterrupt:
@@ -117,9 +117,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output or error. What cannot be written is lost, but never stops the script:
+    """Standard output or error. Drops what it cannot write, and never stops the script.
 
-    the reader of a pipe may have ended, the disk that output is redirected to may be full.
+    For example, the reader of a pipe may have exited, or the disk may be full.
     """
 
     def write(self, data: bytes) -> int:
@@ -145,7 +145,7 @@ def warn(message: str) -> None:
 
 
 REQUIRED = object()
-"""In place of a default: the flag is required."""
+"""Pass this as the default of a flag that is required."""
 
 MEANT = {
     "--learning_rate": "lr base_lr", "--lr_schedule": "sched schedule scheduler lr_scheduler",
@@ -161,7 +161,7 @@ MEANT = {
     "[train] seed": "seed", "[train] buffer_size": "buffer_size prefetch",
     "[preprocess] ImageNet_folder": "data data_path data_dir dataset root",
 }  # fmt: skip
-"""What other trainers call our flags and the keys of config.txt."""
+"""What other training programs call our flags and the keys of config.txt."""
 
 
 def _meant(flag: str, known: Sequence[str]) -> str | None:
@@ -188,21 +188,21 @@ class Parser(argparse.ArgumentParser):
             ),
         )
         default = Path(sys.argv[0]).resolve().with_name("config.txt")
-        self.add("--config", Path, "settings (default: the config.txt beside the script)", default)
+        self.add("--config", Path, "settings (default: config.txt next to the script)", default)
 
     def error(self, message: str) -> NoReturn:
-        # An unknown flag is reported first: it is often why a required one is missing.
+        # Report an unknown flag first: a misspelled flag is often why a required one is missing.
         known = [flag for action in self._actions for flag in action.option_strings]
         for flag in re.findall(r"^(--[^=\s]+|-[a-zA-Z])", "\n".join(sys.argv[1:]), re.MULTILINE):
             if flag not in known and (meant := _meant(flag, known)):
-                raise UserError(f"unrecognized argument {flag}, did you mean {meant}; see --help")
+                raise UserError(f"unrecognized argument {flag}; did you mean {meant}? See --help")
         raise UserError(f"{message}; see --help")
 
     def add(
         self, flag: str, kind: Callable | tuple | None, text: str, default: object = None
     ) -> None:
-        """Adds a flag. `kind` is the function that parses its value, a tuple of the values that it
-        may have, or None for a flag without a value. `default` may be REQUIRED.
+        """Adds a flag. `kind` is a function that parses the value, a tuple of allowed values, or
+        None for a flag without a value. `default` may be REQUIRED.
         """
         if kind is None:
             self.add_argument(flag, action="store_true", help=text)
@@ -222,19 +222,19 @@ class Parser(argparse.ArgumentParser):
         self.add("--run_folder", run_name, "name of the run, and of its folder", REQUIRED)
 
     def add_epochs(self) -> None:
-        self.add("--epoch_start", whole(0), "first epoch, counted from 0", REQUIRED)
-        self.add("--epoch_end", whole(1), "epoch to stop before", REQUIRED)
+        self.add("--epoch_start", whole(0), "first epoch, counting from 0", REQUIRED)
+        self.add("--epoch_end", whole(1), "stop before this epoch", REQUIRED)
 
     def parse(self) -> argparse.Namespace:
         """The arguments. Raises UserError."""
         args = self.parse_args()
         for name, value in vars(args).items():
-            if value == []:  # argparse makes this of --flag=--
+            if value == []:  # argparse returns this for --flag=--
                 self.error(f"argument --{name}: expected one argument")
         if "epoch_end" in args and args.epoch_end <= args.epoch_start:
             raise UserError(
                 f"--epoch_end={args.epoch_end} must be larger than "
-                f"--epoch_start={args.epoch_start}: it is the epoch to stop before"
+                f"--epoch_start={args.epoch_start}, because --epoch_end is not included"
             )
         return args
 
@@ -284,7 +284,7 @@ def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
 
 
 class Key(NamedTuple):
-    """What a key of config.txt may hold. A key with a `default` may be left out."""
+    """The allowed values of a key in config.txt. A key with a `default` is optional."""
 
     type: type
     minimum: float = -math.inf
@@ -343,9 +343,9 @@ KEYS: dict[str, dict[str, Key]] = {
 def load_config(file: Path) -> SimpleNamespace:
     """Every section and key of `KEYS` as attributes: `load_config(f).train.buffer_size`.
 
-    Also `utils.mu` and `utils.sigma`, each a list of the three channels' values. Paths are absolute
-    `Path`s: `~` and environment variables are expanded, and a relative path starts from the folder
-    of `file`. Raises UserError, which names file, section, key and what was expected.
+    Adds `utils.mu` and `utils.sigma`, lists of the three channels' values. Paths become absolute
+    `Path`s: `~` and environment variables are expanded, and relative paths start from the folder of
+    `file`. Raises UserError, which names the file, section, key and expected value.
     """
     sections = _read_toml(file)
     _check_names(str(file), "section", sections, KEYS)
@@ -353,7 +353,7 @@ def load_config(file: Path) -> SimpleNamespace:
     for section, keys in KEYS.items():
         values, where = sections[section], f"{file}: [{section}]"
         if not isinstance(values, dict):
-            raise UserError(f"{file}: {section} must be a section: a line [{section}] of its own")
+            raise UserError(f"{file}: {section} must be a section: it needs a line [{section}]")
         _check_names(where, "key", values, keys)
         checked = {
             name: _checked(f"{where} {name}", values.get(name, key.default), key, file.parent)
@@ -379,27 +379,27 @@ def _read_toml(file: Path) -> dict:
         text = file.read_text(encoding="utf-8-sig")
         return tomllib.loads(text)
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file; --config names the settings to use") from None
+        raise UserError(f"{file}: no such file; give the settings file with --config") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{file}: {error}{_hint(text, str(error))}") from None
-    except (ValueError, RecursionError):  # thousands of digits, or of brackets
-        raise UserError(f"{file}: holds a value that is too long to be read") from None
+    except (ValueError, RecursionError):  # thousands of digits or brackets
+        raise UserError(f"{file}: contains a value that is too long to read") from None
 
 
 _HINTS = {
     r"\s*(\w+)\s*=\s*([~$./A-Za-z].*?)\s*(#.*)?$": r'text and paths need quotes: \1 = "\2"',
     ".*[“”„‘’]": 'write straight quotes: "',
     r".*=\s*\d+,\d": "write decimal numbers with a point",
-    r".*\\": "a backslash in quotes begins an escape: write paths with /",
+    r".*\\": "a backslash in quotes starts an escape sequence: write paths with /",
     r"\s*\w+\s*:": "write key = value, not key: value",
 }
-"""Patterns of lines that are not TOML, and what is probably wrong with them."""
+"""Patterns of lines that are not valid TOML, and how to fix them."""
 
 
 def _hint(text: str, error: str) -> str:
-    """What is probably wrong with the line that a TOML error names; "" if that is unknown."""
+    """How to fix the line that a TOML error points to; "" if that is unknown."""
     number = re.search(r"line (\d+)", error)
     line = text.splitlines()[int(number[1]) - 1] if number else ""
     for pattern, hint in _HINTS.items():
@@ -409,7 +409,7 @@ def _hint(text: str, error: str) -> str:
 
 
 def _check_names(where: str, kind: str, found: dict, known: dict) -> None:
-    """Raises UserError for a name that is unknown, or known and missing without a default."""
+    """Raises UserError for an unknown name, and for a missing one that has no default."""
     for name in found:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1, 0.5)
@@ -422,7 +422,7 @@ def _check_names(where: str, kind: str, found: dict, known: dict) -> None:
 
 
 def _checked(where: str, value: object, key: Key, folder: Path) -> object:
-    """The value in the type of its key. Raises UserError."""
+    """The value, converted to the type of its key. Raises UserError."""
     if not key.accepts(value):
         shown = json.dumps(value, default=str)
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
@@ -438,15 +438,15 @@ def _checked(where: str, value: object, key: Key, folder: Path) -> object:
 # --- files that appear whole ----------------------------------------------------------------
 
 PAUSES = (0.1, 0.5, 2.0, 5.0)
-"""Seconds before each new try of a read, after an error of the storage that may pass."""
+"""Seconds to wait before each retry of a read, after a storage error that may be temporary."""
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 def patiently(function: Callable, path: str | Path) -> Any:
-    """`function(path)`, tried again if the storage (a disk, a network) fails for a moment.
+    """Returns `function(path)`. Retries if the storage (a disk, a network) fails for a moment.
 
-    Raises UserError if it keeps failing: not OSError, because code that skips broken files would
-    take this one for broken. Raises other errors at once.
+    Raises UserError if it keeps failing. That is not an OSError, because code that skips broken
+    files must not skip this one. Raises other errors at once.
     """
     pauses = iter(PAUSES)
     while True:
@@ -474,7 +474,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def _read_once(path: str | Path) -> bytes:
-    """Uses the fewest system calls: each of them gives Python's lock to another thread."""
+    """Makes as few system calls as possible: each one hands the GIL to another thread."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
     try:
         size = os.fstat(descriptor).st_size
@@ -490,24 +490,24 @@ _ASIDE = re.compile(r"\..+\.aside-[0-9a-f]{16}(\.lock)?", re.DOTALL)
 
 
 def aside_name(path: Path) -> Path:
-    """A temporary name beside `path`, which no process on any machine makes twice.
+    """A temporary name next to `path`, unique across processes and machines.
 
-    It is short enough for every file system, however long the name of `path` is.
+    It is short enough for every file system, even if the name of `path` is very long.
     """
     start = os.fsencode(path.name)[:100].decode("utf-8", "ignore")
     return path.with_name(f".{start or '_'}.aside-{os.urandom(8).hex()}")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether something of this name is being written, or was left half-written."""
+    """Whether this is the name of a file or folder that is being written, or left half-written."""
     return _ASIDE.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`. A file or folder that has it in the end is removed.
+    """A temporary name next to `path`. At the end, removes the file or folder that still has it.
 
-    A lock file says that the name is in use; it is made first and removed last. Errors name `path`
+    A lock file marks the name as in use. It is created first and removed last. Errors show `path`
     instead of the temporary name.
     """
     try:
@@ -523,15 +523,15 @@ def _aside(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename is None or is_leftover(os.path.basename(error.filename)):
             error.filename = str(path)
-            del error.filename2  # `None` would be printed
+            del error.filename2  # otherwise Python prints `None`
         raise
 
 
 def _hold_name(path: Path) -> tuple[Path, int]:
-    """A temporary name beside `path`, and a descriptor that holds its lock.
+    """A temporary name next to `path`, and a descriptor that holds its lock.
 
-    The lock lasts as long as the process, or one forked from it, has the descriptor. It is on a
-    file of its own because on SMB a locked file cannot be opened by its name and written to.
+    The lock lasts until this process and those forked from it have closed the descriptor. We lock a
+    separate file, because on SMB a locked file cannot be opened again by name for writing.
     """
     while True:
         aside = aside_name(path)
@@ -543,7 +543,7 @@ def _hold_name(path: Path) -> tuple[Path, int]:
                 return aside, descriptor
         except OSError:  # no locks here, so nobody removes leftovers either
             return aside, descriptor
-        os.close(descriptor)  # `remove_leftovers` was faster
+        os.close(descriptor)  # `remove_leftovers` took the lock first
 
 
 def _lock_of(aside: Path) -> Path:
@@ -559,10 +559,10 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A temporary path in the same folder: renamed to `path` if all went well, else removed.
+    """A temporary path in the same folder. On success it is renamed to `path`, otherwise removed.
 
-    So a file under its own name is always complete, even if the process is killed, and if `durable`
-    even after a power failure.
+    So the file at `path` is always complete, even if the process is killed. If `durable`, that is
+    also true after a power failure.
     """
     with _aside(path) as aside:
         yield aside
@@ -586,7 +586,7 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the content of a file, or the names in a folder, are on the disk."""
+    """Waits until the content of a file, or the list of files in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -598,17 +598,17 @@ def _sync(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder; it is never half there under its own name."""
+    """Removes a folder. Renames it first, so that `folder` is never incomplete."""
     aside = aside_name(folder)
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left half-written here, and nothing that is being written.
+    """Removes half-written files and folders of killed processes, but not those being written.
 
-    The lock tells the two apart, on whatever machine or in whatever container its holder runs. The
-    leftovers of other users stay.
+    The lock tells them apart, even if its holder runs on another machine or in another container.
+    Leaves the leftovers of other users.
     """
     for path in [path for path in folder.iterdir() if is_leftover(path.name)]:
         if _lock_of(path).exists():
@@ -630,7 +630,7 @@ def is_no_room(error: OSError) -> bool:
 
 @functools.cache
 def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """The beginning of a .npy file that holds such an array."""
+    """The header of a .npy file for an array of this type and shape."""
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     file, content = io.BytesIO(), {"descr": descr, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, content)
@@ -638,15 +638,15 @@ def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 def array_file_size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    """Bytes of a .npy file that holds such an array."""
+    """Size in bytes of a .npy file for an array of this type and shape."""
     return len(npy_header(dtype, shape)) + math.prod(shape) * np.dtype(dtype).itemsize
 
 
 @contextlib.contextmanager
 def array_written_aside(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
-    """`written_aside` for a .npy file of such an array, open for the array's bytes.
+    """`written_aside` for a .npy file. Writes the header; the caller writes the array's bytes.
 
-    Raises OSError with its errno, which np.save swallows.
+    Raises OSError with its errno, which np.save loses.
     """
     with written_aside(path) as aside, open(aside, "wb") as file:
         file.write(npy_header(dtype, shape))
@@ -654,16 +654,16 @@ def array_written_aside(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> 
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """What np.save writes."""
+    """Writes the same file as np.save, aside."""
     with array_written_aside(path, array.dtype, array.shape) as file:
         file.write(np.ascontiguousarray(array).data)
 
 
 def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in a .npy file. Raises ValueError if the file holds anything else than expected.
+    """The array in a .npy file. Raises ValueError if the file contains anything else.
 
-    Header and length are only compared with what they must be. So no file, whatever it holds, gets
-    code executed or memory allocated.
+    Compares the header and the length with the expected ones, and never interprets them. So a
+    malicious file can neither run code nor allocate memory.
     """
     content, header = read_file(path), npy_header(dtype, shape)
     if not content.startswith(header):
@@ -679,15 +679,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def as_written(text: str) -> bytes:
-    """UTF-8. What is not valid there, as in some file names, is escaped."""
+    """`text` in UTF-8. Escapes what UTF-8 cannot encode, which some file names contain."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
-    """The rows of a table, as text by column, without those that were cut off.
+    """The rows of a table, as text by column. Skips rows that were cut off.
 
-    Empty if there is no such file. Raises UserError if the table lacks one of `columns`: it is
-    somebody else's, and must not be overwritten.
+    Empty if there is no such file. Raises UserError if one of `columns` is missing. Then the file
+    is not ours, and must not be overwritten.
     """
     if not path.is_file():
         return []
@@ -696,13 +696,13 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
         rows = list(table)
     if missing := set(columns).difference(table.fieldnames or columns):
         raise UserError(
-            f"{path}: another table than expected, without the column {min(missing)}; move it away"
+            f"{path}: not the expected table (no column {min(missing)}); move the file away"
         )
     return [row for row in rows if None not in row and None not in row.values()]
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """Writes the table aside, durably. Fractions get six significant digits."""
+    """Writes a table aside, durably. Floats get six significant digits."""
     with written_aside(path, True) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -714,11 +714,11 @@ def csv_cell(value: object) -> object:
 
 
 CLASS_NAMES = "class_names.txt"
-"""A file beside the validation crops, and in a model's assets: one name per line, by label."""
+"""File next to the validation crops and in a model's assets: one name per line, by label."""
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """One line for each text. Line breaks within a text are escaped."""
+    """Writes one text per line. Escapes line breaks within a text."""
     write_text(path, "".join(f"{one_line(line)}\n" for line in lines))
 
 
@@ -728,7 +728,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict | None:
-    """The JSON object in a file; None if the file is missing or holds anything else."""
+    """The JSON object in a file; None if the file is missing or contains anything else."""
     try:
         value = json.loads(read_file(path))
     except (FileNotFoundError, ValueError):
@@ -741,7 +741,7 @@ def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder}: not a folder, but a file lies there or above it") from None
+        raise UserError(f"{folder}: not a folder; this path or one above it is a file") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -750,9 +750,9 @@ def make_folder(folder: Path) -> Path:
 
 
 def check_room(folder: Path, needed: float, what: str) -> int:
-    """The free bytes in a folder. Raises UserError if they are fewer than needed.
+    """Free bytes on the disk of a folder. Raises UserError if fewer than `needed`.
 
-    `what` begins the sentence: "the crops need".
+    `what` is the subject and verb of the message: "the crops need".
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -763,20 +763,20 @@ def check_room(folder: Path, needed: float, what: str) -> int:
 
 
 # --- locks ----------------------------------------------------------------------------------
-# Locks are on files that are open for writing, never on folders: on NFS, other machines see only
-# such locks. A lock ends with its holder, however that ends. Only the holder of a lock removes its
-# file, so who has taken a lock checks that the file is still there.
+# We lock only files that are open for writing, never folders: on NFS, other machines see no other
+# locks. A lock ends with the process that holds it, even if that process is killed. Only the holder
+# of a lock removes its file. So after taking a lock, we check that its file still exists.
 
 _locks: dict[Path, int] = {}
 """The descriptors that hold this process's locks."""
 
 
 def lock(path: Path, refusal: str, shared: bool = False) -> None:
-    """Locks a file until the process ends, and creates it if it is missing.
+    """Locks a file until the process ends. Creates the file if it is missing.
 
-    Several processes may share a lock if all of them ask for a shared one; for that the file must
-    exist and be readable. Raises UserError with `refusal` if another process holds the lock, and
-    one with the reason if the file system has no locks.
+    Several processes can hold the lock if all of them pass `shared`. Then the file must exist and
+    be readable. Raises UserError: with `refusal` if another process holds the lock, or with the
+    reason if the file system does not support locks.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
@@ -790,12 +790,13 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             raise UserError(
-                f"{path}: this file system has no locks ({error.strerror}); put {path.parent} on "
-                f"one that has: a local disk, a RAM disk, or NFS with its lock service"
+                f"{path}: this file system does not support locks ({error.strerror}); put "
+                f"{path.parent} on one that does: a local disk, a RAM disk, or NFS with its lock "
+                f"service"
             ) from None
         finally:
             os.close(descriptor)
-        time.sleep(0.05)  # another process's `is_locked` holds the lock for a moment
+        time.sleep(0.05)  # `is_locked` in another process holds the lock for a moment
     raise UserError(refusal)
 
 
@@ -813,7 +814,7 @@ def remove_lock(path: Path) -> None:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock on a file; False if there is no such file.
 
-    True if that cannot be known: another user's file, or a file system without locks.
+    Also True if we cannot tell: for another user's file, or on a file system without locks.
     """
     with _unless_held(path) as free:
         return not free and path.exists()
@@ -821,7 +822,7 @@ def is_locked(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _unless_held(path: Path) -> Iterator[bool]:
-    """Whether the file is there and nobody holds its lock. If so, holds it inside the `with`."""
+    """Whether the file exists and is not locked. If so, holds its lock inside the `with`."""
     with contextlib.ExitStack() as stack:
         free = False
         with contextlib.suppress(OSError):  # gone, another user's, or without locks
@@ -834,7 +835,7 @@ def _unless_held(path: Path) -> Iterator[bool]:
 def _try_lock(descriptor: int, path: Path | None = None, kind: int = fcntl.LOCK_EX) -> bool:
     """Takes the lock on an open file. False if it is held, or if `path` no longer names that file.
 
-    Raises OSError where there are no locks.
+    Raises OSError if the file system does not support locks.
     """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -843,11 +844,11 @@ def _try_lock(descriptor: int, path: Path | None = None, kind: int = fcntl.LOCK_
         return False
 
 
-# --- working through many things ------------------------------------------------------------
+# --- parallel work and progress -------------------------------------------------------------
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Processor cores that this process may use, within a container's quota (rounded up)."""
+    """CPU cores that this process may use. A container's quota counts, rounded up."""
     count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         count = len(os.sched_getaffinity(0))
@@ -861,9 +862,9 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process may still take, within a container's limit.
+    """Bytes of memory that this process can still allocate, within a container's limit.
 
-    The cache of files counts as free, the files of a RAM disk do not. None if unknown (macOS).
+    The file cache counts as free; files on a RAM disk do not. None if unknown (macOS).
     """
     free = []
     if match := re.search(r"MemAvailable:\s+(\d+) kB", _content(root / "proc/meminfo")):
@@ -898,9 +899,9 @@ def _content(path: Path) -> str:
 
 
 def map_in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """`function(item)` for each item, computed by `threads` threads, in the order of the items.
+    """Yields `function(item)` for each item, in order, computed by `threads` threads.
 
-    At most four results per thread are held at a time.
+    Holds at most four results per thread.
     """
     pool = ThreadPoolExecutor(threads)
     pending = deque()
@@ -916,7 +917,7 @@ def map_in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
 
 
 class Progress:
-    """Shows done/total, rate and time left: a bar on a terminal, else a line now and then."""
+    """Prints done/total, rate and time left: a bar on a terminal, otherwise a line now and then."""
 
     def __init__(self, total: int, unit: str):
         self.total, self.unit, self.done = total, unit, 0
@@ -942,7 +943,7 @@ class Progress:
 
     def _show_bar(self, text: str) -> None:
         room = shutil.get_terminal_size().columns - len(text) - 4
-        width = min(30, room) if room >= 10 else 0  # a line that wraps is never overwritten
+        width = min(30, room) if room >= 10 else 0  # \r cannot overwrite a line that wraps
         filled = round(width * self.done / max(self.total, 1))
         end = "\n" if self.done == self.total else ""
         print(f"\r{'█' * filled}{'░' * (width - filled)} {text}  ", end=end, flush=True)
@@ -982,13 +983,13 @@ def file_size(count: float) -> str:
 
 @contextlib.contextmanager
 def quiet_tensorflow() -> Iterator[None]:
-    """Hides what TensorFlow's libraries print while it is imported, unless --verbose is given.
+    """Hides what TensorFlow's libraries print during import, unless --verbose is given.
 
-    The flag is looked up before the command line is parsed, because TensorFlow reads its
-    environment when it is imported. Ctrl-C meanwhile just ends the script, and a missing TensorFlow
-    is reported in one line.
+    Searches sys.argv for the flag: TensorFlow reads its environment variables on import, before the
+    command line is parsed. Ctrl-C during the import ends the script without a traceback. A missing
+    TensorFlow is reported in one line.
     """
-    # On processors without AVX-512 TensorFlow leaves oneDNN off, which makes a step a fifth slower.
+    # TensorFlow turns oneDNN off on CPUs without AVX-512, which makes a step a fifth slower.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     terminal = os.dup(2)
     if "--verbose" not in sys.argv:
@@ -1008,9 +1009,9 @@ def quiet_tensorflow() -> Iterator[None]:
 
 
 def choose_gpus(wanted: list[int], required: bool) -> list:
-    """Lets TensorFlow see only these GPUs and take their memory as needed. Returns those it found.
+    """Lets TensorFlow see only these GPUs and allocate memory as needed. Returns those it found.
 
-    Raises UserError if one of them is missing and they are `required`.
+    If `required`, raises UserError if one of them is missing.
     """
     import tensorflow as tf
 
@@ -1027,9 +1028,9 @@ def choose_gpus(wanted: list[int], required: bool) -> list:
 
 
 def new_event_file(folder: Path) -> Any:
-    """A new tf.io.TFRecordWriter for `event`s, which TensorBoard reads. Its package is not needed.
+    """A new tf.io.TFRecordWriter for `event`s. TensorBoard reads them, but need not be installed.
 
-    Removes the file of an earlier start: each start writes all events anew, so that none appears
+    Removes the file of an earlier start. Each start writes all events again, so that none appears
     twice after a resume. Raises OSError or tf.errors.OpError if the folder cannot be written to.
     """
     import tensorflow as tf
@@ -1045,7 +1046,7 @@ def new_event_file(folder: Path) -> Any:
 
 
 def event(step: int, scalars: dict[str, float], wall_time: float | None = None) -> bytes:
-    """The scalars of a step. TensorBoard groups them by the part of their names before a slash."""
+    """The scalars of a step, serialized. TensorBoard groups names by the part before the slash."""
     import tensorflow as tf
 
     value = tf.compat.v1.Summary.Value

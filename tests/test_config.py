@@ -594,7 +594,7 @@ def test_a_flag_by_its_name_elsewhere_gets_the_name_here(flag, usual, monkeypatc
     with pytest.raises(UserError) as error:
         train.main()
     name = re.match("-[a-zA-Z](?=[0-9=]|$)|[^=]+", flag)[0]
-    assert f"unrecognized argument {name}, did you mean {OTHER_NAMES[flag]}" in str(error.value)
+    assert f"unrecognized argument {name}; did you mean {OTHER_NAMES[flag]}" in str(error.value)
 
 
 def test_a_flag_of_another_script_names_the_script():
@@ -685,7 +685,7 @@ def without(module: str, folder: Path) -> dict[str, str]:
 
 
 LACKS = {
-    "tomllib": ["needs Python 3.11 or newer, this is 3."],  # as on Python 3.10
+    "tomllib": ["needs Python 3.11 or newer, but this is 3."],  # as on Python 3.10
     "fcntl": ["needs Linux or macOS"],  # as on Windows
     "numpy": ["needs the package numpy:", "-m pip install -r", "requirements.txt"],
     "PIL": ["needs the package pillow:", "-m pip install -r", "requirements.txt"],

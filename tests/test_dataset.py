@@ -218,7 +218,7 @@ def test_a_label_beyond_those_of_training_is_refused(tmp_path, settings):
     with open(tmp_path / "val.txt", "a") as file:
         file.write("more.JPEG 3\n")
     for pictures in (preprocess.training_pictures, preprocess.validation_pictures):
-        with pytest.raises(utils.UserError, match=r"val\.txt: more\.JPEG has label 3, .* with 2$"):
+        with pytest.raises(utils.UserError, match=r"val\.txt: more\.JPEG has label 3, .* is 2$"):
             pictures(settings(tmp_path))
 
 
@@ -228,7 +228,7 @@ def test_labels_counted_from_1_are_warned_of(tmp_path, settings, capsys):
         lines = [line.split() for line in (tmp_path / name).read_text().splitlines()]
         (tmp_path / name).write_text("".join(f"{path} {int(n) + 1}\n" for path, n in lines))
     preprocess.training_pictures(settings(tmp_path))
-    assert capsys.readouterr().err.endswith("1 class of 4 (labels count from 0), the first is 0\n")
+    assert capsys.readouterr().err.endswith("1 class of 4 (labels count from 0); the first is 0\n")
 
 
 # --- N ----------------------------------------------------------------------------------------

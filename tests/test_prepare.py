@@ -323,7 +323,7 @@ def test_copies_under_way_are_not_trained_on(many, tmp_path):
     finally:
         making.kill()
         making.wait()
-    assert result.returncode == 0 and "preprocess.py is at work here" in result.stderr
+    assert result.returncode == 0 and "preprocess.py is running here" in result.stderr
     assert "from the originals" in result.stdout
     toolkit.assert_one_line_error(second, "preprocess.py", "another preprocess.py")
 
@@ -339,7 +339,7 @@ def test_copies_are_not_added_to_while_batches_are_made_from_them(settings, tmp_
     finally:
         runtime.kill()
         runtime.wait()
-    toolkit.assert_one_line_error(result, "preprocess.py", "runtime_preprocessing.py makes batches")
+    toolkit.assert_one_line_error(result, "preprocess.py", "runtime_preprocessing.py is making")
     assert not (tmp_path / "preprocessed/263").exists()
     run_well("preprocess.py", settings, "--shorter_side=263")
 
@@ -538,7 +538,7 @@ def test_a_disk_that_fills_up_is_one_line_that_names_the_file(script, settings, 
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
     result = run_under(limit, script, settings, *arguments)
     # Pillow writes the part of a JPEG that there is room for, and says nothing.
-    reason = "only a part could be written" if script == "preprocess.py" else "File too large"
+    reason = "only part of it could be written" if script == "preprocess.py" else "File too large"
     toolkit.assert_one_line_error(result, script, str(tmp_path / "preprocessed"), reason)
     assert [name for name in tree(tmp_path / "preprocessed") if "aside" in name] == []
 
