@@ -130,7 +130,11 @@ def test_a_state_within_an_epoch_is_never_removed_by_a_start_without_resume(run)
 def test_models_are_neither_overwritten_nor_skipped(run):
     for name in ("0", "1"):
         (run.folder / name).mkdir()
-    for start, words in ((0, "0 is there.*overwritten"), (1, "1 is there"), (3, "2, which is not")):
+    for start, words in (
+        (0, "0 already exists.*overwritten"),
+        (1, "1 already exists"),
+        (3, "2, which is not"),
+    ):
         with pytest.raises(utils.UserError, match=words):
             run.claim(arguments(f"--epoch_start={start}"))
     run.claim(arguments("--epoch_start=2"))
