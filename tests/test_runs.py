@@ -133,7 +133,7 @@ def test_models_are_neither_overwritten_nor_skipped(run):
     for start, words in (
         (0, "0 already exists.*overwritten"),
         (1, "1 already exists"),
-        (3, "2, which is not"),
+        (3, "2, which does not exist"),
     ):
         with pytest.raises(utils.UserError, match=words):
             run.claim(arguments(f"--epoch_start={start}"))
