@@ -170,7 +170,13 @@ def both(dataset, places, beginnings, second_trainer) -> Both:
 
 
 def assert_close(distances: oracle.Distances, tolerances: dict, what: str) -> None:
-    """By kind of array: how far all together may be apart, and how far the worst one, if told."""
+    """By kind of array: how far all together may be apart, and how far the worst one, if told.
+
+    Prints what was found: `python -m pytest -s tests/test_oracle.py` shows it.
+    """
+    print(f"\n{what}, all arrays of a kind and the worst one:")
+    for kind, (of_all, worst) in sorted(distances.items()):
+        print(f"  {kind:12} {of_all:.1e} {worst:.1e}")
     far = {}
     for kind, most in tolerances.items():
         found = distances.get(kind, ())[: len(most)]
@@ -206,6 +212,7 @@ def test_every_row_of_the_log(both):
         assert logged["steps"] == 1
         for name in ("learning_rate", "r_max", "d_max"):
             assert logged[name] == pytest.approx(expected[name], rel=1e-5), (step, name)
+        print(f"step {step}: loss {logged['loss_without_l2']}, {expected['loss_without_l2']:.7g}")
         tolerance = 5e-5 if step < RECIPE.batches else 3e-4
         plain, l2 = expected["loss_without_l2"], expected["loss"] - expected["loss_without_l2"]
         assert logged["loss_without_l2"] == pytest.approx(plain, rel=tolerance), step
