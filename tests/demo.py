@@ -27,7 +27,7 @@ from pathlib import Path
 import toolkit
 import utils
 
-TRAIN, VAL = 14, 8  # pictures of each class
+TRAIN, VAL = 14, 5  # pictures of each class
 EPOCHS = 6
 RECIPE = ["--learning_rate=0.007", "--lr_schedule=cosine", "--warmup_epochs=0.5", "--deterministic"]
 SETTINGS = {
