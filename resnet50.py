@@ -340,6 +340,10 @@ def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
     the `class_names`, `mu` and `sigma` of the new training. Warns if the model was trained with
     another normalisation. Raises UserError.
     """
+    if not (folder / "variables").is_dir():
+        raise UserError(
+            f"{folder}: no saved model; name one such as saved_models/mytestrun/29 to begin with"
+        )
     checkpoint = str(folder / "variables" / "variables")
     bias = "network/dense_bias/.ATTRIBUTES/VARIABLE_VALUE"
     with explained_loading(folder):
@@ -358,7 +362,7 @@ def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
         if its not in (None, new):
             utils.warn(
                 f"{folder} was trained with {name} = {its}, now it is {new}; its weights work "
-                f"best with the old {name}: set that in [utils] of config.txt"
+                f"best with the old {name}: set that in the [utils] section of your settings"
             )
     its_classes = utils.plural(shapes[bias][0], "class")
     dense = "copied" if same else f"new: {utils.plural(len(spec.class_names), 'class')}"

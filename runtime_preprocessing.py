@@ -143,7 +143,8 @@ def last_words(folder: Path) -> Iterator[None]:
 
     def stop(number: int, _frame: object) -> None:
         for each in caught:
-            signal.signal(each, signal.SIG_DFL)
+            # Not SIG_DFL: Python prints a traceback if the second signal is just coming in.
+            signal.signal(each, lambda number, _frame: os._exit(128 + number))
         sys.exit(128 + number)
 
     for each in caught:

@@ -497,6 +497,7 @@ def plan(
             f"each epoch leaves out {plural(left_out, 'picture')} of {spec.N}, too few to fill a "
             f"batch; a smaller --batch_size leaves out fewer"
         )
+    yield "the first step takes longest, because TensorFlow builds the network's graph"
     yield from renorm_plan(trainer.config.batch_renorm, per_epoch, args)
     if run.chief:
         yield disk_plan(run.folder, trainer, args.epoch_end - steps.start // per_epoch)

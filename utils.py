@@ -394,6 +394,8 @@ _HINTS = {
     r".*=\s*\d+,\d": "write decimal numbers with a point",
     r".*\\": "a backslash in quotes starts an escape sequence: write paths with /",
     r"\s*\w+\s*:": "write key = value, not key: value",
+    r'[^"]*"[^"]*$': "a closing quote is missing",
+    r"\s*\[(\w+)\]": r"there must be only one section [\1]: replace the old one",
 }
 """Patterns of lines that are not valid TOML, and how to fix them."""
 

@@ -12,6 +12,7 @@ be copied and run. README.md's pictures are from such a run: `accuracy.png` and 
         --batch_size=24 --preview=tests/pictures/sheet.png
 """
 
+import argparse
 import ctypes
 import shlex
 import shutil
@@ -50,7 +51,9 @@ RUN = FOLDER / "saved_models" / "demo"
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     utils.lock(toolkit.ROOT / ".demo.lock", "another demonstration runs here")
     remove_the_last()
     make_dataset()
@@ -132,7 +135,10 @@ def check_with_ten_crops(config: Path) -> None:
 
 
 def start(command: list[str]) -> subprocess.Popen:
-    """Starts a process that ends when this one does, even by SIGKILL (on Linux)."""
+    """Starts a process that ends when this one does, even by SIGKILL (on Linux).
+
+    It does not get the terminal's Ctrl-C, but the SIGTERM that follows.
+    """
     set_process_option = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     die_with_parent = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
     return subprocess.Popen(
@@ -140,6 +146,7 @@ def start(command: list[str]) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
         preexec_fn=set_process_option
         and (lambda: set_process_option(die_with_parent, signal.SIGTERM)),
     )
