@@ -36,7 +36,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 Row = dict[str, float]
 
 
-def wait_for(condition, *processes, seconds: float = 300) -> None:
+def wait_for(condition, *processes, seconds: float = 900) -> None:
     """Until `condition()`, while the processes run."""
     end = time.monotonic() + seconds
     while not condition():

@@ -221,7 +221,11 @@ def test_the_preprocessors_lock_tells_whether_it_is_at_work(tmp_path, toy, ram):
     with preprocessor(config, *span(0, 2)) as process:
         wait_until(settled(ram, range(3)), process, "buffer full")
         assert utils.is_locked(ram / ".preprocessor.lock")
-    assert not utils.is_locked(ram / ".preprocessor.lock")
+    # Not at once on a busy machine: a process that was just forked first closes what it inherited.
+    deadline = time.monotonic() + 60
+    while utils.is_locked(ram / ".preprocessor.lock"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 # --- room -------------------------------------------------------------------------------------
