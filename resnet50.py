@@ -297,6 +297,8 @@ def explained_loading(folder: Path) -> Iterator[None]:
         reason = str(error).split("\n")[0][:150]
         if epochs := epochs_in(folder):
             reason = f"it is a run; name one of its epochs, such as {folder / str(epochs[-1])}"
+        elif not folder.is_dir():
+            reason = "there is no such folder"
         raise UserError(f"{folder}: not a model that can be loaded: {reason}") from None
 
 
@@ -340,10 +342,6 @@ def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
     the `class_names`, `mu` and `sigma` of the new training. Warns if the model was trained with
     another normalisation. Raises UserError.
     """
-    if not (folder / "variables").is_dir():
-        raise UserError(
-            f"{folder}: no saved model; name one such as saved_models/mytestrun/29 to begin with"
-        )
     checkpoint = str(folder / "variables" / "variables")
     bias = "network/dense_bias/.ATTRIBUTES/VARIABLE_VALUE"
     with explained_loading(folder):

@@ -285,7 +285,7 @@ def test_a_folder_that_is_no_model_of_the_toolkit_is_refused_in_a_line(run, tmp_
     module.weight = tf.Variable([1.0])
     tf.saved_model.save(module, str(foreign))
     for folder, words in (
-        (tmp_path / "none", "not a model"),
+        (tmp_path / "none", "there is no such folder"),
         (cut, "not a model"),
         (foreign, "no network of this toolkit"),
         (run, f"a run; name one of its epochs, such as {run / '10'}"),
