@@ -564,6 +564,8 @@ def logged(run: train.Run, steps: range, upto: int, *flags: str) -> list[dict]:
 
 def test_steps_trained_again_are_in_the_log_and_among_the_events_once(run):
     logged(run, range(0, 18), 7)
+    (events,) = (run.folder / "events" / "training").iterdir()
+    events.rename(events.with_name("events.out.tfevents.1.toolkit"))  # as if begun long ago
     rows = logged(run, range(4, 18), 9)
     assert sorted({int(row["step"]) for row in rows}) == [int(row["step"]) for row in rows]
     assert int(rows[-1]["step"]) == 8
