@@ -359,7 +359,6 @@ def _has_lists(root: Path) -> bool:
     If there are class folders too, train.txt may be any text. A val.txt or a 2012_train/ shows that
     it is a list.
     """
-
     if not (root / "train.txt").is_file():
         return False
     listed = [name for name in VALIDATION if (root / f"{name}.txt").is_file()]
@@ -462,7 +461,12 @@ def _mapping(root: Path) -> list[list[str]]:
     return [line.split(maxsplit=1) for line in lines if line.strip()]
 
 
-def _readable(root: Path, classes: list[str]) -> list[str]:
+def _labels(root: Path) -> dict[str, int]:
+    """The label of each class folder: its rank among the folders of the training set."""
+    return {name: rank for rank, name in enumerate(_subfolders(root / "train"))}
+
+
+def _readable(root: Path, classes: Iterable[str]) -> list[str]:
     """The readable names of the classes. A class that the mapping lacks keeps its folder's name."""
     names = dict(pair for pair in _mapping(root) if len(pair) == 2)
     return [names.get(name, name) for name in classes]
@@ -470,20 +474,19 @@ def _readable(root: Path, classes: list[str]) -> list[str]:
 
 def _in_class_folders(root: Path, part: str) -> Pictures:
     """The pictures in `root/part/<class>/**`. The label is the class's rank in the training set."""
-    folder, classes = root / part, _subfolders(root / "train")
+    folder, classes, others = root / part, _labels(root), []
     found = _subfolders(folder)
     if unknown := sorted(set(found).difference(classes)):
         raise UserError(
             f"{folder / unknown[0]}: not a class of the training set ({len(unknown)} such); "
             f"validation must use the class folders of {root / 'train'}"
         )
-    ranks, others = {name: rank for rank, name in enumerate(classes)}, []
 
     def labelled() -> Iterator[tuple[str, int]]:
         for name in found:
             for path in sorted(_files(folder, name)):
                 if _is_picture_name(path):
-                    yield path, ranks[name]
+                    yield path, classes[name]
                 else:
                     others.append(path)
 
@@ -538,7 +541,7 @@ def _warn_of_unused(folder: Path, others: list[str]) -> None:
 
 def _flat_validation(root: Path, part: str) -> Pictures:
     """All pictures directly in val/, with their classes from Kaggle's LOC_val_solution.csv."""
-    folder, classes = root / part, _subfolders(root / "train")
+    folder, classes = root / part, _labels(root)
     names = sorted(e.name for e in _visible(folder) if _is_picture_name(e.name))
     solution = _near(root, "LOC_val_solution.csv")
     if solution is None:
@@ -546,8 +549,7 @@ def _flat_validation(root: Path, part: str) -> Pictures:
     with open(solution, newline="", encoding="utf-8", errors="replace") as file:
         rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
     wnids = {name: answer.split()[0] for name, answer in rows}
-    ranks = {name: rank for rank, name in enumerate(classes)}
-    labels = [ranks.get(wnids.get(Path(name).stem), -1) for name in names]
+    labels = [classes.get(wnids.get(Path(name).stem), -1) for name in names]
     if -1 in labels:
         raise UserError(
             f"{folder / names[labels.index(-1)]}: {solution} gives no class for it that is in "

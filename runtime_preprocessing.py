@@ -724,8 +724,10 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
             if filling:
                 stock.remove_used()
                 # Two jobs per thread, so that no thread waits for this loop.
-                while len(stock.under_way) < 2 * threads and stock.nearest_missing() < window.stop:
-                    step = stock.nearest_missing()
+                while (
+                    len(stock.under_way) < 2 * threads
+                    and (step := stock.nearest_missing()) < window.stop
+                ):
                     stock.under_way.add(step)
                     workers.submit(step)
                 if not stock.under_way:

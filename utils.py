@@ -539,8 +539,8 @@ def _hold_name(path: Path) -> tuple[Path, int]:
         aside = aside_name(path)
         descriptor = os.open(_lock_of(aside), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            # Some network file systems number a file anew when it is looked up, so only its name
-            # is asked for: nobody else has made a file of this one.
+            # It is enough that the name exists, because nobody else creates a file of this name.
+            # Inode numbers would not help: some network file systems change them.
             if _try_lock(descriptor) and _lock_of(aside).exists():
                 return aside, descriptor
         except OSError:  # no locks here, so nobody removes leftovers either

@@ -551,9 +551,13 @@ def values_of(step: int, loss: float = 1.0) -> tf.Tensor:
     return tf.constant([loss, loss / 2, 0.25, float(step), 1.0, 0.0, 0.0, 8.0, 0.0])
 
 
+def log_of(run: train.Run, steps: range, *flags: str, compute_type=tf.float32) -> train.Log:
+    trainer = types.SimpleNamespace(compute_type=compute_type, args=arguments())
+    return train.Log(run, trainer, SPEC, steps, arguments(*flags))
+
+
 def logged(run: train.Run, steps: range, upto: int, *flags: str) -> list[dict]:
-    trainer = type("Stand", (), {"compute_type": tf.float32, "args": arguments()})()
-    with train.Log(run, trainer, SPEC, steps, arguments("--log_seconds=0", *flags)) as log:
+    with log_of(run, steps, "--log_seconds=0", *flags) as log:
         for step in range(steps.start, upto):
             with log.waiting():
                 pass
@@ -582,8 +586,7 @@ def test_steps_trained_again_are_in_the_log_and_among_the_events_once(run):
 
 
 def test_a_row_averages_its_steps(run):
-    trainer = type("Stand", (), {"compute_type": tf.float16, "args": arguments()})()
-    with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
+    with log_of(run, range(0, 18), compute_type=tf.float16) as log:
         for step, loss in enumerate([1.0, 3.0, 8.0]):
             log.add(step, 0.5, values_of(step, loss))
         log._row_start = time.perf_counter() - 1000
@@ -596,8 +599,7 @@ def test_a_row_averages_its_steps(run):
 
 
 def test_a_loss_that_is_no_number_stops_training(run):
-    trainer = type("Stand", (), {"compute_type": tf.float32, "args": arguments()})()
-    with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
+    with log_of(run, range(0, 18)) as log:
         log.add(0, 0.5, values_of(0))
         log.add(1, 0.5, values_of(1, math.nan))
         with pytest.raises(utils.UserError, match="epoch 0, batch 1: the loss is nan"):
@@ -606,8 +608,7 @@ def test_a_loss_that_is_no_number_stops_training(run):
 
 def test_only_time_without_a_step_under_way_counts_as_waiting(run):
     """On a GPU a step goes on while the next batch is waited for."""
-    trainer = type("Stand", (), {"compute_type": tf.float32, "args": arguments()})()
-    with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
+    with log_of(run, range(0, 18)) as log:
         log._finished = 100.0
         for asked, given, waited in ((90, 95, 0), (90, 103, 3), (102, 103, 1)):
             log._waited, log._finished, log._wait = 0.0, 100.0, (asked, given)
@@ -623,18 +624,16 @@ def test_a_cut_off_row_is_dropped(run):
     assert [row["step"] for row in logged(run, range(4, 18), 5)][-1] == "4"
 
 
-def test_a_state_is_saved_after_the_rows_of_its_steps(run, monkeypatch):
+def test_a_state_is_saved_after_the_rows_of_its_steps(run):
     """So that a kill between the two costs no row."""
-    trainer = type("Stand", (), {"compute_type": tf.float32, "args": arguments()})()
-    with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
+    with log_of(run, range(0, 18)) as log:
         log.add(0, 0.5, values_of(0))
         log.settle()
         assert len(utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)) == 1
 
 
 def test_a_row_is_printed_once_and_only_when_said(run, capsys):
-    trainer = type("Stand", (), {"compute_type": tf.float32, "args": arguments()})()
-    with train.Log(run, trainer, SPEC, range(0, 18), arguments()) as log:
+    with log_of(run, range(0, 18)) as log:
         log.add(0, 0.5, values_of(0))
         log.settle()
         assert capsys.readouterr().out == ""
