@@ -30,9 +30,10 @@ with utils.quiet_tensorflow():
     from resnet50 import epochs_in, load_model, model_recipe, runs_in, warn_of_other_classes
 
 ACCURACIES = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre")
-COLUMNS = ("epoch", "step", *ACCURACIES, "loss_centre", "pictures", "model")
+COLUMNS = ("epoch", "step", *ACCURACIES, "loss_centre", "pictures", "crops", "model")
 """Columns of accuracy.csv. Accuracies are 0…1. With --crops=1 those of ten crops are empty. The
-loss is the mean cross-entropy in nats. `model` changes when the epoch is trained again."""
+loss is the mean cross-entropy in nats. `crops` changes with the validation pictures or labels,
+`model` when the epoch is trained again."""
 
 LOCK = ".check_accuracy.lock"
 TRAINER_LOCK = ".train.lock"
@@ -59,7 +60,8 @@ def main() -> None:
         rows = read_table(table)
         if not (row := current_row(rows, run / str(epoch), crops)):
             if not wait_for(run / str(epoch)):
-                print(f"training ended before epoch {epoch}; there will be no more models")
+                if is_passed(run / str(epoch)):
+                    continue
                 break
             try:
                 row = evaluate(run / str(epoch), crops, args.pictures)
@@ -69,9 +71,11 @@ def main() -> None:
                 continue
             rows = sorted([*(r for r in rows if r.epoch != epoch), row], key=lambda r: r.epoch)
             utils.write_csv(table, COLUMNS, [vars(r) for r in rows])
+            show(run, rows)
         print(describe(row))
+    if rows := read_table(table):
         show(run, rows)
-    print(f"the results are in {table}, drawn in {run / 'accuracy.png'}")
+        print(f"the results are in {table}, drawn in {run / 'accuracy.png'}")
     if left_out:
         raise UserError(
             f"{utils.plural(left_out, 'epoch')} could not be evaluated; see the warnings above"
@@ -133,13 +137,18 @@ def wait_for_run(run: Path, seconds: float = 30.0) -> None:
 
 
 def wait_for(folder: Path) -> bool:
-    """Waits for a model and says so. Returns False if training has ended without it, after the last
-    epoch it was asked for. A model's folder is complete as soon as it exists.
+    """Waits for a model and says so. Returns False, and says why, if there will be none: it was
+    removed, or training has ended, after the last epoch it was asked for. A model's folder is
+    complete as soon as it exists.
     """
     said, say_again = None, 0.0
-    while not folder.is_dir():
+    while not os.path.isdir(folder):  # False if the storage fails for a moment
         training = utils.is_locked(folder.parent / TRAINER_LOCK)
-        if not training and not folder.is_dir() and has_ended_before(folder):
+        if is_passed(folder):
+            print(f"{folder} was removed; epoch {folder.name} is left out")
+            return False
+        if not training and not os.path.isdir(folder) and has_ended_before(folder):
+            print(f"training ended before epoch {folder.name}; there will be no more models")
             return False
         if training != said or time.monotonic() > say_again:
             work = "train.py is training this run" if training else "no train.py is running for it"
@@ -147,6 +156,12 @@ def wait_for(folder: Path) -> bool:
             said, say_again = training, time.monotonic() + SAY_AGAIN_SECONDS
         time.sleep(POLL_SECONDS)
     return True
+
+
+def is_passed(folder: Path) -> bool:
+    """Whether a model does not exist, but a later one does. So it was removed (--keep_last)."""
+    later = any(epoch > int(folder.name) for epoch in epochs_in(folder.parent))
+    return later and not os.path.isdir(folder)
 
 
 def has_ended_before(folder: Path) -> bool:
@@ -164,7 +179,7 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
 
     Averages the probabilities of the ten crops, not their logits.
     """
-    model = fingerprint(folder)
+    model, step = fingerprint(folder), model_recipe(folder).get("step")
     classify, classes = load_model(folder)
     if crops.classes > classes:
         raise UserError(
@@ -182,6 +197,8 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
             raise UserError(
                 f"not enough memory for {pictures} pictures at a time; use a smaller --pictures"
             ) from None
+        except tf.errors.OpError as error:
+            raise UserError(f"{folder}: cannot be evaluated: {error.message}") from None
         probabilities = probabilities.reshape(len(indices), crops.count, classes)
         labels, centre = crops.labels[indices], probabilities[:, crops.centre]
         average_rank, centre_rank = rank(probabilities.mean(axis=1), labels), rank(centre, labels)
@@ -194,10 +211,11 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
         accuracies[:2] = None, None
     return SimpleNamespace(
         epoch=int(folder.name),
-        step=model_recipe(folder).get("step"),
+        step=step,
         **dict(zip(ACCURACIES, accuracies, strict=True)),
         loss_centre=loss,
         pictures=len(crops),
+        crops=crops.fingerprint,
         model=model,
     )
 
@@ -225,12 +243,14 @@ def fingerprint(folder: Path) -> str:
 
 
 def current_row(rows: list[SimpleNamespace], folder: Path, crops: Crops) -> SimpleNamespace | None:
-    """The row of a model, if it was evaluated on these pictures and with these crops."""
+    """The row of a model, if it need not or cannot be evaluated again."""
     for row in (row for row in rows if row.epoch == int(folder.name)):
+        training = utils.is_locked(folder.parent / TRAINER_LOCK)
+        if is_passed(folder) or not (training or folder.is_dir()):
+            return row  # the model was removed
         enough = crops.count == 1 or row.top1_10crop is not None
-        # --keep_last removes a model only after it was evaluated.
-        same_model = not folder.is_dir() or row.model == fingerprint(folder)
-        if row.pictures == len(crops) and enough and same_model:
+        same_model = folder.is_dir() and row.model == fingerprint(folder)
+        if row.crops == crops.fingerprint and enough and same_model:
             return row
         print(f"epoch {folder.name} is evaluated again: other pictures, crops or weights")
     return None
@@ -238,7 +258,7 @@ def current_row(rows: list[SimpleNamespace], folder: Path, crops: Crops) -> Simp
 
 def read_table(path: Path) -> list[SimpleNamespace]:
     """The rows of accuracy.csv; an empty cell is None. Raises UserError for a broken number."""
-    kinds = {"epoch": int, "step": int, "pictures": int, "model": str}
+    kinds = {"epoch": int, "step": int, "pictures": int, "crops": str, "model": str}
     rows = []
     for row in utils.read_csv(path, COLUMNS):
         try:
@@ -261,9 +281,16 @@ def describe(row: SimpleNamespace) -> str:
 
 def show(run: Path, rows: list[SimpleNamespace]) -> None:
     """Draws the charts by epoch, and writes the TensorBoard events by training step."""
-    log = read_training_log(run / "training_log.csv")
-    draw_accuracy(rows, learning_rate_drops(log), run / "accuracy.png")
-    draw_training(log, rows, run / "training.png")
+    try:
+        log = read_training_log(run / "training_log.csv")
+        draw_accuracy(rows, learning_rate_drops(log), run / "accuracy.png")
+        draw_training(log, rows, run / "training.png")
+        write_events(run, rows)
+    except (UserError, OSError, tf.errors.OpError) as error:
+        utils.warn(f"{run}: charts or events could not be written: {error}")
+
+
+def write_events(run: Path, rows: list[SimpleNamespace]) -> None:
     events = utils.new_event_file(run / "events" / "accuracy")
     for row in rows:
         step = row.epoch if row.step is None else row.step

@@ -10,6 +10,7 @@ that cannot be decoded. If started again, it continues where it stopped.
 
 import os
 import re
+import zlib
 from pathlib import Path
 
 import utils
@@ -29,6 +30,7 @@ def main() -> None:
     config = utils.load_config(parser.parse().config)
     pictures = validation_pictures(config)
     folder = utils.make_folder(config.preprocess.path_to_save / "val")
+    utils.lock(folder / LOCK, f"{folder}: in use by check_accuracy.py or preprocess_val.py")
     jobs = missing(pictures, folder)
     needed = len(jobs) * CROP_FILE_BYTES
     print(
@@ -49,6 +51,7 @@ def main() -> None:
     )
 
 
+LOCK = ".preprocess_val.lock"
 LISTING = "pictures.txt"
 """File next to the crops: size and name of each original picture, one per line."""
 
@@ -56,16 +59,19 @@ LISTING = "pictures.txt"
 def missing(pictures: Pictures, folder: Path) -> list[int]:
     """Indices of the pictures whose crops are still to be cut.
 
-    Removes crops of other pictures, and half-written files of killed processes. Raises UserError if
-    the folder has files with these names that the toolkit did not write.
+    Removes the crops if the dataset has changed, and half-written files of killed processes. Raises
+    UserError if the folder has the crops of another dataset, or files with these names that the
+    toolkit did not write.
     """
     listing = folder / LISTING
     old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
     check_own(folder, [*old, utils.CLASS_NAMES, LISTING])
     utils.remove_leftovers(folder)
     lines = [f"{_size(pictures.path(i))} {path!r}\n" for i, path in enumerate(pictures.paths)]
-    if not listing.is_file() or listing.read_bytes() != "".join(lines).encode():
+    before = listing.read_bytes().decode(errors="replace") if listing.is_file() else ""
+    if before != "".join(lines):
         if old:
+            check_same_dataset(folder, before.splitlines(), lines)
             print(f"{folder}: removing {plural(len(old), 'file')} made from other pictures")
         for name in old:
             (folder / name).unlink()
@@ -88,6 +94,16 @@ def check_own(folder: Path, names: list[str]) -> None:
                 f"{folder / name}: preprocess_val.py did not write this file and would overwrite "
                 f"it; use another path_to_save, or move the file"
             )
+
+
+def check_same_dataset(folder: Path, before: list[str], now: list[str]) -> None:
+    """Raises UserError if none of the pictures listed before is listed now."""
+    names = [{line.strip().partition(" ")[2] for line in lines} for lines in (before, now)]
+    if not names[0] & names[1]:
+        raise UserError(
+            f"{folder} holds the crops of another dataset, such as those of {min(names[0])}; give "
+            f"each dataset its own [preprocess] path_to_save, or remove that folder"
+        )
 
 
 def _size(path: str) -> int:
@@ -142,6 +158,8 @@ class Crops:
         """
         self.folder, self.count = folder, count
         file = folder / "y.npy"
+        if (folder / LOCK).exists():
+            utils.lock(folder / LOCK, f"{folder}: preprocess_val.py is at work on it", shared=True)
         try:
             with open(file, "rb") as content:
                 self.labels = np.lib.format.read_array(content, allow_pickle=False)
@@ -167,6 +185,10 @@ class Crops:
             raise UserError(f"{folder}: no pictures to evaluate; run preprocess_val.py")
         self.classes = int(self.labels.max()) + 1
         self.names = utils.read_lines(folder / utils.CLASS_NAMES)
+        listing = folder / LISTING
+        pictures = utils.read_file(listing) if listing.is_file() else b""
+        self.fingerprint = f"{zlib.crc32(pictures, zlib.crc32(self.labels.tobytes())):08x}"
+        """Changes with the pictures and their labels."""
 
     def __len__(self) -> int:
         return len(self.indices)

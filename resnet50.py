@@ -304,7 +304,7 @@ def explained_loading(folder: Path) -> Iterator[None]:
 
 def epochs_in(run: Path) -> list[int]:
     """Epochs that have a model in a run's folder, oldest first."""
-    names = os.listdir(run) if run.is_dir() else []
+    names = utils.patiently(os.listdir, run) if os.path.isdir(run) else []
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
 
 

@@ -247,7 +247,7 @@ class BatchSpec:
         types = {each.name: get_origin(each.type) or each.type for each in dataclasses.fields(cls)}
         if {name: type(value) for name, value in content.items()} != types:
             return None
-        return cls(**content)
+        return cls(**content) if content["format"] == cls.format else None
 
 
 BUFFER_JSON = "buffer.json"
@@ -316,7 +316,8 @@ POSITION = re.compile(rb"\s*(\d{1,9})\s+(\d{1,9})\s*")
 def write_progress(folder: Path, spec: BatchSpec, step: int) -> None:
     """Writes which batch training needs next."""
     epoch, batch = divmod(step, spec.batches_per_epoch)
-    utils.write_text(folder / PROGRESS, f"{epoch}\n{batch}\n")
+    text = f"{epoch}\n{batch}\n"
+    utils.patiently(lambda path: utils.write_text(path, text), folder / PROGRESS)
 
 
 def read_progress(folder: Path, spec: BatchSpec) -> int | None:
@@ -700,6 +701,9 @@ def _size(entry: os.DirEntry) -> int:
 POLL = 0.01
 """Seconds between two checks of training's progress. A check takes 20 µs."""
 
+SAY_FILLING = 30.0
+"""Seconds between two lines while the buffer is not full."""
+
 LOOK_AGAIN = 1.0
 """Seconds between two listings of the folder, in case someone else has changed it. Listing 1,000
 batches takes 6 ms."""
@@ -730,9 +734,10 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
                 ):
                     stock.under_way.add(step)
                     workers.submit(step)
-                if not stock.under_way:
-                    filling = False
-                    diary.end(f"{buffer.spec.position(first)}: {plural(len(window), 'batch')}")
+                filling = bool(stock.under_way)
+                if diary.is_due(filling):
+                    ready = plural(len(stock.ready.intersection(window)), "batch")
+                    diary.tell(f"{buffer.spec.position(first)}: {ready}")
             for step, done in workers.results(min(POLL, sleep_time)):
                 stock.made(step, done)
                 diary.made += done
@@ -806,7 +811,9 @@ class Stock:
 
 
 class Diary:
-    """Counts the batches made and prints the count when the buffer is full, but not too often."""
+    """Counts the batches made and prints the count when the buffer is full, and now and then while
+    it is not.
+    """
 
     def __init__(self, batch_size: int, pause: float):
         """`pause`: minimum number of seconds between two lines."""
@@ -815,17 +822,21 @@ class Diary:
         self._seconds = self._say_at = 0.0
 
     def begin(self) -> None:
-        self._began = time.monotonic()
+        self._began = self._since = time.monotonic()
 
-    def end(self, what: str) -> None:
+    def is_due(self, filling: bool) -> bool:
+        """Whether it is time for a line. `filling`: whether the buffer is not full yet."""
         now = time.monotonic()
-        self._seconds += now - self._began
-        if now < self._say_at:
-            return
+        self._seconds, self._since = self._seconds + now - self._since, now
+        return now >= (max(self._say_at, self._began) + SAY_FILLING if filling else self._say_at)
+
+    def tell(self, what: str) -> None:
+        """`what`: where training is, and how many batches are ready."""
         new = self.made - self._said
         rate = new * self.batch_size / max(self._seconds, 1e-9)
         print(f"{what} ready ahead of training, {new:,} just made at {rate:,.0f} pictures/s")
-        self._said, self._seconds, self._say_at = self.made, 0.0, now + self.pause
+        self._said, self._seconds = self.made, 0.0
+        self._say_at = time.monotonic() + self.pause
 
 
 FORK = sys.platform == "linux"
@@ -952,8 +963,13 @@ def take_buffer(config: SimpleNamespace) -> Path:
 
 
 def end_preprocessing(folder: Path, epoch_end: int) -> None:
-    """Tells a runtime_preprocessing.py that training has passed its last epoch."""
+    """Releases the buffer and tells runtime_preprocessing.py that training has passed its last
+    epoch.
+    """
+    utils.remove_lock(folder / TRAINER_LOCK)
     if spec := BatchSpec.read(folder):
+        for path in spec.files(folder, spec.step(epoch_end) - 1):
+            path.unlink(missing_ok=True)  # makes room, in case there is none
         write_progress(folder, spec, spec.step(epoch_end))
 
 
@@ -1053,10 +1069,11 @@ class BatchReader:
     def next(self, stop: threading.Event) -> object:
         """Returns what `put` returned for the next batch, or None if `stop` is set while waiting.
 
-        Raises UserError.
+        Of several machines none stops waiting, since all must take the same steps. Raises UserError
+        or OSError.
         """
-        batch = self._ahead[0]
-        while not batch.done() and not stop.is_set():
+        batch, alone = self._ahead[0], self.spec.workers == 1
+        while not batch.done() and not (alone and stop.is_set()):
             wait([batch], timeout=0.1)
         if not batch.done():
             return None
@@ -1102,7 +1119,7 @@ class BatchReader:
 
     def _check(self) -> None:
         """Raises UserError if the buffer's batches are not those that training began with."""
-        status = os.stat(self.folder / BUFFER_JSON)
+        status = utils.patiently(os.stat, self.folder / BUFFER_JSON)
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if version == self._checked:  # reading 1,000 class names for every batch takes too long
             return

@@ -62,6 +62,7 @@ with utils.quiet_tensorflow():
         ResNet50,
         epochs_in,
         export_model,
+        model_recipe,
         read_weights,
         runs_in,
         warn_of_other_classes,
@@ -95,6 +96,7 @@ def main() -> None:
     if not finished:
         sys.exit(128 + stop.number)
     # Only after the last model is saved: a kill before that makes training need the batches again.
+    trainer.gather([0])  # when the chief has saved it
     end_preprocessing(reader.folder, args.epoch_end)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
@@ -114,8 +116,13 @@ def train(
     """
     step = log.steps.start
     while step < log.steps.stop and not log.should_stop(step, stop):
-        with log.waiting():
-            batch = reader.next(stop)
+        try:
+            with log.waiting():
+                batch = reader.next(stop)
+        except (UserError, OSError):  # of the buffer; the weights are good
+            log.settle()
+            saver.save_rolling(step)
+            raise
         if batch is None:  # stopped while waiting
             break
         rate = learning_rate(step, trainer.args, reader.spec.batches_per_epoch)
@@ -123,7 +130,7 @@ def train(
         step += 1
         if step % reader.spec.batches_per_epoch == 0:
             log.settle()
-            saver.save_epoch(step)
+            saver.save_epoch(step, stop)
             log.say()
         elif saver.is_due():
             log.settle()
@@ -132,11 +139,11 @@ def train(
     if step == log.steps.stop:
         return True
     log.settle()
-    saver.save_rolling(step)  # saved before anything is printed: a terminal may block
+    saved = saver.save_rolling(step)  # before anything is printed: a terminal may block
     log.say()
     print(
         f"stopped before {reader.spec.position(step)}; the same command with --resume continues "
-        f"there"
+        f"{'there' if saved else 'from the last state that was saved'}"
     )
     return False
 
@@ -340,29 +347,44 @@ class Trainer:
         return finite
 
     def check_agreement(self, step: int) -> None:
-        """Raises UserError unless all machines begin at the same step with the same weights."""
+        """Raises UserError unless all machines begin at the same step, with the same weights and
+        the same flags and settings.
+        """
+        config, args = self.config, self.args
+        flags = [recipe_of(args), args.batch_size, config.l2, config.batch_renorm]
+        own = [
+            step,
+            zlib.crc32(repr([*flags, config.train.sgd_momentum]).encode()),
+            zlib.crc32(b"".join(w.numpy().tobytes() for w in self.network.variables)),
+        ]
+        for other, row in enumerate(self.gather(own)):
+            if row == own:
+                continue
+            what = "with other weights" if row[1] == own[1] else "with other flags or settings"
+            if row[0] != step:
+                what = f"at step {row[0]}"
+            raise UserError(
+                f"worker {other} of TF_CONFIG would begin {what}, worker {worker_of_workers()[0]} "
+                f"at step {step}; give all machines the same command line, the same config file "
+                f"and the same [train] path_for_saving (a shared folder)"
+            )
+
+    def gather(self, own: list[int]) -> list[list[int]]:
+        """Every machine's numbers. Each machine waits here for all others."""
         worker, workers = worker_of_workers()
         if workers == 1:
-            return
-        checksum = zlib.crc32(b"".join(w.numpy().tobytes() for w in self.network.variables))
-        own = np.zeros([workers, 2], np.int64)
-        own[worker] = step, checksum
+            return [own]
+        table = np.zeros([workers, len(own)], np.int64)
+        table[worker] = own
 
         def exchange():
             context = tf.distribute.get_replica_context()
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(own))
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(table))
 
         sums = self.strategy.run(tf.function(exchange))
         # Each machine's row was added once by each of its replicas.
         rows = self.strategy.experimental_local_results(sums)[0].numpy() // self.local_replicas
-        for other, (its_step, its_checksum) in enumerate(rows.tolist()):
-            if (its_step, its_checksum) != (step, checksum):
-                what = f"at step {its_step}" if its_step != step else "with other weights"
-                raise UserError(
-                    f"worker {other} of TF_CONFIG would begin {what}, worker {worker} at step "
-                    f"{step}; give all machines the same [train] path_for_saving (a shared "
-                    f"folder), the same --epoch_start or --resume, and the same seed"
-                )
+        return rows.tolist()
 
 
 def shared(array: np.ndarray) -> tf.Tensor:
@@ -385,6 +407,8 @@ METRICS = (
 
 def measure_speed(trainer: Trainer, seconds: float = 20.0) -> None:
     """Trains on random batches and prints images per second: what the hardware can do."""
+    if worker_of_workers()[1] > 1:
+        raise UserError("--synthetic measures one machine; run it without TF_CONFIG")
     size, generator = trainer.args.batch_size, np.random.default_rng(0)
     images = generator.standard_normal((size, CROP, CROP, 3), np.float32).astype(np.float16)
     batch = trainer.put(images, generator.integers(0, 1000, size).astype(np.int32))
@@ -491,35 +515,42 @@ def plan(
         f"{plural(len(steps), 'step')} of {plural(args.batch_size, 'picture')}, {per_epoch:,} per "
         f"epoch, {trainer.args.precision} on {devices}"
     )
-    left_out = spec.N // spec.workers % args.batch_size
+    left_out = spec.N - spec.workers * per_epoch * args.batch_size
     if left_out > 0.03 * spec.N:
         utils.warn(
             f"each epoch leaves out {plural(left_out, 'picture')} of {spec.N}, too few to fill a "
             f"batch; a smaller --batch_size leaves out fewer"
         )
     yield "the first step takes longest, because TensorFlow builds the network's graph"
-    yield from renorm_plan(trainer.config.batch_renorm, per_epoch, args)
+    first = steps.start - int(trainer.updates)  # not 0 if the batch size has changed
+    yield from renorm_plan(trainer.config.batch_renorm, per_epoch, first, args)
     if run.chief:
         yield disk_plan(run.folder, trainer, args.epoch_end - steps.start // per_epoch)
 
 
 def renorm_plan(
-    settings: SimpleNamespace, per_epoch: int, args: argparse.Namespace
+    settings: SimpleNamespace, per_epoch: int, first: int, args: argparse.Namespace
 ) -> Iterator[str]:
-    """In which epochs batch renormalization relaxes its limits. Warns if it never does."""
-    last = args.epoch_end * per_epoch - 1
+    """In which epochs batch renormalization relaxes its limits. Warns if it never does.
+
+    `first`: the step from which updates are counted.
+    """
+    last = args.epoch_end * per_epoch - 1 - first
     if min(settings.start_relaxing_rmax, settings.start_relaxing_dmax) > last:
         utils.warn(
             f"[batch_renorm] start_relaxing_rmax and start_relaxing_dmax are after the last step, "
             f"{last}: this run is plain batch normalization"
         )
         return
+
+    def epochs(start: int, reach: int) -> str:
+        begin, end = (max(0, first + step) / per_epoch for step in (start, reach))
+        return f"in epochs {begin:.1f} to {end:.1f}"
+
     yield (
-        f"batch renormalization relaxes r_max to {settings.rmax_max:g} in epochs "
-        f"{settings.start_relaxing_rmax / per_epoch:.1f} to "
-        f"{settings.reach_rmax_max / per_epoch:.1f}, d_max to {settings.dmax_max:g} in epochs "
-        f"{settings.start_relaxing_dmax / per_epoch:.1f} to "
-        f"{settings.reach_dmax_max / per_epoch:.1f}"
+        f"batch renormalization relaxes r_max to {settings.rmax_max:g} "
+        f"{epochs(settings.start_relaxing_rmax, settings.reach_rmax_max)}, d_max to "
+        f"{settings.dmax_max:g} {epochs(settings.start_relaxing_dmax, settings.reach_dmax_max)}"
     )
 
 
@@ -607,6 +638,9 @@ def explained_failures() -> Iterator[None]:
 
 STATE = "training_state"
 """Subfolder of a model with what training needs to continue. It may be deleted."""
+
+ACCURACY_COLUMNS = ("epoch", "top1_10crop", "top1_centre", "model")
+"""Columns of check_accuracy.py's table that --keep_last needs."""
 
 FACTS = ("classes", "batch_size", "seed", "N", "pictures", "workers", "mu", "sigma")
 """Fields of BatchSpec that must not change if training continues within an epoch. Between epochs
@@ -764,6 +798,8 @@ def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> 
         utils.warn(f"{folder} was trained from another set of resized copies; using the new one")
     say_changes(saved.get("recipe", {}), recipe_of(trainer.args))
     weights = state / "weights" if exact else folder / "variables" / "variables"
+    for file in {*state.glob("*"), *weights.parent.glob("*")}:
+        utils.read_file(file)  # storage that fails must not pass for a broken state
     try:
         network = tf.train.Checkpoint(network=trainer.network)
         network.read(str(weights)).assert_existing_objects_matched()
@@ -799,15 +835,15 @@ class Saver:
     def is_due(self) -> bool:
         return time.monotonic() - self._last > 60 * self.args.checkpoint_minutes
 
-    def save_rolling(self, step: int) -> None:
-        """Saves the state before `step`, which replaces the previous one. If that fails, warns and
-        keeps the previous one.
+    def save_rolling(self, step: int) -> bool:
+        """Saves the state before `step`, which replaces the previous one. If that fails, warns,
+        keeps the previous one and returns False.
         """
         epoch, batch = divmod(step, self.spec.batches_per_epoch)
         folder = self.run.folder / f"state_{epoch}_{batch}"
         self._last = time.monotonic()
         if not self.run.chief or batch == 0 or folder.exists():
-            return  # already saved
+            return True  # already saved
         self._check_weights(step)
         try:
             with utils.folder_written_aside(folder) as aside:
@@ -815,13 +851,14 @@ class Saver:
                 network = tf.train.Checkpoint(network=self.trainer.network)
                 network.write(str(aside / STATE / "weights"))
         except (OSError, tf.errors.OpError) as error:
-            utils.warn(f"{folder}: not saved, training continues: {brief(error)}")
-            return
+            utils.warn(f"{folder}: not saved: {brief(error)}")
+            return False
         self._remove_rolling(but=folder)
+        return True
 
-    def save_epoch(self, step: int, tries: int = 5, pause: float = 60.0) -> None:
+    def save_epoch(self, step: int, stop: Stop, tries: int = 5, pause: float = 60.0) -> None:
         """Saves the model and the state of the epoch that ends before `step`. Raises UserError
-        after `tries` failures.
+        after `tries` failures. On `stop` it does not pause between them.
         """
         if not self.run.chief:
             return
@@ -839,12 +876,13 @@ class Saver:
                 utils.warn(
                     f"{folder}: cannot be saved yet: {brief(error)}; trying again in {pause:.0f} s"
                 )
-                time.sleep(pause)
+                stop.wait(pause)
         self._last = time.monotonic()
         self._remove_rolling()
         print(f"saved {folder}")
         if self.args.keep_last:
-            self._remove_old_epochs(self.args.keep_last)
+            with self._tidying():
+                self._remove_old_epochs(self.args.keep_last)
 
     def _check_weights(self, step: int) -> None:
         weights = [*self.trainer.network.variables, *self.trainer.momentum]
@@ -868,22 +906,27 @@ class Saver:
         content = {"step": step, "recipe": recipe_of(self.args), **facts}
         utils.write_text(folder / STATE / "state.json", json.dumps(content, indent=1))
 
+    @contextlib.contextmanager
+    def _tidying(self) -> Iterator[None]:
+        """Warns of an error. What is old and cannot be removed must not end training."""
+        try:
+            yield
+        except (UserError, OSError, ValueError) as error:
+            utils.warn(f"{self.run.folder}: old models and states may stay: {brief(error)}")
+
     def _remove_rolling(self, but: Path | None = None) -> None:
-        for _, _, folder in self.run.rolling():
-            if folder != but:
-                utils.remove_folder(folder)
+        with self._tidying():
+            for _, _, folder in self.run.rolling():
+                if folder != but:
+                    utils.remove_folder(folder)
 
     def _remove_old_epochs(self, keep: int) -> None:
         """Keeps the newest models, the best, and those that check_accuracy.py has yet to see."""
-        table = self.run.folder / "accuracy.csv"
-        try:
-            top1 = {
-                int(row["epoch"]): float(row.get("top1_10crop") or row["top1_centre"])
-                for row in utils.read_csv(table, ["epoch", "top1_centre"])
-            }
-        except (UserError, ValueError) as error:
-            utils.warn(f"{table}: no old epoch is removed, because it cannot be read: {error}")
-            return
+        top1 = {}
+        for row in utils.read_csv(self.run.folder / "accuracy.csv", ACCURACY_COLUMNS):
+            model = model_recipe(self.run.folder / row["epoch"]).get("fingerprint")
+            if row["model"] == model:  # not of an earlier model of this epoch
+                top1[int(row["epoch"])] = float(row["top1_10crop"] or row["top1_centre"])
         checked = utils.is_locked(self.run.folder / ".check_accuracy.lock")
         best = max(top1, key=top1.get, default=None)
         for epoch in self.run.epochs()[:-keep]:
@@ -978,7 +1021,7 @@ class Log(contextlib.AbstractContextManager):
         Several machines must stop before the same step. A step's values tell all of them that one
         was asked to stop. Two steps later all of them have seen those values.
         """
-        return stop.is_set() if worker_of_workers()[1] == 1 else self._stopping <= step - 2
+        return stop.is_set() if self.spec.workers == 1 else self._stopping <= step - 2
 
     def _write(self) -> None:
         """Writes a row for the steps that finished since the last row."""
@@ -1021,8 +1064,10 @@ class Log(contextlib.AbstractContextManager):
     def _open(self) -> None:
         """Drops the rows of steps that will be trained again, and rewrites the events."""
         path = self.run.folder / "training_log.csv"
+        start = divmod(self.steps.start, self.spec.batches_per_epoch)
         rows = [as_numbers(row) for row in utils.read_csv(path, COLUMNS)]
-        rows = [row for row in rows if row and row["step"] < self.steps.start]
+        # By epoch and batch: if the batch size has changed, the steps of old rows are others.
+        rows = [row for row in rows if row and (row["epoch"], row["batch"]) < start]
         utils.write_csv(path, COLUMNS, rows)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self._rows = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
@@ -1030,7 +1075,8 @@ class Log(contextlib.AbstractContextManager):
         try:
             self._events = utils.new_event_file(self.run.folder / "events" / "training")
             for row in rows:
-                self._add_event(row, time.time() - self._seconds_before + row["seconds"])
+                if row["step"] < self.steps.start:
+                    self._add_event(row, time.time() - self._seconds_before + row["seconds"])
             self._events.flush()
         except tf.errors.OpError as error:
             raise UserError(

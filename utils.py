@@ -445,7 +445,7 @@ _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 def patiently(function: Callable, path: str | Path) -> Any:
-    """Returns `function(path)`. Retries if the storage (a disk, a network) fails for a moment.
+    """Returns `function(path)`. Tries again if the storage (a disk, a network) fails for a moment.
 
     Raises UserError if it keeps failing. That is not an OSError, because code that skips broken
     files must not skip this one. Raises other errors at once.
@@ -460,7 +460,7 @@ def patiently(function: Callable, path: str | Path) -> Any:
                 raise
             if (pause := next(pauses, None)) is None:
                 raise UserError(
-                    f"{path}: cannot be read, tried {len(PAUSES) + 1} times: {error.strerror}; "
+                    f"{path}: its storage failed {len(PAUSES) + 1} times: {error.strerror}; "
                     f"check the disk or the network, then start again"
                 ) from error
             time.sleep(pause)
@@ -695,7 +695,10 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
         return []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         table = csv.DictReader(file)
-        rows = list(table)
+        try:
+            rows = list(table)
+        except csv.Error as error:  # a huge cell, such as zeros after a power failure
+            raise UserError(f"{path}: {error}; move the file away") from None
     if missing := set(columns).difference(table.fieldnames or columns):
         raise UserError(
             f"{path}: not the expected table (no column {min(missing)}); move the file away"

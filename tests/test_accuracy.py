@@ -121,13 +121,81 @@ def test_a_row_belongs_to_its_model_pictures_and_crops(prepared, capsys):
     only_centre = check_accuracy.evaluate(run / "0", Crops(folder, 0, 1), 6)
     assert check_accuracy.current_row([only_centre], run / "0", crops) is None
     assert "again" in capsys.readouterr().out
-    labels[10:] = -1
-    np.save(folder / "y.npy", labels)
-    assert check_accuracy.current_row([row], run / "0", Crops(folder, 0)) is None
     shutil.rmtree(run / "0")
-    assert check_accuracy.current_row([row], run / "0", crops) is row
+    assert check_accuracy.current_row([only_centre], run / "0", crops) is only_centre
     save_model(run / "0", 1)  # trained anew
     assert check_accuracy.current_row([row], run / "0", crops) is None
+
+
+def test_corrected_labels_or_replaced_pictures_are_evaluated_again(prepared):
+    _, folder, run, labels = prepared
+    save_model(run / "0", 0)
+    (folder / "pictures.txt").write_text("9 'a/b.jpg'\n")
+    row = check_accuracy.evaluate(run / "0", Crops(folder, 0), 6)
+    assert check_accuracy.current_row([row], run / "0", Crops(folder, 0)) is row
+    (folder / "pictures.txt").write_text("8 'a/b.jpg'\n")
+    assert check_accuracy.current_row([row], run / "0", Crops(folder, 0)) is None
+    (folder / "pictures.txt").write_text("9 'a/b.jpg'\n")
+    labels[[0, 1]] = labels[[1, 0]]
+    np.save(folder / "y.npy", labels)
+    assert check_accuracy.current_row([row], run / "0", Crops(folder, 0)) is None
+
+
+def test_a_model_that_was_removed_is_not_waited_for(prepared, capsys):
+    """As --keep_last does before a checker starts, or after one that saw only the centre crop."""
+    config, _, run, _ = prepared
+    for epoch in range(3):
+        save_model(run / str(epoch), epoch)
+    assert (
+        toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1", "--crops=1").returncode
+        == 0
+    )
+    for epoch in range(2):
+        shutil.rmtree(run / str(epoch))
+    utils.lock(run / ".train.lock", "")  # training goes on
+    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=3", timeout=60)
+    utils.remove_lock(run / ".train.lock")
+    assert result.returncode == 0, result.stderr
+    assert f"{run / '1'} was removed; epoch 1 is left out" in result.stdout
+    assert [(row["epoch"], row["top1_10crop"] == "") for row in rows(run)] == [
+        *[("0", True), ("2", False)]
+    ]
+
+
+def test_a_row_is_not_believed_while_its_epoch_is_trained_again(prepared):
+    _, folder, run, _ = prepared
+    save_model(run / "0", 0)
+    crops = Crops(folder, 0)
+    row = check_accuracy.evaluate(run / "0", crops, 6)
+    shutil.rmtree(run / "0")
+    utils.lock(run / ".train.lock", "")
+    assert check_accuracy.current_row([row], run / "0", crops) is None
+    utils.remove_lock(run / ".train.lock")
+    assert check_accuracy.current_row([row], run / "0", crops) is row
+
+
+def test_charts_that_cannot_be_written_are_a_warning(prepared):
+    config, _, run, _ = prepared
+    save_model(run / "0", 0)
+    (run / "events").write_text("a file")
+    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
+    assert result.returncode == 0, result.stderr
+    assert "charts or events could not be written" in result.stderr.splitlines()[0]
+    assert len(rows(run)) == 1
+
+
+def test_the_crops_stay_as_they_are_while_a_checker_uses_them(tmp_path, toy):
+    config = toolkit.write_config(tmp_path, toy, tmp_path / "buffer")
+    folder = tmp_path / "preprocessed/val"
+    assert toolkit.run("preprocess_val.py", config).returncode == 0
+    Crops(folder, 0)
+    result = toolkit.run("preprocess_val.py", config)
+    toolkit.assert_one_line_error(result, "preprocess_val.py", "in use by check_accuracy.py")
+    utils.remove_lock(folder / ".preprocess_val.lock")
+    utils.lock(folder / ".preprocess_val.lock", "")
+    with pytest.raises(utils.UserError, match="preprocess_val.py is at work"):
+        Crops(folder, 0)
+    utils.remove_lock(folder / ".preprocess_val.lock")
 
 
 def test_a_model_that_names_its_weights_is_told_by_them(prepared):
@@ -208,8 +276,9 @@ def test_waiting_says_whether_training_is_at_work_and_ends_with_it(tmp_path, mon
     monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
     assert not check_accuracy.wait_for(run / "2")
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2
+    assert len(said) == 3
     assert "train.py is training this run" in said[0] and "no train.py is running" in said[1]
+    assert "training ended before epoch 2" in said[2]
     (run / "1" / "assets" / "recipe.json").write_text('{"epoch_end": 9}')
     monkeypatch.setattr(check_accuracy.time, "sleep", lambda _: (run / "2").mkdir())
     assert check_accuracy.wait_for(run / "2")
@@ -314,7 +383,7 @@ def test_rank_counts_ties_and_nan_against_the_model():
 def table_row(epoch: int, *accuracies: float, loss: float = 1.0) -> SimpleNamespace:
     values = dict(zip(check_accuracy.ACCURACIES, accuracies, strict=True))
     return SimpleNamespace(
-        epoch=epoch, step=epoch, pictures=9, model="", loss_centre=loss, **values
+        epoch=epoch, step=epoch, pictures=9, crops="", model="", loss_centre=loss, **values
     )
 
 

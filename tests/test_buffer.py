@@ -321,6 +321,24 @@ def test_sleep_time_never_keeps_training_waiting(tmp_path, toy, ram):
     assert said(config).count("ready ahead of training") == 1  # a line each sleep_time
 
 
+def test_a_buffer_that_never_gets_full_says_what_it_makes(config, ram, monkeypatch, capsys):
+    """As when training is the faster side."""
+    buffer = Buffer(ram, recipe_of(config, epochs=[0, 2]), 20)
+    buffer.claim()
+    monkeypatch.setattr(runtime_preprocessing, "SAY_FILLING", 0.2)
+
+    def make_slowly(step: int, make=buffer.make) -> bool:
+        time.sleep(0.3)
+        write_progress(ram, buffer.spec, step + 1)
+        return make(step)
+
+    monkeypatch.setattr(buffer, "make", make_slowly)
+    keep_full(buffer, 1, 0.1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 3
+    assert all(re.search(r"\d ready|batch(es)? ready ahead of training, \d", li) for li in lines)
+
+
 def test_a_batch_that_training_removed_is_made_again_at_once(tmp_path, toy, ram):
     """Also one that lies further ahead, and one whose labels alone are lost."""
     config = toolkit.write_config(
@@ -1084,5 +1102,20 @@ def test_a_passing_error_of_the_storage_does_not_hide_the_progress(config, ram, 
 
     monkeypatch.setattr(utils, "PAUSES", (0, 0))
     monkeypatch.setattr(os, "read", fails_twice)
+    assert read_progress(ram, spec) == 13
+    assert not failures  # they were met
+
+
+def test_a_passing_error_of_the_storage_does_not_lose_the_progress(config, ram, monkeypatch):
+    spec, failures, replace = recipe_of(config).spec, [errno.EIO, errno.ESTALE], os.replace
+
+    def fails_twice(*arguments: object) -> None:
+        if failures:
+            raise OSError(failures.pop(), "the storage fails")
+        replace(*arguments)
+
+    monkeypatch.setattr(utils, "PAUSES", (0, 0))
+    monkeypatch.setattr(os, "replace", fails_twice)
+    write_progress(ram, spec, 13)
     assert read_progress(ram, spec) == 13
     assert not failures  # they were met

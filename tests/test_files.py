@@ -502,6 +502,12 @@ def test_rows_with_too_few_or_too_many_cells_are_left_out(tmp_path):
     assert rows == [{"a": "1", "b": "2"}, {"a": "7", "b": "8"}]
 
 
+def test_a_table_that_a_power_failure_left_is_one_line(tmp_path):
+    (tmp_path / "table.csv").write_bytes(b"a,b\n" + b"\0" * 200_000)
+    with pytest.raises(utils.UserError, match="table.csv: .*move the file away"):
+        utils.read_csv(tmp_path / "table.csv", ["a", "b"])
+
+
 # --- a container's limits ---------------------------------------------------------------------
 
 

@@ -678,6 +678,18 @@ def test_crops_of_another_dataset_with_the_same_names_are_cut_again(tmp_path, to
         assert_crops_are_right(tmp_path / "preprocessed/val", dataset)
 
 
+def test_crops_of_another_dataset_with_other_names_are_kept(tmp_path, toy):
+    config = toolkit.write_config(tmp_path, toy, tmp_path / "buffer")
+    run_well("preprocess_val.py", config)
+    other = copied(toy, tmp_path / "other")
+    for picture in (other / "val").glob("*/*"):
+        picture.rename(picture.with_name(f"other_{picture.name}"))
+    config = toolkit.write_config(tmp_path, other, tmp_path / "buffer")
+    result = toolkit.run("preprocess_val.py", config)
+    toolkit.assert_one_line_error(result, "preprocess_val.py", "another dataset", "path_to_save")
+    assert_crops_are_right(tmp_path / "preprocessed/val", toy)
+
+
 def test_the_crops_need_room(settings, mixed, tmp_path, monkeypatch):
     needed = 9 * (128 + 10 * 224 * 224 * 3)
     monkeypatch.setattr(shutil, "disk_usage", disk_with(needed - 1))

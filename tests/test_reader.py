@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -126,11 +127,11 @@ def test_buffer_json_is_read_again_only_when_it_has_changed(config, ram, monkeyp
                 next_batch(reader)
 
 
-def test_a_buffer_json_with_values_of_other_types_is_none(config, ram):
+def test_a_buffer_json_with_values_of_other_types_or_version_is_none(config, ram):
     stock(config, ram, 0)
     content = json.loads((ram / "buffer.json").read_text())
     assert BatchSpec.read(ram) == BatchSpec(**content)
-    for name, wrong in (("batch_size", "4"), ("mu", None), ("epochs", 3)):
+    for name, wrong in (("batch_size", "4"), ("mu", None), ("epochs", 3), ("format", 2)):
         utils.write_text(ram / "buffer.json", json.dumps(content | {name: wrong}))
         assert BatchSpec.read(ram) is None
 
@@ -150,6 +151,37 @@ def test_storage_that_fails_for_a_moment_is_read_again(config, ram, monkeypatch)
         for number in range(3):
             assert_made_by(buffer.recipe, (0, number), next_batch(reader))
     assert not failures and len(there(ram)) == 3
+
+
+def test_of_several_machines_none_stops_while_it_waits(config, ram):
+    """The others have sent the step already. Its batch still comes."""
+    buffer = stock(config, ram, 0)
+    spec = dataclasses.replace(buffer.spec, workers=2)
+    spec.write(ram)
+    train = SimpleNamespace(train=SimpleNamespace(buffer_folder=ram, sleep_time=9))
+    stop = threading.Event()
+    stop.set()
+    with BatchReader(train, spec, range(20), lambda *batch: batch, ARGS) as reader:
+        threading.Timer(0.3, buffer.make, [0]).start()
+        assert reader.next(stop) is not None
+
+
+def test_the_end_is_told_without_room_and_without_a_lock(config, ram, monkeypatch):
+    buffer = stock(config, ram, 20)
+    write_text = utils.write_text
+
+    def without_room(path: Path, text: str) -> None:
+        if (ram / "X_1_9.npy").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_text(path, text)
+
+    settings = SimpleNamespace(train=SimpleNamespace(buffer_folder=ram))
+    assert runtime_preprocessing.take_buffer(settings) == ram
+    monkeypatch.setattr(utils, "write_text", without_room)
+    runtime_preprocessing.end_preprocessing(ram, 2)
+    assert (ram / "training_progress.txt").read_text() == "2\n0\n"
+    buffer.leave()
+    assert os.listdir(ram) == []  # no lock of a trainer stays
 
 
 # --- why a batch is not there -----------------------------------------------------------------

@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 import types
-import zlib
 from pathlib import Path
 
 import toolkit
@@ -160,7 +159,7 @@ def test_a_refused_start_leaves_no_folder_of_its_own(tmp_path):
 def test_continuing_restores_weights_averages_momentum_and_counters(run):
     trainer = trainer_of()
     take_step(trainer)
-    saver_of(run, trainer).save_epoch(2)
+    saver_of(run, trainer).save_epoch(2, train.Stop())
     take_step(trainer, seed=1)
     saver_of(run, trainer).save_rolling(3)
     for flags, step in ((["--epoch_start=1"], 2), (["--resume"], 3)):
@@ -181,7 +180,7 @@ def test_continuing_restores_weights_averages_momentum_and_counters(run):
 def test_any_precision_continues_from_any_other(run, before, after, capsys):
     trainer = trainer_of(f"--precision={before}")
     take_step(trainer)
-    saver_of(run, trainer).save_epoch(2)
+    saver_of(run, trainer).save_epoch(2, train.Stop())
     other = trainer_of("--resume", f"--precision={after}")
     assert train.restore(run, other, SPEC, other.args) == 2
     assert same(everything(other), everything(trainer))
@@ -191,7 +190,7 @@ def test_any_precision_continues_from_any_other(run, before, after, capsys):
 
 def test_other_flags_of_the_schedule_are_said(run, capsys):
     trainer = trainer_of("--lr_schedule=cosine", "--warmup_epochs=2")
-    saver_of(run, trainer).save_epoch(2)
+    saver_of(run, trainer).save_epoch(2, train.Stop())
     other = trainer_of("--resume", "--learning_rate=0.5")
     train.restore(run, other, SPEC, other.args)
     said = capsys.readouterr().out
@@ -212,7 +211,7 @@ def test_a_state_within_an_epoch_fits_only_the_same_batches(run, key):
 
 
 def test_a_model_without_its_training_state_is_named_with_the_way_out(run):
-    saver_of(run, trainer_of()).save_epoch(2)
+    saver_of(run, trainer_of()).save_epoch(2, train.Stop())
     shutil.rmtree(run.folder / "0" / "training_state")
     for flags in (["--resume"], ["--epoch_start=1"]):
         other = trainer_of(*flags)
@@ -228,9 +227,26 @@ def test_a_model_that_is_removed_while_the_buffer_is_waited_for_is_not_passed_ov
         train.restore(run, other, SPEC, other.args)
 
 
+def test_storage_that_fails_does_not_pass_for_a_broken_state(run, monkeypatch):
+    saver_of(run, trainer_of()).save_rolling(1)
+    other, read = trainer_of("--resume"), utils.read_file
+
+    def fail(path: Path) -> bytes:
+        if path.name.startswith("weights.data"):
+            raise utils.UserError("its storage failed 5 times")
+        return read(path)
+
+    monkeypatch.setattr(utils, "read_file", fail)
+    with pytest.raises(utils.UserError, match="its storage failed 5 times"):
+        train.restore(run, other, SPEC, other.args)
+    assert os.listdir(run.folder) == ["state_0_1"]
+
+
 def test_momentum_may_be_switched_on_and_off_between_runs(run):
     for epoch, (before, after) in enumerate([(0.0, 0.9), (0.9, 0.0)]):
-        saver_of(run, trainer_of(train__sgd_momentum=before)).save_epoch(2 * epoch + 2)
+        saver_of(run, trainer_of(train__sgd_momentum=before)).save_epoch(
+            2 * epoch + 2, train.Stop()
+        )
         other = trainer_of("--resume", train__sgd_momentum=after)
         assert train.restore(run, other, SPEC, other.args) == 2 * epoch + 2
 
@@ -240,6 +256,12 @@ def test_momentum_may_be_switched_on_and_off_between_runs(run):
 
 class Parts:
     """Stands in for trainer, reader, saver and log of the loop. Notes what each of them is told."""
+
+    room = True
+    """Whether there is room for a state."""
+
+    trouble: Exception | None = None
+    """What the reader raises instead of a stop."""
 
     def __init__(self, steps: range, batches: int, due: int | None = None):
         """`batches`: how many there are before the stop. `due`: when a state is to be saved."""
@@ -255,6 +277,8 @@ class Parts:
 
     def next(self, _stop: object) -> tuple[int] | None:
         self.batches -= 1
+        if self.batches < 0 and self.trouble:
+            raise self.trouble
         return (self.batches,) if self.batches >= 0 else None
 
     def step(self, batch: int, rate: float, _stop: object) -> int:
@@ -274,11 +298,12 @@ class Parts:
     def is_due(self) -> bool:
         return self.at == self.due
 
-    def save_epoch(self, step: int) -> None:
+    def save_epoch(self, step: int, _stop: object) -> None:
         self.told.append(("epoch", step))
 
-    def save_rolling(self, step: int) -> None:
+    def save_rolling(self, step: int) -> bool:
         self.told.append(("state", step))
+        return self.room
 
 
 def test_the_loop_trains_on_each_batch_once_and_saves_what_is_known_to_be_good():
@@ -291,14 +316,26 @@ def test_the_loop_trains_on_each_batch_once_and_saves_what_is_known_to_be_good()
     ]
 
 
-def test_the_loop_saves_a_stopped_training_before_it_says_so(monkeypatch):
+@pytest.mark.parametrize("room", [True, False])
+def test_the_loop_saves_a_stopped_training_before_it_says_so(room, monkeypatch):
     parts = Parts(range(4, 18), 1)
+    parts.room = room
     monkeypatch.setattr("builtins.print", lambda line: parts.told.append(line))
     assert not train.train(parts, parts, parts, parts, train.Stop())
     *told, said = parts.told
     steps = [("batch", 0, 0.5), ("step", 4, 0.5, 0)]
     assert told == [*steps, "settle", ("state", 5), "say"]
     assert "before epoch 2, batch 1" in said
+    assert said.endswith("continues there" if room else "from the last state that was saved")
+
+
+@pytest.mark.parametrize("trouble", [utils.UserError("another buffer"), OSError(5, "EIO")])
+def test_trouble_with_the_buffer_costs_no_step(trouble):
+    parts = Parts(range(4, 18), 1)
+    parts.trouble = trouble
+    with pytest.raises(type(trouble)):
+        train.train(parts, parts, parts, parts, train.Stop())
+    assert parts.told == [("batch", 0, 0.5), ("step", 4, 0.5, 0), "settle", ("state", 5)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -317,7 +354,7 @@ def test_a_signal_is_an_event_and_a_second_one_ends_training(number):
 def test_a_run_that_begins_from_a_model_takes_its_weights_and_starts_afresh(run, tmp_path, capsys):
     trainer = trainer_of()
     take_step(trainer)
-    saver_of(run, trainer).save_epoch(2)
+    saver_of(run, trainer).save_epoch(2, train.Stop())
     flag = f"--init_from={run.folder / '0'}"
     new_run = train.Run(tmp_path / "new", chief=True)
     same_classes = trainer_of(flag)
@@ -349,9 +386,9 @@ def test_weights_that_are_not_finite_are_not_saved(run, part):
     broken = trainer.network.dense_bias if part == "weights" else trainer.momentum[-1]
     broken.assign(tf.fill(broken.shape, float("nan")))
     saver = saver_of(run, trainer)
-    for save, step in ((saver.save_epoch, 2), (saver.save_rolling, 3)):
+    for save in (lambda: saver.save_epoch(2, train.Stop()), lambda: saver.save_rolling(3)):
         with pytest.raises(utils.UserError, match="no longer finite.*smaller --learning_rate"):
-            save(step)
+            save()
     assert os.listdir(run.folder) == []
 
 
@@ -364,17 +401,17 @@ def test_a_full_disk_while_a_state_is_saved_leaves_the_last_one(run, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saver, "_write_state", full)
-    saver.save_rolling(3)
+    assert not saver.save_rolling(3)
     assert os.listdir(run.folder) == ["state_0_1"]
-    assert "not saved, training continues" in capsys.readouterr().err
+    assert "state_1_1: not saved: " in capsys.readouterr().err
 
 
 def test_states_are_removed_once_something_newer_is_saved(run):
     saver = saver_of(run, trainer_of())
     for step, left in ((1, ["state_0_1"]), (2, ["state_0_1"]), (3, ["state_1_1"])):
-        saver.save_rolling(step)
+        assert saver.save_rolling(step)
         assert os.listdir(run.folder) == left  # none at the end of an epoch, which has its model
-    saver.save_epoch(4)
+    saver.save_epoch(4, train.Stop())
     assert os.listdir(run.folder) == ["1"]
 
 
@@ -386,11 +423,26 @@ def test_a_state_is_due_after_checkpoint_minutes(run):
         assert saver.is_due() == due
 
 
+def test_a_stop_does_not_wait_for_a_full_disk(run, monkeypatch):
+    saver, stop = saver_of(run, trainer_of()), train.Stop()
+    monkeypatch.setattr(saver, "_write_model", lambda *_: os.write(-1, b""))
+    monkeypatch.setattr(stop, "wait", lambda seconds: stop.set())
+    with pytest.raises(utils.UserError, match="cannot be saved"):
+        saver.save_epoch(2, stop)
+    assert stop.is_set() and run.epochs() == []
+
+
 def keep(run: train.Run, evaluated: dict[int, float], epochs: int, *flags: str) -> list[int]:
+    """The epochs left of those in the run, of which some were `evaluated`, with what top-1."""
     for epoch in range(epochs):
-        (run.folder / str(epoch)).mkdir(exist_ok=True)
-    rows = [{"epoch": e, "top1_10crop": "", "top1_centre": top1} for e, top1 in evaluated.items()]
-    utils.write_csv(run.folder / "accuracy.csv", ["epoch", "top1_10crop", "top1_centre"], rows)
+        assets = run.folder / str(epoch) / "assets"
+        assets.mkdir(parents=True, exist_ok=True)
+        (assets / "recipe.json").write_text(f'{{"fingerprint": "model {epoch}"}}')
+    rows = [
+        {"epoch": e, "top1_10crop": "", "top1_centre": top1, "model": f"model {e}"}
+        for e, top1 in evaluated.items()
+    ]
+    utils.write_csv(run.folder / "accuracy.csv", train.ACCURACY_COLUMNS, rows)
     args = arguments(*flags)
     if args.keep_last:
         train.Saver(run, None, SPEC, args)._remove_old_epochs(args.keep_last)
@@ -408,13 +460,39 @@ def test_keep_last_waits_for_a_checker_at_work(run):
     assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 4, 5]
 
 
-@pytest.mark.parametrize("table", ["epoch,thoughts\n0,mine\n", "epoch,top1_centre\n0,high\n"])
-def test_a_table_that_cannot_be_read_removes_nothing_and_training_goes_on(run, capsys, table):
-    keep(run, {}, 6)
-    (run.folder / "accuracy.csv").write_text(table)
+def test_keep_last_does_not_believe_a_row_of_an_earlier_model(run):
+    keep(run, {0: 0.2, 1: 0.9, 2: 0.3}, 6)
+    for epoch in (1, 2):  # trained again
+        (run.folder / f"{epoch}/assets/recipe.json").write_text('{"fingerprint": "new"}')
+    utils.lock(run.folder / ".check_accuracy.lock", "")
     train.Saver(run, None, SPEC, arguments())._remove_old_epochs(2)
-    assert run.epochs() == [0, 1, 2, 3, 4, 5]
-    assert "accuracy.csv: no old epoch is removed" in capsys.readouterr().err
+    assert run.epochs() == [0, 1, 2, 3, 4, 5]  # 0 is now the best that is known
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    ["epoch,thoughts\n0,mine\n", "epoch,top1_10crop,top1_centre,model\n0,,high,model 0\n"],
+)
+def test_a_table_that_cannot_be_read_removes_nothing_and_training_goes_on(run, capsys, trouble):
+    keep(run, {}, 2)
+    (run.folder / "accuracy.csv").write_text(trouble)
+    saver_of(run, trainer_of("--keep_last=1")).save_epoch(6, train.Stop())
+    assert run.epochs() == [0, 1, 2]
+    assert "old models and states may stay" in capsys.readouterr().err
+
+
+def test_what_cannot_be_removed_does_not_end_training(run, capsys, monkeypatch):
+    saver = saver_of(run, trainer_of("--keep_last=1"))
+    keep(run, {}, 2)
+    assert saver.save_rolling(5)
+
+    def fail(_: Path) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(utils, "remove_folder", fail)
+    saver.save_epoch(6, train.Stop())
+    assert run.epochs() == [0, 1, 2]
+    assert capsys.readouterr().err.count("may stay: [Errno 116] Stale file handle") == 2
 
 
 # --- the step -------------------------------------------------------------------------------
@@ -516,19 +594,43 @@ def test_the_gradients_norm_does_not_depend_on_the_loss_scale():
 # --- devices and machines -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("theirs", ["at step 4", "with other weights", None])
-def test_machines_begin_at_the_same_step_with_the_same_weights(monkeypatch, theirs):
-    trainer = trainer_of()
-    checksum = zlib.crc32(b"".join(w.numpy().tobytes() for w in trainer.network.variables))
-    other = {"at step 4": (4, checksum), "with other weights": (5, checksum + 1)}
-    rows = tf.constant([(5, checksum), other.get(theirs, (5, checksum))], tf.int64)
+def together(monkeypatch, *trainers: train.Trainer, steps: tuple[int, ...]) -> None:
+    """`check_agreement` of the first trainer, where each runs on a machine of its own."""
+    rows = []
+    for trainer, step in zip(trainers, steps, strict=True):
+        monkeypatch.setattr(trainer, "gather", lambda own: [rows.append(own) or own])
+        trainer.check_agreement(step)
+    monkeypatch.setattr(trainers[0], "gather", lambda _: rows)
+    trainers[0].check_agreement(steps[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "step", "words"),
+    [
+        ([], {}, 5, None),
+        ([], {}, 4, "at step 4"),
+        ([], {"train__seed": 7}, 5, "with other weights"),
+        (["--learning_rate=0.02"], {}, 5, "with other flags or settings"),
+        (["--batch_size=8"], {}, 5, "with other flags or settings"),
+        ([], {"train__sgd_momentum": 0.8}, 5, "with other flags or settings"),
+        ([], {"l2__l2_penalty": 0.1}, 5, "with other flags or settings"),
+        ([], {"batch_renorm__rmax_max": 2.0}, 5, "with other flags or settings"),
+    ],
+)
+def test_machines_begin_at_the_same_step_with_the_same_weights_and_flags(
+    monkeypatch, flags, settings, step, words
+):
+    trainers = trainer_of(), trainer_of(*flags, **settings)
+    refused = pytest.raises(utils.UserError, match=f"worker 1 of TF_CONFIG would begin {words}")
+    with refused if words else contextlib.nullcontext():
+        together(monkeypatch, *trainers, steps=(5, step))
+
+
+def test_random_batches_are_no_measure_of_several_machines(monkeypatch):
+    trainer = trainer_of("--synthetic")
     monkeypatch.setattr(train, "worker_of_workers", lambda: (0, 2))
-    trainer.strategy = types.SimpleNamespace(
-        run=lambda _: rows, experimental_local_results=lambda values: [values]
-    )
-    refused = pytest.raises(utils.UserError, match=f"worker 1 of TF_CONFIG would begin {theirs}")
-    with refused if theirs else contextlib.nullcontext():
-        trainer.check_agreement(5)
+    with pytest.raises(utils.UserError, match="without TF_CONFIG"):
+        train.measure_speed(trainer)
 
 
 def test_the_chosen_gpus_alone_are_seen_and_their_memory_is_taken_as_needed(monkeypatch):
@@ -583,6 +685,21 @@ def test_steps_trained_again_are_in_the_log_and_among_the_events_once(run):
             )
     text = (run.folder / "training_log.csv").read_bytes()
     assert b"\r" not in text and text.endswith(b"\n")
+
+
+def test_another_batch_size_costs_no_row_of_the_epochs_before(run):
+    """Steps of the old rows are counted in batches of another size."""
+    logged(run, range(0, 18), 6)
+    spec = dataclasses.replace(SPEC, batch_size=2, batches_per_epoch=1)
+    trainer = types.SimpleNamespace(compute_type=tf.float32, args=arguments())
+    with train.Log(run, trainer, spec, range(2, 9), arguments()) as log:  # from epoch 2 on
+        log.add(2, 0.5, values_of(2))
+        log.settle()
+    rows = utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
+    assert [(r["epoch"], r["batch"]) for r in rows] == [
+        *[("0", "0"), ("0", "1"), ("1", "0"), ("1", "1"), ("2", "0")]
+    ]
+    assert max(step for _, step in toolkit.scalars(run.folder / "events" / "training")) == 2
 
 
 def test_a_row_averages_its_steps(run):
@@ -653,11 +770,11 @@ def test_a_table_of_somebody_else_is_not_written_over(run):
 # --- the plan -------------------------------------------------------------------------------
 
 
-def renorm_lines(start: int, capsys, **settings: object) -> str:
+def renorm_lines(start: int, capsys, first: int = 0) -> str:
     config = utils.load_config(toolkit.ROOT / "config.txt").batch_renorm
     config.start_relaxing_rmax = config.start_relaxing_dmax = start
     config.reach_rmax_max = config.reach_dmax_max = start + 100
-    lines = list(train.renorm_plan(config, 50, arguments()))
+    lines = list(train.renorm_plan(config, 50, first, arguments()))
     return " ".join(lines) + capsys.readouterr().err
 
 
@@ -667,12 +784,18 @@ def test_the_plan_says_in_which_epochs_the_limits_are_relaxed_or_warns(capsys):
     assert "warning" not in said
     said = renorm_lines(450, capsys)  # 9 epochs of 50
     assert "warning" in said and "plain batch normalization" in said
+    # After 200 updates of another batch size, which were 4 epochs, now 2: counted from step -100.
+    assert "r_max to 3 in epochs 0.0 to 2.0" in renorm_lines(100, capsys, first=-100)
+    assert "warning" not in renorm_lines(450, capsys, first=-100)
 
 
 def test_a_share_of_pictures_that_does_not_fill_a_batch_is_warned_of(run, capsys):
     trainer = trainer_of()
     list(train.plan(run, trainer, SPEC, range(0, 18), trainer.args))
     assert "leaves out 2 pictures of 10" in capsys.readouterr().err
+    spec = dataclasses.replace(SPEC, N=100, workers=4, batches_per_epoch=6)
+    list(train.plan(run, trainer, spec, range(0, 18), trainer.args))
+    assert "leaves out 4 pictures of 100" in capsys.readouterr().err
     spec = dataclasses.replace(SPEC, N=1001, batches_per_epoch=250)
     list(train.plan(run, trainer, spec, range(0, 18), trainer.args))
     assert "leaves out" not in capsys.readouterr().err
@@ -680,7 +803,7 @@ def test_a_share_of_pictures_that_does_not_fill_a_batch_is_warned_of(run, capsys
 
 def test_models_and_states_remember_their_recipe(run):
     trainer = trainer_of("--label_smoothing=0.1")
-    saver_of(run, trainer).save_epoch(4)
+    saver_of(run, trainer).save_epoch(4, train.Stop())
     state = json.loads((run.folder / "1" / "training_state" / "state.json").read_text())
     assert state["step"] == 4 and state["recipe"]["label_smoothing"] == 0.1
     assert state["mu"] == SPEC.mu
@@ -689,7 +812,7 @@ def test_models_and_states_remember_their_recipe(run):
 def test_weights_are_written_once_per_model(run):
     """The momentum is as large as the weights; nothing else is large."""
     trainer = trainer_of()
-    saver_of(run, trainer).save_epoch(2)
+    saver_of(run, trainer).save_epoch(2, train.Stop())
     weights = sum(4 * v.shape.num_elements() for v in trainer.network.variables)
     size = sum(path.stat().st_size for path in Path(run.folder / "0").rglob("*") if path.is_file())
     assert size < 2.2 * weights + 1e6
