@@ -30,7 +30,6 @@ def main() -> None:
     config = utils.load_config(parser.parse().config)
     pictures = validation_pictures(config)
     folder = utils.make_folder(config.preprocess.path_to_save / "val")
-    utils.lock(folder / LOCK, f"{folder}: in use by check_accuracy.py or preprocess_val.py")
     jobs = missing(pictures, folder)
     needed = len(jobs) * CROP_FILE_BYTES
     print(
@@ -57,7 +56,7 @@ LISTING = "pictures.txt"
 
 
 def missing(pictures: Pictures, folder: Path) -> list[int]:
-    """Indices of the pictures whose crops are still to be cut.
+    """Indices of the pictures whose crops are still to be cut. Locks the folder.
 
     Removes the crops if the dataset has changed, and half-written files of killed processes. Raises
     UserError if the folder has the crops of another dataset, or files with these names that the
@@ -66,6 +65,7 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
     listing = folder / LISTING
     old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
     check_own(folder, [*old, utils.CLASS_NAMES, LISTING])
+    utils.lock(folder / LOCK, f"{folder}: in use by check_accuracy.py or preprocess_val.py")
     utils.remove_leftovers(folder)
     lines = [f"{_size(pictures.path(i))} {path!r}\n" for i, path in enumerate(pictures.paths)]
     before = listing.read_bytes().decode(errors="replace") if listing.is_file() else ""

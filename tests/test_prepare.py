@@ -697,6 +697,7 @@ def test_the_crops_need_room(settings, mixed, tmp_path, monkeypatch):
         in_process(preprocess_val, monkeypatch, settings)
     folder = tmp_path / "preprocessed/val"
     assert not list(folder.glob("*.npy"))
+    utils.remove_lock(folder / ".preprocess_val.lock")  # as when the process ends
     monkeypatch.setattr(shutil, "disk_usage", disk_with(needed))
     in_process(preprocess_val, monkeypatch, settings)
     assert_crops_are_right(folder, mixed)
