@@ -59,10 +59,11 @@ def main() -> None:
     for epoch in wanted_epochs(args):
         rows = read_table(table)
         if not (row := current_row(rows, run / str(epoch), crops)):
-            if not wait_for(run / str(epoch)):
-                if is_passed(run / str(epoch)):
-                    continue
+            exists = wait_for(run / str(epoch))
+            if exists is None:
                 break
+            if not exists:
+                continue
             try:
                 row = evaluate(run / str(epoch), crops, args.pictures)
             except UserError as error:
@@ -75,7 +76,7 @@ def main() -> None:
         print(describe(row))
     if rows := read_table(table):
         show(run, rows)
-        print(f"the results are in {table}, drawn in {run / 'accuracy.png'}")
+        print(f"the results are in {table}")
     if left_out:
         raise UserError(
             f"{utils.plural(left_out, 'epoch')} could not be evaluated; see the warnings above"
@@ -136,20 +137,21 @@ def wait_for_run(run: Path, seconds: float = 30.0) -> None:
         time.sleep(0.5)
 
 
-def wait_for(folder: Path) -> bool:
-    """Waits for a model and says so. Returns False, and says why, if there will be none: it was
-    removed, or training has ended, after the last epoch it was asked for. A model's folder is
-    complete as soon as it exists.
+def wait_for(folder: Path) -> bool | None:
+    """Waits for a model and says so. A model's folder is complete as soon as it exists.
+
+    Returns False if it was removed, and None if training has ended before it, after the last epoch
+    that it was asked for.
     """
     said, say_again = None, 0.0
     while not os.path.isdir(folder):  # False if the storage fails for a moment
         training = utils.is_locked(folder.parent / TRAINER_LOCK)
         if is_passed(folder):
-            print(f"{folder} was removed; epoch {folder.name} is left out")
+            print(f"{folder} does not exist, but later ones do; epoch {folder.name} is left out")
             return False
         if not training and not os.path.isdir(folder) and has_ended_before(folder):
             print(f"training ended before epoch {folder.name}; there will be no more models")
-            return False
+            return None
         if training != said or time.monotonic() > say_again:
             work = "train.py is training this run" if training else "no train.py is running for it"
             print(f"waiting for {folder}; {work}")
@@ -160,8 +162,8 @@ def wait_for(folder: Path) -> bool:
 
 def is_passed(folder: Path) -> bool:
     """Whether a model does not exist, but a later one does. So it was removed (--keep_last)."""
-    later = any(epoch > int(folder.name) for epoch in epochs_in(folder.parent))
-    return later and not os.path.isdir(folder)
+    epochs, number = epochs_in(folder.parent), int(folder.name)
+    return number not in epochs and max(epochs, default=-1) > number
 
 
 def has_ended_before(folder: Path) -> bool:
@@ -245,12 +247,14 @@ def fingerprint(folder: Path) -> str:
 def current_row(rows: list[SimpleNamespace], folder: Path, crops: Crops) -> SimpleNamespace | None:
     """The row of a model, if it need not or cannot be evaluated again."""
     for row in (row for row in rows if row.epoch == int(folder.name)):
+        enough = crops.count == 1 or row.top1_10crop is not None
+        same_crops = enough and row.crops == crops.fingerprint
         training = utils.is_locked(folder.parent / TRAINER_LOCK)
         if is_passed(folder) or not (training or folder.is_dir()):
-            return row  # the model was removed
-        enough = crops.count == 1 or row.top1_10crop is not None
-        same_model = folder.is_dir() and row.model == fingerprint(folder)
-        if row.crops == crops.fingerprint and enough and same_model:
+            if not same_crops:
+                print(f"epoch {folder.name}, whose model is gone, keeps its row of other crops")
+            return row
+        if same_crops and folder.is_dir() and row.model == fingerprint(folder):
             return row
         print(f"epoch {folder.name} is evaluated again: other pictures, crops or weights")
     return None

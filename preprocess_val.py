@@ -8,6 +8,7 @@ mirror image. It also writes `<path_to_save>/val/y.npy`, int64 [N]: the labels, 
 that cannot be decoded. If started again, it continues where it stopped.
 """
 
+import contextlib
 import os
 import re
 import zlib
@@ -56,7 +57,7 @@ LISTING = "pictures.txt"
 
 
 def missing(pictures: Pictures, folder: Path) -> list[int]:
-    """Indices of the pictures whose crops are still to be cut. Locks the folder.
+    """Indices of the pictures whose crops are still to be cut. Locks the folder if there are any.
 
     Removes the crops if the dataset has changed, and half-written files of killed processes. Raises
     UserError if the folder has the crops of another dataset, or files with these names that the
@@ -65,20 +66,32 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
     listing = folder / LISTING
     old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
     check_own(folder, [*old, utils.CLASS_NAMES, LISTING])
-    utils.lock(folder / LOCK, f"{folder}: in use by check_accuracy.py or preprocess_val.py")
     utils.remove_leftovers(folder)
     lines = [f"{_size(pictures.path(i))} {path!r}\n" for i, path in enumerate(pictures.paths)]
     before = listing.read_bytes().decode(errors="replace") if listing.is_file() else ""
-    if before != "".join(lines):
+    with os.scandir(folder) as entries:
+        done = {entry.name for entry in entries if entry.stat().st_size == CROP_FILE_BYTES}
+    if changed := before != "".join(lines):
+        done = set()
+    jobs = [index for index in range(len(pictures)) if f"X10_{index}.npy" not in done]
+    if jobs:
+        hold(
+            folder, f"{folder}: check_accuracy.py or preprocess_val.py uses it; wait until it ends"
+        )
+    if changed:
         if old:
             check_same_dataset(folder, before.splitlines(), lines)
             print(f"{folder}: removing {plural(len(old), 'file')} made from other pictures")
         for name in old:
             (folder / name).unlink()
         utils.write_text(listing, "".join(lines))
-    with os.scandir(folder) as entries:
-        done = {entry.name for entry in entries if entry.stat().st_size == CROP_FILE_BYTES}
-    return [index for index in range(len(pictures)) if f"X10_{index}.npy" not in done]
+    return jobs
+
+
+def hold(folder: Path, refusal: str, shared: bool = False) -> None:
+    """Locks the folder's crops, if its file system supports locks."""
+    with contextlib.suppress(utils.NoLocks):
+        utils.lock(folder / LOCK, refusal, shared)
 
 
 def check_own(folder: Path, names: list[str]) -> None:
@@ -97,8 +110,12 @@ def check_own(folder: Path, names: list[str]) -> None:
 
 
 def check_same_dataset(folder: Path, before: list[str], now: list[str]) -> None:
-    """Raises UserError if none of the pictures listed before is listed now."""
-    names = [{line.strip().partition(" ")[2] for line in lines} for lines in (before, now)]
+    """Raises UserError if none of the pictures listed before is listed now, in any folder."""
+
+    def name(line: str) -> str:
+        return line.partition(" ")[2].strip("'\"\n").split("/")[-1]
+
+    names = [{name(line) for line in lines} for lines in (before, now)]
     if not names[0] & names[1]:
         raise UserError(
             f"{folder} holds the crops of another dataset, such as those of {min(names[0])}; give "
@@ -159,7 +176,7 @@ class Crops:
         self.folder, self.count = folder, count
         file = folder / "y.npy"
         if (folder / LOCK).exists():
-            utils.lock(folder / LOCK, f"{folder}: preprocess_val.py is at work on it", shared=True)
+            hold(folder, f"{folder}: preprocess_val.py is at work; wait until it ends", shared=True)
         try:
             with open(file, "rb") as content:
                 self.labels = np.lib.format.read_array(content, allow_pickle=False)

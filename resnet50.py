@@ -304,7 +304,10 @@ def explained_loading(folder: Path) -> Iterator[None]:
 
 def epochs_in(run: Path) -> list[int]:
     """Epochs that have a model in a run's folder, oldest first."""
-    names = utils.patiently(os.listdir, run) if os.path.isdir(run) else []
+    try:
+        names = utils.patiently(os.listdir, run)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
 
 

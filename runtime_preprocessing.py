@@ -709,9 +709,9 @@ LOOK_AGAIN = 1.0
 batches takes 6 ms."""
 
 
-def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
+def keep_full(buffer: Buffer, threads: int, sleep_time: float, quiet: bool = False) -> int:
     """Keeps the buffer full until training has passed the last epoch. Returns the number of batches
-    made.
+    made. If `quiet`, it does not print what it makes.
 
     It always makes the missing batch that training needs first, whatever happens to the progress
     file or the folder.
@@ -735,7 +735,7 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float) -> int:
                     stock.under_way.add(step)
                     workers.submit(step)
                 filling = bool(stock.under_way)
-                if diary.is_due(filling):
+                if not quiet and (not filling or diary.is_due()):
                     ready = plural(len(stock.ready.intersection(window)), "batch")
                     diary.tell(f"{buffer.spec.position(first)}: {ready}")
             for step, done in workers.results(min(POLL, sleep_time)):
@@ -818,25 +818,25 @@ class Diary:
     def __init__(self, batch_size: int, pause: float):
         """`pause`: minimum number of seconds between two lines."""
         self.batch_size, self.pause = batch_size, pause
-        self.made = self._said = 0
-        self._seconds = self._say_at = 0.0
+        self.made = self._told = 0
+        self._seconds, self._told_at = 0.0, -math.inf
 
     def begin(self) -> None:
-        self._began = self._since = time.monotonic()
+        self._since = time.monotonic()
 
-    def is_due(self, filling: bool) -> bool:
-        """Whether it is time for a line. `filling`: whether the buffer is not full yet."""
-        now = time.monotonic()
-        self._seconds, self._since = self._seconds + now - self._since, now
-        return now >= (max(self._say_at, self._began) + SAY_FILLING if filling else self._say_at)
+    def is_due(self) -> bool:
+        """Whether it is time for a line although the buffer is not full yet."""
+        last = max(self._since, self._told_at)
+        return time.monotonic() >= last + max(self.pause, SAY_FILLING)
 
     def tell(self, what: str) -> None:
         """`what`: where training is, and how many batches are ready."""
-        new = self.made - self._said
-        rate = new * self.batch_size / max(self._seconds, 1e-9)
-        print(f"{what} ready ahead of training, {new:,} just made at {rate:,.0f} pictures/s")
-        self._said, self._seconds = self.made, 0.0
-        self._say_at = time.monotonic() + self.pause
+        now, new = time.monotonic(), self.made - self._told
+        self._seconds, self._since = self._seconds + now - self._since, now
+        if new and now >= self._told_at + self.pause:
+            rate = new * self.batch_size / max(self._seconds, 1e-9)
+            print(f"{what} ready ahead of training, {new:,} just made at {rate:,.0f} pictures/s")
+            self._told, self._seconds, self._told_at = self.made, 0.0, now
 
 
 FORK = sys.platform == "linux"
@@ -963,14 +963,14 @@ def take_buffer(config: SimpleNamespace) -> Path:
 
 
 def end_preprocessing(folder: Path, epoch_end: int) -> None:
-    """Releases the buffer and tells runtime_preprocessing.py that training has passed its last
-    epoch.
+    """Tells runtime_preprocessing.py that training has passed its last epoch, and releases the
+    buffer.
     """
-    utils.remove_lock(folder / TRAINER_LOCK)
     if spec := BatchSpec.read(folder):
         for path in spec.files(folder, spec.step(epoch_end) - 1):
             path.unlink(missing_ok=True)  # makes room, in case there is none
         write_progress(folder, spec, spec.step(epoch_end))
+    utils.remove_lock(folder / TRAINER_LOCK)
 
 
 def check_spec(spec: BatchSpec, config: SimpleNamespace, batch_size: int, folder: Path) -> None:
@@ -1069,11 +1069,13 @@ class BatchReader:
     def next(self, stop: threading.Event) -> object:
         """Returns what `put` returned for the next batch, or None if `stop` is set while waiting.
 
-        Of several machines none stops waiting, since all must take the same steps. Raises UserError
-        or OSError.
+        Several machines must take the same steps, so each waits as long as its preprocessor is at
+        work. Raises UserError or OSError.
         """
         batch, alone = self._ahead[0], self.spec.workers == 1
-        while not batch.done() and not (alone and stop.is_set()):
+        while not batch.done():
+            if stop.is_set() and (alone or not utils.is_locked(self.folder / LOCK)):
+                break
             wait([batch], timeout=0.1)
         if not batch.done():
             return None
@@ -1218,7 +1220,8 @@ def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
     # The system caches files, so every benchmark and every number of threads reads new pictures.
     step = recipe.spec.step(random.randrange(1000, 1_000_000))
     while threads <= most or rates[threads // 2] > 1.1 * rates[threads // 4]:
-        rates[threads], step = measure(recipe, folder, threads, step, seconds)
+        rates[threads], made = measure(recipe, folder, threads, step, seconds)
+        step += made + 3 * threads  # beyond every batch that was begun
         print(
             f"{plural(threads, 'thread'):>10} {rates[threads]:8,.0f} pictures/s "
             f"{rates[threads] / threads:8,.0f} per thread   x{rates[threads] / rates[1]:.2f}"
@@ -1234,15 +1237,15 @@ def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
 def measure(
     recipe: Recipe, folder: Path, threads: int, step: int, seconds: float
 ) -> tuple[float, int]:
-    """Makes batches from `step` on. Returns pictures per second and the step reached."""
+    """Makes batches from `step` on. Returns pictures per second and the number of batches made."""
     aside = utils.aside_name(folder / "benchmark")
     aside.mkdir()
     try:
         buffer = TakenBuffer(aside, recipe, threads, step, seconds)
-        keep_full(buffer, threads, POLL)
+        made = keep_full(buffer, threads, POLL, quiet=True)
     finally:
         shutil.rmtree(aside)
-    return buffer.rate, buffer.first + buffer.size
+    return buffer.rate, made
 
 
 class TakenBuffer(Buffer):

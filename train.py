@@ -85,7 +85,7 @@ def main() -> None:
     spec = wait_for_buffer(config, args)  # what the batches are made of
     trainer = Trainer(strategy, config, spec.classes, args)
     steps = range(restore(run, trainer, spec, args), spec.step(args.epoch_end))
-    trainer.check_agreement(steps.start)
+    trainer.check_agreement(steps.start, spec)
     saver = Saver(run, trainer, spec, args)
     log = Log(run, trainer, spec, steps, args)
     for line in plan(run, trainer, spec, steps, args):
@@ -96,7 +96,7 @@ def main() -> None:
     if not finished:
         sys.exit(128 + stop.number)
     # Only after the last model is saved: a kill before that makes training need the batches again.
-    trainer.gather([0])  # when the chief has saved it
+    trainer.gather([0])  # wait until the chief has saved it
     end_preprocessing(reader.folder, args.epoch_end)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
@@ -346,28 +346,30 @@ class Trainer:
         self.good_updates.assign(tf.where(good >= 2000, tf.zeros_like(good), good))
         return finite
 
-    def check_agreement(self, step: int) -> None:
-        """Raises UserError unless all machines begin at the same step, with the same weights and
-        the same flags and settings.
+    def check_agreement(self, step: int, spec: BatchSpec) -> None:
+        """Raises UserError unless all machines begin at the same step, with the same pictures,
+        flags, settings and weights.
         """
-        config, args = self.config, self.args
-        flags = [recipe_of(args), args.batch_size, config.l2, config.batch_renorm]
-        own = [
-            step,
-            zlib.crc32(repr([*flags, config.train.sgd_momentum]).encode()),
-            zlib.crc32(b"".join(w.numpy().tobytes() for w in self.network.variables)),
-        ]
-        for other, row in enumerate(self.gather(own)):
-            if row == own:
-                continue
-            what = "with other weights" if row[1] == own[1] else "with other flags or settings"
-            if row[0] != step:
-                what = f"at step {row[0]}"
-            raise UserError(
-                f"worker {other} of TF_CONFIG would begin {what}, worker {worker_of_workers()[0]} "
-                f"at step {step}; give all machines the same command line, the same config file "
-                f"and the same [train] path_for_saving (a shared folder)"
-            )
+        config = self.config
+        pictures = [getattr(spec, name) for name in (*FACTS, "class_names")]
+        settings = [config.l2, config.batch_renorm, config.train.sgd_momentum]
+        own = {
+            "at another step": step,
+            "with other pictures": zlib.crc32(repr(pictures).encode()),
+            "with other flags": zlib.crc32(repr(recipe_of(self.args)).encode()),
+            "with other settings": zlib.crc32(repr(settings).encode()),
+            "with other weights": zlib.crc32(
+                b"".join(weight.numpy().tobytes() for weight in self.network.variables)
+            ),
+        }
+        for other, row in enumerate(self.gather(list(own.values()))):
+            for what, theirs in zip(own, row, strict=True):
+                if theirs != own[what]:
+                    raise UserError(
+                        f"worker {other} of TF_CONFIG would begin {what} than this one; give all "
+                        f"machines the same command line, config file and pictures, and the same "
+                        f"[train] path_for_saving (a shared folder)"
+                    )
 
     def gather(self, own: list[int]) -> list[list[int]]:
         """Every machine's numbers. Each machine waits here for all others."""
@@ -407,8 +409,6 @@ METRICS = (
 
 def measure_speed(trainer: Trainer, seconds: float = 20.0) -> None:
     """Trains on random batches and prints images per second: what the hardware can do."""
-    if worker_of_workers()[1] > 1:
-        raise UserError("--synthetic measures one machine; run it without TF_CONFIG")
     size, generator = trainer.args.batch_size, np.random.default_rng(0)
     images = generator.standard_normal((size, CROP, CROP, 3), np.float32).astype(np.float16)
     batch = trainer.put(images, generator.integers(0, 1000, size).astype(np.int32))
@@ -467,6 +467,8 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(
             f"--warmup_epochs={args.warmup_epochs:g} must be less than --epoch_end={args.epoch_end}"
         )
+    if args.synthetic and worker_of_workers()[1] > 1:
+        raise UserError("--synthetic measures one machine; run it without TF_CONFIG")
     if args.init_from and args.epoch_start:
         raise UserError("--init_from begins a new run, so it needs --epoch_start=0")
     return args
@@ -522,7 +524,7 @@ def plan(
             f"batch; a smaller --batch_size leaves out fewer"
         )
     yield "the first step takes longest, because TensorFlow builds the network's graph"
-    first = steps.start - int(trainer.updates)  # not 0 if the batch size has changed
+    first = steps.start - int(trainer.updates.numpy())  # not 0 if the batch size has changed
     yield from renorm_plan(trainer.config.batch_renorm, per_epoch, first, args)
     if run.chief:
         yield disk_plan(run.folder, trainer, args.epoch_end - steps.start // per_epoch)
@@ -538,8 +540,8 @@ def renorm_plan(
     last = args.epoch_end * per_epoch - 1 - first
     if min(settings.start_relaxing_rmax, settings.start_relaxing_dmax) > last:
         utils.warn(
-            f"[batch_renorm] start_relaxing_rmax and start_relaxing_dmax are after the last step, "
-            f"{last}: this run is plain batch normalization"
+            f"[batch_renorm] start_relaxing_rmax and start_relaxing_dmax are after the last "
+            f"update, {last}: this run is plain batch normalization"
         )
         return
 
@@ -798,8 +800,12 @@ def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> 
         utils.warn(f"{folder} was trained from another set of resized copies; using the new one")
     say_changes(saved.get("recipe", {}), recipe_of(trainer.args))
     weights = state / "weights" if exact else folder / "variables" / "variables"
-    for file in {*state.glob("*"), *weights.parent.glob("*")}:
-        utils.read_file(file)  # storage that fails must not pass for a broken state
+    try:
+        for file in (*state.glob("*"), *weights.parent.glob("*")):
+            if file.is_file():
+                utils.read_file(file)  # storage that fails must not pass for a broken state
+    except UserError as error:
+        raise UserError(f"{error}, or move {folder} away to use an earlier state") from None
     try:
         network = tf.train.Checkpoint(network=trainer.network)
         network.read(str(weights)).assert_existing_objects_matched()
@@ -858,7 +864,7 @@ class Saver:
 
     def save_epoch(self, step: int, stop: Stop, tries: int = 5, pause: float = 60.0) -> None:
         """Saves the model and the state of the epoch that ends before `step`. Raises UserError
-        after `tries` failures. On `stop` it does not pause between them.
+        after `tries` failures. After `stop` the pauses between them are short.
         """
         if not self.run.chief:
             return
@@ -873,10 +879,9 @@ class Saver:
             except (OSError, tf.errors.OpError) as error:
                 if attempt == tries:
                     raise UserError(f"{folder}: cannot be saved: {brief(error)}") from None
-                utils.warn(
-                    f"{folder}: cannot be saved yet: {brief(error)}; trying again in {pause:.0f} s"
-                )
-                stop.wait(pause)
+                utils.warn(f"{folder}: cannot be saved yet: {brief(error)}; trying again")
+                if stop.wait(pause):
+                    time.sleep(pause / 30)
         self._last = time.monotonic()
         self._remove_rolling()
         print(f"saved {folder}")

@@ -94,6 +94,10 @@ class UserError(Exception):
     """A user's mistake or a broken input. The message names the thing and says what to do."""
 
 
+class NoLocks(UserError):
+    """The file system does not support locks."""
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a script. Reports a `UserError` in one line on stderr and exits with status 2.
 
@@ -780,8 +784,7 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
     """Locks a file until the process ends. Creates the file if it is missing.
 
     Several processes can hold the lock if all of them pass `shared`. Then the file must exist and
-    be readable. Raises UserError: with `refusal` if another process holds the lock, or with the
-    reason if the file system does not support locks.
+    be readable. Raises UserError with `refusal` if another process holds the lock, or NoLocks.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
@@ -794,7 +797,7 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            raise UserError(
+            raise NoLocks(
                 f"{path}: this file system does not support locks ({error.strerror}); put "
                 f"{path.parent} on one that does: a local disk, a RAM disk, or NFS with its lock "
                 f"service"

@@ -524,7 +524,7 @@ def readonly_models(tries: int = 1) -> tuple[int, int]:
         while pair[1].poll() is None:
             with disk.readonly():
                 time.sleep(0.6)
-            time.sleep(1.0)
+            time.sleep(8.0)  # longer than a model takes to be saved
         tried += disk.faults
         lost += trainings().lost(name, *pair)
     return tried, lost

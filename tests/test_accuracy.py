@@ -1,6 +1,7 @@
 """check_accuracy.py with models made here, whose answers are known; its charts."""
 
 import csv
+import errno
 import json
 import shutil
 import subprocess
@@ -141,6 +142,20 @@ def test_corrected_labels_or_replaced_pictures_are_evaluated_again(prepared):
     assert check_accuracy.current_row([row], run / "0", Crops(folder, 0)) is None
 
 
+def test_an_epoch_that_is_evaluated_again_has_one_row(prepared):
+    config, folder, run, labels = prepared
+    for epoch in range(2):
+        save_model(run / str(epoch), epoch)
+    command = ["check_accuracy.py", config, *SPAN, "--epoch_end=2"]
+    assert toolkit.run(*command).returncode == 0
+    before = rows(run)
+    labels[[0, 1, 2, 4]] = labels[[4, 2, 0, 1]]
+    np.save(folder / "y.npy", labels)
+    assert toolkit.run(*command).returncode == 0
+    assert [row["epoch"] for row in rows(run)] == ["0", "1"]
+    assert all(one["crops"] != other["crops"] for one, other in zip(before, rows(run), strict=True))
+
+
 def test_a_model_that_was_removed_is_not_waited_for(prepared, capsys):
     """As --keep_last does before a checker starts, or after one that saw only the centre crop."""
     config, _, run, _ = prepared
@@ -156,7 +171,8 @@ def test_a_model_that_was_removed_is_not_waited_for(prepared, capsys):
     result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=3", timeout=60)
     utils.remove_lock(run / ".train.lock")
     assert result.returncode == 0, result.stderr
-    assert f"{run / '1'} was removed; epoch 1 is left out" in result.stdout
+    assert f"{run / '1'} does not exist, but later ones do" in result.stdout
+    assert "epoch 0, whose model is gone, keeps its row of other crops" in result.stdout
     assert [(row["epoch"], row["top1_10crop"] == "") for row in rows(run)] == [
         *[("0", True), ("2", False)]
     ]
@@ -189,13 +205,38 @@ def test_the_crops_stay_as_they_are_while_a_checker_uses_them(tmp_path, toy):
     folder = tmp_path / "preprocessed/val"
     assert toolkit.run("preprocess_val.py", config).returncode == 0
     Crops(folder, 0)
+    assert toolkit.run("preprocess_val.py", config).returncode == 0  # nothing to do
+    (folder / "X10_0.npy").unlink()
     result = toolkit.run("preprocess_val.py", config)
-    toolkit.assert_one_line_error(result, "preprocess_val.py", "in use by check_accuracy.py")
+    toolkit.assert_one_line_error(result, "preprocess_val.py", "check_accuracy.py", "wait until")
     utils.remove_lock(folder / ".preprocess_val.lock")
     utils.lock(folder / ".preprocess_val.lock", "")
     with pytest.raises(utils.UserError, match="preprocess_val.py is at work"):
         Crops(folder, 0)
     utils.remove_lock(folder / ".preprocess_val.lock")
+
+
+def test_storage_without_locks_can_hold_crops(prepared, monkeypatch):
+    _, folder, _, _ = prepared
+    (folder / ".preprocess_val.lock").touch()
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(utils.fcntl, "flock", unsupported)
+    assert len(Crops(folder, 0)) == 19
+
+
+def test_a_model_that_fails_is_left_out(prepared, monkeypatch):
+    _, folder, run, _ = prepared
+    save_model(run / "0", 0)
+
+    def fails(**_: object) -> None:
+        raise tf.errors.InternalError(None, None, "the device fails")
+
+    monkeypatch.setattr(check_accuracy, "load_model", lambda _: (fails, CLASSES))
+    with pytest.raises(utils.UserError, match="run/0: cannot be evaluated: the device fails"):
+        check_accuracy.evaluate(run / "0", Crops(folder, 0), 6)
 
 
 def test_a_model_that_names_its_weights_is_told_by_them(prepared):
@@ -274,7 +315,7 @@ def test_waiting_says_whether_training_is_at_work_and_ends_with_it(tmp_path, mon
 
     utils.lock(run / ".train.lock", "")
     monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
-    assert not check_accuracy.wait_for(run / "2")
+    assert check_accuracy.wait_for(run / "2") is None
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3
     assert "train.py is training this run" in said[0] and "no train.py is running" in said[1]
@@ -353,6 +394,39 @@ def test_another_number_of_crops_than_n_is_told_both_numbers(prepared):
     assert len(Crops(folder, len(labels)).labels) == 20
     with pytest.raises(utils.UserError, match=r"\[preprocess\] N is 21, .* 20 pictures"):
         Crops(folder, 21)
+
+
+def test_the_command_compares_n(prepared):
+    config, _, run, _ = prepared
+    text = config.read_text()
+    config.write_text(text.replace("N = 0", "N = 21", 1))
+    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
+    toolkit.assert_one_line_error(result, "check_accuracy.py", "N is 21", "20 pictures")
+
+
+def test_each_accuracy_is_said_by_its_own_name():
+    said = check_accuracy.describe(table_row(3, 0.11, 0.22, 0.33, 0.44, loss=5.5))
+    assert said == (
+        "epoch 3: 10 crops top-1 11.00%, top-5 22.00%; centre crop top-1 33.00%, top-5 44.00%, "
+        "loss 5.500"
+    )
+
+
+def test_on_the_cpu_the_checker_is_the_more_polite_process(monkeypatch):
+    told = []
+    monkeypatch.setattr(utils, "choose_gpus", lambda wanted, required: [])
+    monkeypatch.setattr(check_accuracy.os, "nice", told.append)
+    assert check_accuracy.open_device(None) == "the CPU, at low priority"
+    assert told == [10]
+
+
+def test_the_chart_names_the_best_epoch(tmp_path, monkeypatch):
+    notes = {}
+    curve = lambda self, points, colour, name, said: notes.update({name: said})  # noqa: E731
+    monkeypatch.setattr(check_accuracy.Chart, "curve", curve)
+    rows = [table_row(e, top1, 1, top1, 1) for e, top1 in enumerate([0.2, 0.8, 0.6])]
+    check_accuracy.draw_accuracy(rows, [], tmp_path / "chart.png")
+    assert notes["top-1, 10 crops"] == ["last 60.00%", "best 80.00% (epoch 1)"]
 
 
 def test_gpu_1_is_the_default_because_gpu_0_trains(monkeypatch):

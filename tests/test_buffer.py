@@ -39,6 +39,7 @@ from runtime_preprocessing import (
     BatchSpec,
     Buffer,
     Recipe,
+    Workers,
     check_spec,
     end_preprocessing,
     keep_full,
@@ -207,6 +208,17 @@ def test_nothing_is_made_while_80_percent_lie_ahead(tmp_path, toy, ram):
         wait_until(settled(ram, range(3, 13)), process, "buffer full again")
 
 
+def test_the_closing_line_counts_broken_pictures(tmp_path, toy, ram):
+    dataset = shutil.copytree(toy, tmp_path / "data")
+    (dataset / "train/stars/stars_3.JPEG").write_bytes(b"this is no picture")
+    config = toolkit.write_config(tmp_path, dataset, ram)
+    with preprocessor(config, *span(0, 1)) as process:
+        wait_until(settled(ram, range(10)), process, "buffer full")
+        progress(ram, 10)
+        assert finish(process) == 0
+    assert "1 could not be decoded" in said(config).splitlines()[-1]
+
+
 def test_starts_where_epoch_start_says(tmp_path, toy, ram):
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
     with preprocessor(config, *span(7, 9)) as process:
@@ -333,10 +345,15 @@ def test_a_buffer_that_never_gets_full_says_what_it_makes(config, ram, monkeypat
         return make(step)
 
     monkeypatch.setattr(buffer, "make", make_slowly)
+    pauses, results = [], Workers.results
+    monkeypatch.setattr(
+        Workers, "results", lambda self, pause: (pauses.append(pause), results(self, pause))[1]
+    )
     keep_full(buffer, 1, 0.1)
+    assert max(pauses) < 0.05  # the progress is looked at every moment
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 3
-    assert all(re.search(r"\d ready|batch(es)? ready ahead of training, \d", li) for li in lines)
+    assert all(re.search(r"batch(es)? ready ahead of training, [1-9]", line) for line in lines)
 
 
 def test_a_batch_that_training_removed_is_made_again_at_once(tmp_path, toy, ram):
@@ -581,6 +598,14 @@ def test_every_field_but_the_epochs_makes_another_buffer(config):
     for each in dataclasses.fields(spec):
         other = dataclasses.replace(spec, **{each.name: "other"})
         assert (other == spec) == (each.name == "epochs"), each.name
+
+
+def test_what_a_killed_preprocessor_left_is_removed_at_the_next_start(config, ram):
+    left = ram / f".X_0_0.npy.aside-{'0' * 16}"
+    left.write_bytes(b"half")
+    left.with_name(left.name + ".lock").touch()
+    Buffer(ram, recipe_of(config, epochs=[0, 2]), 3).claim()
+    assert not left.exists()
 
 
 def test_batches_without_buffer_json_are_of_another_making(tmp_path, toy, ram):
@@ -1069,6 +1094,13 @@ def test_training_as_another_worker_is_told_both_values(config, ram, monkeypatch
         check_spec(BatchSpec.read(ram), utils.load_config(config), 4, ram)
 
 
+def test_the_chief_is_told_of_a_preprocessor_without_tf_config(config, ram, monkeypatch):
+    stock(config, ram, 0)
+    monkeypatch.setenv("TF_CONFIG", tf_config("worker", 0, worker=["a:1", "b:1"]))
+    with pytest.raises(utils.UserError, match="with workers = 1, this training has workers = 2"):
+        check_spec(BatchSpec.read(ram), utils.load_config(config), 4, ram)
+
+
 def test_the_chief_is_worker_0(monkeypatch):
     cluster = {"chief": ["a:1"], "worker": ["b:1", "c:1"]}
     for task, expected in ((("chief", 0), 0), (("worker", 0), 1), (("worker", 1), 2)):
@@ -1085,6 +1117,9 @@ def test_the_chief_is_worker_0(monkeypatch):
 def test_a_buffer_that_becomes_another_stops_training(config, ram):
     buffer = stock(config, ram, 1)
     with reading(buffer) as reader:
+        assert next_batch(reader) is not None
+        dataclasses.replace(buffer.spec, epochs=[0, 9]).write(ram)  # as a message advises
+        buffer.make(1)
         assert next_batch(reader) is not None
         dataclasses.replace(buffer.spec, class_names=["cats"] * 4).write(ram)
         with pytest.raises(utils.UserError, match="class_names of its batches changed"):

@@ -502,6 +502,14 @@ def test_rows_with_too_few_or_too_many_cells_are_left_out(tmp_path):
     assert rows == [{"a": "1", "b": "2"}, {"a": "7", "b": "8"}]
 
 
+def test_a_table_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    told, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (told.append("sync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (told.append("name"), replace(*names)))
+    utils.write_csv(tmp_path / "table.csv", ["a"], [{"a": 1}])
+    assert told[:2] == ["sync", "name"]
+
+
 def test_a_table_that_a_power_failure_left_is_one_line(tmp_path):
     (tmp_path / "table.csv").write_bytes(b"a,b\n" + b"\0" * 200_000)
     with pytest.raises(utils.UserError, match="table.csv: .*move the file away"):
@@ -620,6 +628,16 @@ def test_results_come_in_the_order_of_the_items():
         return item
 
     assert list(utils.map_in_order(work, range(30), 3)) == list(range(30))
+
+
+def test_only_a_few_results_are_held_at_a_time():
+    """The crops of ImageNet's validation pictures take 75 GB."""
+    begun = []
+    results = utils.map_in_order(begun.append, range(1000), 2)
+    for _ in range(10):
+        next(results)
+    assert len(begun) < 40
+    results.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")

@@ -5,6 +5,7 @@ python3 -m pytest tests/test_model.py
 
 import io
 import json
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -397,6 +398,15 @@ def seen(line: str) -> list[tuple[float, str]]:
     """Percentages and names of "cat.jpg: 93.1% tabby, 4.0% tiger cat"."""
     parts = [part.split("% ", 1) for part in line.partition(": ")[2].split(", ")]
     return [(float(share), name) for share, name in parts]
+
+
+def test_a_prediction_leaves_the_gpu_to_training(model, tmp_path, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda *chosen: told.append(chosen))
+    (tmp_path / "some.jpg").write_bytes(PICTURES["jpeg"])
+    monkeypatch.setattr(sys, "argv", ["resnet50.py", str(model), str(tmp_path / "some.jpg")])
+    resnet50.main()
+    assert told == [([], "GPU")] and "%" in capsys.readouterr().out
 
 
 def test_a_picture_gets_a_line_of_its_five_best_classes(model, tmp_path):

@@ -921,6 +921,18 @@ def test_preview_shows_the_batch(tmp_path, config, batch_size, shown):
     assert found == sorted(found)
 
 
+def test_preview_names_each_picture_by_its_label(tmp_path, config, monkeypatch):
+    recipe, names, shortened = recipe_of(config, 12), [], runtime_preprocessing.shortened
+    monkeypatch.setattr(
+        runtime_preprocessing,
+        "shortened",
+        lambda text, *more: names.append(text) or shortened(text, *more),
+    )
+    runtime_preprocessing.draw_preview(recipe, tmp_path / "sheet.png")
+    _, y = recipe.make(0)
+    assert names == [recipe.spec.class_names[label] for label in y]
+
+
 def test_preview_into_no_folder_is_one_line(tmp_path, config):
     file = tmp_path / "missing" / "sheet.png"
     result = toolkit.run(

@@ -629,6 +629,36 @@ def test_labels_are_written_when_the_crops_are_on_the_disk(settings, tmp_path, m
     assert "y.npy" not in there and (folder / "y.npy").exists()
 
 
+def test_old_crops_are_gone_before_the_new_list_is_written(settings, tmp_path, monkeypatch):
+    """Or a kill between the two would make them crops of the new pictures."""
+    in_process(preprocess_val, monkeypatch, settings)
+    folder, write_text = tmp_path / "preprocessed/val", utils.write_text
+    utils.remove_lock(folder / ".preprocess_val.lock")
+    listing = folder / "pictures.txt"
+    listing.write_text("1 " + listing.read_text().partition(" ")[2])  # the size of the first
+
+    def write(path: Path, text: str) -> None:
+        assert path != listing or not list(folder.glob("X10_*"))
+        write_text(path, text)
+
+    monkeypatch.setattr(utils, "write_text", write)
+    in_process(preprocess_val, monkeypatch, settings)
+    assert len(list(folder.glob("X10_*"))) == 9
+
+
+def test_copies_count_as_complete_when_they_are_on_the_disk(settings, tmp_path, monkeypatch):
+    told, note = [], preprocess.note_copies
+    monkeypatch.setattr(os, "sync", lambda: told.append("sync"))
+
+    def noted(*arguments: object, complete: bool) -> None:
+        told.append(complete)
+        note(*arguments, complete=complete)
+
+    monkeypatch.setattr(preprocess, "note_copies", noted)
+    in_process(preprocess, monkeypatch, settings, "--shorter_side=256")
+    assert told == [False, "sync", True]
+
+
 def test_killed_and_started_again_it_cuts_the_same(tmp_path, toy):
     dataset = linked_dataset(tmp_path / "data", toy, "val", 80)
     config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
@@ -676,6 +706,17 @@ def test_crops_of_another_dataset_with_the_same_names_are_cut_again(tmp_path, to
         config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
         run_well("preprocess_val.py", config)
         assert_crops_are_right(tmp_path / "preprocessed/val", dataset)
+
+
+def test_pictures_that_were_sorted_into_folders_are_the_same_dataset(tmp_path, toy):
+    other = copied(toy, tmp_path / "other")
+    config = toolkit.write_config(tmp_path, other, tmp_path / "buffer")
+    run_well("preprocess_val.py", config)
+    listing = tmp_path / "preprocessed/val/pictures.txt"
+    lines = [f"{i} 'other/{p.name}'\n" for i, p in enumerate(sorted((toy / "val").glob("*/*")))]
+    listing.write_text("".join(lines))
+    run_well("preprocess_val.py", config)
+    assert_crops_are_right(tmp_path / "preprocessed/val", other)
 
 
 def test_crops_of_another_dataset_with_other_names_are_kept(tmp_path, toy):

@@ -154,16 +154,19 @@ def test_storage_that_fails_for_a_moment_is_read_again(config, ram, monkeypatch)
 
 
 def test_of_several_machines_none_stops_while_it_waits(config, ram):
-    """The others have sent the step already. Its batch still comes."""
+    """The others have sent the step already. Its batch still comes, if there is who makes it."""
     buffer = stock(config, ram, 0)
     spec = dataclasses.replace(buffer.spec, workers=2)
     spec.write(ram)
     train = SimpleNamespace(train=SimpleNamespace(buffer_folder=ram, sleep_time=9))
     stop = threading.Event()
     stop.set()
+    utils.lock(ram / ".preprocessor.lock", "")
     with BatchReader(train, spec, range(20), lambda *batch: batch, ARGS) as reader:
         threading.Timer(0.3, buffer.make, [0]).start()
         assert reader.next(stop) is not None
+        threading.Timer(0.3, utils.remove_lock, [ram / ".preprocessor.lock"]).start()
+        assert reader.next(stop) is None
 
 
 def test_the_end_is_told_without_room_and_without_a_lock(config, ram, monkeypatch):
@@ -235,6 +238,12 @@ def test_a_waiting_trainer_says_that_the_preprocessor_is_at_work(config, ram):
     assert "starting" in why_missing(ram, 1, ARGS)
     utils.remove_lock(ram / ".preprocessor.lock")
     assert "no runtime_preprocessing.py is running" in why_missing(ram, 1, ARGS)
+
+
+def test_waiting_is_said_every_sleep_time(config, ram, capsys):
+    with reading(stock(config, ram, 0), lambda *batch: batch, sleep_time=0.1) as reader:
+        assert next_batch(reader, 1) is None
+    assert capsys.readouterr().out.count("waiting for ") > 3
 
 
 def test_slow_batches_are_not_each_said_to_be_late(config, ram, capsys):
@@ -327,6 +336,18 @@ def test_stopped_it_says_what_stays_and_how_to_free_it(tmp_path, toy, ram, numbe
     assert f"3.61 MB of batches stay in {ram} for the next run" in lines[-2]
     assert f"rm {ram}/[XY]_[0-9]*.npy" in lines[-2]
     assert "Traceback" not in said(config)
+
+
+def test_under_nohup_a_logout_does_not_stop_it(tmp_path):
+    before = {each: signal.getsignal(each) for each in runtime_preprocessing.STOPPING}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runtime_preprocessing.last_words(tmp_path):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 # --- somebody else's files --------------------------------------------------------------------

@@ -227,6 +227,30 @@ def test_a_model_that_is_removed_while_the_buffer_is_waited_for_is_not_passed_ov
         train.restore(run, other, SPEC, other.args)
 
 
+def test_other_classes_are_warned_of_when_training_continues(run, capsys):
+    saver_of(run, trainer_of()).save_epoch(2, train.Stop())
+    other = trainer_of("--epoch_start=1")
+    for name, warned in (("class 0", False), ("cat", True)):
+        spec = dataclasses.replace(SPEC, class_names=[name, *SPEC.class_names[1:]])
+        train.restore(run, other, spec, other.args)
+        assert ("its class 0 is class 0, but cat" in capsys.readouterr().err) == warned
+
+
+def test_a_passing_error_of_the_storage_does_not_hide_the_epochs(run, monkeypatch):
+    (run.folder / "3").mkdir()
+    failures, listdir = [5, 116], os.listdir
+
+    def fails_twice(folder: Path) -> list[str]:
+        if failures:
+            raise OSError(failures.pop(), "the storage fails")
+        return listdir(folder)
+
+    monkeypatch.setattr(utils, "PAUSES", (0, 0))
+    monkeypatch.setattr(os, "listdir", fails_twice)
+    assert run.epochs() == [3] and not failures
+    assert train.Run(run.folder / "none", chief=True).epochs() == []
+
+
 def test_storage_that_fails_does_not_pass_for_a_broken_state(run, monkeypatch):
     saver_of(run, trainer_of()).save_rolling(1)
     other, read = trainer_of("--resume"), utils.read_file
@@ -237,7 +261,7 @@ def test_storage_that_fails_does_not_pass_for_a_broken_state(run, monkeypatch):
         return read(path)
 
     monkeypatch.setattr(utils, "read_file", fail)
-    with pytest.raises(utils.UserError, match="its storage failed 5 times"):
+    with pytest.raises(utils.UserError, match="its storage failed 5 times, or move .*state_0_1"):
         train.restore(run, other, SPEC, other.args)
     assert os.listdir(run.folder) == ["state_0_1"]
 
@@ -351,6 +375,16 @@ def test_a_signal_is_an_event_and_a_second_one_ends_training(number):
         signal.signal(number, before)
 
 
+def test_under_nohup_a_logout_does_not_stop_training():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.wait(0.2)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_run_that_begins_from_a_model_takes_its_weights_and_starts_afresh(run, tmp_path, capsys):
     trainer = trainer_of()
     take_step(trainer)
@@ -365,6 +399,12 @@ def test_a_run_that_begins_from_a_model_takes_its_weights_and_starts_afresh(run,
     )
     assert int(same_classes.updates.numpy()) == 0
     assert not any(slot.numpy().any() for slot in same_classes.momentum)
+    started_again = trainer_of(flag, "--resume")  # killed before its first state
+    assert train.restore(new_run, started_again, SPEC, started_again.args) == 0
+    assert same(
+        [v.numpy() for v in started_again.network.variables],
+        [v.numpy() for v in trainer.network.variables],
+    )
     capsys.readouterr()
     others = trainer_of(flag, classes=3)
     spec = dataclasses.replace(SPEC, classes=3, class_names=["a", "b", "c"])
@@ -392,13 +432,21 @@ def test_weights_that_are_not_finite_are_not_saved(run, part):
     assert os.listdir(run.folder) == []
 
 
-def test_a_full_disk_while_a_state_is_saved_leaves_the_last_one(run, monkeypatch, capsys):
+FULL_DISK = [
+    OSError(28, "No space left on device"),
+    tf.errors.ResourceExhaustedError(None, None, "No space left on device"),
+]
+"""As Python and as TensorFlow say it."""
+
+
+@pytest.mark.parametrize("error", FULL_DISK)
+def test_a_full_disk_while_a_state_is_saved_leaves_the_last_one(run, monkeypatch, capsys, error):
     trainer = trainer_of()
     saver = saver_of(run, trainer)
     saver.save_rolling(1)
 
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(saver, "_write_state", full)
     assert not saver.save_rolling(3)
@@ -421,15 +469,24 @@ def test_a_state_is_due_after_checkpoint_minutes(run):
     for seconds, due in ((170, False), (190, True)):
         saver._last = now - seconds
         assert saver.is_due() == due
+    saver.save_rolling(1)
+    assert not saver.is_due()
 
 
-def test_a_stop_does_not_wait_for_a_full_disk(run, monkeypatch):
+@pytest.mark.parametrize("error", FULL_DISK)
+def test_a_stop_does_not_wait_for_a_full_disk(run, monkeypatch, error):
     saver, stop = saver_of(run, trainer_of()), train.Stop()
-    monkeypatch.setattr(saver, "_write_model", lambda *_: os.write(-1, b""))
-    monkeypatch.setattr(stop, "wait", lambda seconds: stop.set())
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(saver, "_write_model", full)
+    waits = []
+    monkeypatch.setattr(stop, "wait", lambda seconds: (waits.append(seconds), stop.set()))
+    monkeypatch.setattr(train.time, "sleep", waits.append)
     with pytest.raises(utils.UserError, match="cannot be saved"):
         saver.save_epoch(2, stop)
-    assert stop.is_set() and run.epochs() == []
+    assert waits == [60, 2] * 4 and run.epochs() == []
 
 
 def keep(run: train.Run, evaluated: dict[int, float], epochs: int, *flags: str) -> list[int]:
@@ -451,6 +508,15 @@ def keep(run: train.Run, evaluated: dict[int, float], epochs: int, *flags: str) 
 
 def test_keep_last_keeps_the_newest_and_the_best(run):
     assert keep(run, {0: 0.2, 1: 0.9, 2: 0.5, 3: 0.6, 4: 0.1}, 6, "--keep_last=2") == [1, 4, 5]
+
+
+def test_keep_last_keeps_the_best_of_ten_crops(run):
+    keep(run, {}, 4)
+    rows = ["0,0.3,0.9,model 0", "1,0.8,0.2,model 1", "2,0.5,0.5,model 2"]
+    table = [",".join(train.ACCURACY_COLUMNS), *rows, ""]
+    (run.folder / "accuracy.csv").write_text("\n".join(table))
+    train.Saver(run, None, SPEC, arguments())._remove_old_epochs(1)
+    assert run.epochs() == [1, 3]
 
 
 def test_keep_last_waits_for_a_checker_at_work(run):
@@ -594,43 +660,159 @@ def test_the_gradients_norm_does_not_depend_on_the_loss_scale():
 # --- devices and machines -------------------------------------------------------------------
 
 
-def together(monkeypatch, *trainers: train.Trainer, steps: tuple[int, ...]) -> None:
+def together(monkeypatch, *machines: tuple[train.Trainer, int, BatchSpec]) -> None:
     """`check_agreement` of the first trainer, where each runs on a machine of its own."""
     rows = []
-    for trainer, step in zip(trainers, steps, strict=True):
+    for trainer, step, spec in machines:
         monkeypatch.setattr(trainer, "gather", lambda own: [rows.append(own) or own])
-        trainer.check_agreement(step)
-    monkeypatch.setattr(trainers[0], "gather", lambda _: rows)
-    trainers[0].check_agreement(steps[0])
+        trainer.check_agreement(step, spec)
+    trainer, step, spec = machines[0]
+    monkeypatch.setattr(trainer, "gather", lambda _: rows)
+    trainer.check_agreement(step, spec)
 
 
 @pytest.mark.parametrize(
-    ("flags", "settings", "step", "words"),
+    ("flags", "settings", "step", "spec", "words"),
     [
-        ([], {}, 5, None),
-        ([], {}, 4, "at step 4"),
-        ([], {"train__seed": 7}, 5, "with other weights"),
-        (["--learning_rate=0.02"], {}, 5, "with other flags or settings"),
-        (["--batch_size=8"], {}, 5, "with other flags or settings"),
-        ([], {"train__sgd_momentum": 0.8}, 5, "with other flags or settings"),
-        ([], {"l2__l2_penalty": 0.1}, 5, "with other flags or settings"),
-        ([], {"batch_renorm__rmax_max": 2.0}, 5, "with other flags or settings"),
+        ([], {}, 5, {"worker": 1}, None),
+        ([], {}, 4, {}, "at another step"),
+        ([], {"train__seed": 7}, 5, {}, "with other weights"),
+        ([], {}, 5, {"seed": 7}, "with other pictures"),
+        ([], {}, 5, {"N": 11}, "with other pictures"),
+        ([], {}, 5, {"class_names": ["a"] * 8}, "with other pictures"),
+        (["--learning_rate=0.02"], {}, 5, {}, "with other flags"),
+        ([], {"train__sgd_momentum": 0.8}, 5, {}, "with other settings"),
+        ([], {"l2__l2_penalty": 0.1}, 5, {}, "with other settings"),
+        ([], {"batch_renorm__rmax_max": 2.0}, 5, {}, "with other settings"),
     ],
 )
-def test_machines_begin_at_the_same_step_with_the_same_weights_and_flags(
-    monkeypatch, flags, settings, step, words
+def test_machines_begin_at_the_same_step_with_the_same_of_everything(
+    monkeypatch, flags, settings, step, spec, words
 ):
-    trainers = trainer_of(), trainer_of(*flags, **settings)
+    ours = trainer_of(), 5, SPEC
+    theirs = trainer_of(*flags, **settings), step, dataclasses.replace(SPEC, **spec)
     refused = pytest.raises(utils.UserError, match=f"worker 1 of TF_CONFIG would begin {words}")
     with refused if words else contextlib.nullcontext():
-        together(monkeypatch, *trainers, steps=(5, step))
+        together(monkeypatch, ours, theirs)
+
+
+def test_the_preprocessor_is_told_of_the_end_once_the_chief_has_saved(monkeypatch, capsys):
+    """On the chief `train` returns after that; the others wait for it in `gather`."""
+    told = []
+    args = arguments("--run_folder=new")
+    stand = types.SimpleNamespace(
+        check_agreement=lambda *_: told.append("agree"),
+        gather=lambda _: told.append("gather"),
+        put=None,
+    )
+    log = contextlib.nullcontext(types.SimpleNamespace(time_taken=lambda: "1 s"))
+    log.time_taken = lambda: "1 s"
+    reader = contextlib.nullcontext()
+    reader.folder = "buffer"
+    run = types.SimpleNamespace(claim=lambda _: None, folder="run", chief=False)
+    replaced = {
+        "parse_arguments": lambda: args, "open_devices": lambda _: None,
+        "Run": lambda *_, **__: run,
+        "wait_for_buffer": lambda *_: SPEC, "Trainer": lambda *_: stand, "restore": lambda *_: 0,
+        "Saver": lambda *_: None, "Log": lambda *_: log, "plan": lambda *_: [],
+        "BatchReader": lambda *_: reader, "train": lambda *_: told.append("train") or True,
+        "end_preprocessing": lambda *_: told.append("end"),
+    }  # fmt: skip
+    for name, value in replaced.items():
+        monkeypatch.setattr(train, name, value)
+    train.main()
+    assert told == ["agree", "train", "gather", "end"]
+
+
+def test_the_plan_of_two_replicas(run):
+    import test_training
+
+    strategy = test_training.two_replicas()
+    trainer = train.Trainer(
+        strategy, utils.load_config(toolkit.ROOT / "config.txt"), 8, arguments()
+    )
+    assert any(
+        "2 replicas" in line for line in train.plan(run, trainer, SPEC, range(18), arguments())
+    )
 
 
 def test_random_batches_are_no_measure_of_several_machines(monkeypatch):
-    trainer = trainer_of("--synthetic")
     monkeypatch.setattr(train, "worker_of_workers", lambda: (0, 2))
     with pytest.raises(utils.UserError, match="without TF_CONFIG"):
-        train.measure_speed(trainer)
+        arguments("--synthetic")
+
+
+@pytest.mark.parametrize(
+    ("flags", "there", "asked", "precision", "replicas"),
+    [
+        ([], [], ([0], False), "float32", None),
+        ([], ["zero"], ([0], False), "mixed_float16", None),
+        (["--gpu=1"], ["one"], ([1], True), "mixed_float16", None),
+        (["--gpu=0,2"], ["zero", "two"], ([0, 2], True), "mixed_float16", ["GPU:0", "GPU:1"]),
+        (["--gpu=0", "--precision=float32"], ["zero"], ([0], True), "float32", None),
+    ],
+)
+def test_devices_are_those_asked_for(monkeypatch, flags, there, asked, precision, replicas):
+    told = []
+    choose = lambda wanted, required: told.append((wanted, required)) or there  # noqa: E731
+    monkeypatch.setattr(utils, "choose_gpus", choose)
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: devices)
+    args = arguments(*flags)
+    args.precision = args.precision if "--precision=float32" in flags else None
+    strategy = train.open_devices(args)
+    assert told == [asked] and args.precision == precision
+    assert strategy == (replicas or tf.distribute.get_strategy())
+
+
+def test_deterministic_is_tensorflows_own(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        tf.config.experimental, "enable_op_determinism", lambda: told.append("deterministic")
+    )
+    train.open_devices(arguments())
+    assert told == []
+    train.open_devices(arguments("--deterministic"))
+    assert told == ["deterministic"]
+
+
+def test_machines_of_two_gpus_each_see_each_others_numbers(monkeypatch):
+    trainer = trainer_of()
+    monkeypatch.setattr(train, "worker_of_workers", lambda: (0, 2))
+    trainer.local_replicas = 2  # each adds its machine's row
+    trainer.strategy = types.SimpleNamespace(
+        run=lambda _: tf.constant([[10, 14], [16, 18]], tf.int64),
+        experimental_local_results=lambda values: [values, values],
+    )
+    assert trainer.gather([5, 7]) == [[5, 7], [8, 9]]
+
+
+def test_failures_of_the_device_and_of_other_machines_are_explained(monkeypatch):
+    for error, workers, words in (
+        (tf.errors.ResourceExhaustedError, 1, "--accumulation_steps"),
+        (tf.errors.UnavailableError, 2, "another machine"),
+    ):
+        monkeypatch.setattr(train, "worker_of_workers", lambda workers=workers: (0, workers))
+        with pytest.raises(utils.UserError, match=words), train.explained_failures():
+            raise error(None, None, "gone")
+    monkeypatch.setattr(train, "worker_of_workers", lambda: (0, 1))
+    with pytest.raises(tf.errors.UnavailableError), train.explained_failures():
+        raise tf.errors.UnavailableError(None, None, "gone")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr_drop_epochs=3"], "needs --lr_schedule=step"),
+        (["--lr_schedule=step"], "needs --lr_drop_epochs"),
+        (["--warmup_epochs=9"], "must be less than --epoch_end=9"),
+        (["--init_from=a", "--epoch_start=1"], "needs --epoch_start=0"),
+        (["--label_smoothing=2"], "label_smoothing"),
+        (["--lr_schedule=step", "--lr_drop_epochs=5,3"], "increasing"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, words):
+    with pytest.raises(utils.UserError, match=words):
+        arguments(*flags)
 
 
 def test_the_chosen_gpus_alone_are_seen_and_their_memory_is_taken_as_needed(monkeypatch):
@@ -644,13 +826,16 @@ def test_the_chosen_gpus_alone_are_seen_and_their_memory_is_taken_as_needed(monk
     assert told == [["one", "two"], ("one", True), ("two", True)]
     with pytest.raises(utils.UserError, match="--gpu=3: TensorFlow finds 3 GPUs"):
         utils.choose_gpus([3], required=True)
+    told.clear()
+    assert utils.choose_gpus([3], required=False) == []
+    assert told == [[]]  # none, so that the memory of the others stays free
 
 
 # --- the log --------------------------------------------------------------------------------
 
 
-def values_of(step: int, loss: float = 1.0) -> tf.Tensor:
-    return tf.constant([loss, loss / 2, 0.25, float(step), 1.0, 0.0, 0.0, 8.0, 0.0])
+def values_of(step: int, loss: float = 1.0, skipped: bool = False) -> tf.Tensor:
+    return tf.constant([loss, loss / 2, 0.25, step, 1.0, 0.0, skipped, 8.0, 0.0], tf.float32)
 
 
 def log_of(run: train.Run, steps: range, *flags: str, compute_type=tf.float32) -> train.Log:
@@ -671,6 +856,7 @@ def logged(run: train.Run, steps: range, upto: int, *flags: str) -> list[dict]:
 def test_steps_trained_again_are_in_the_log_and_among_the_events_once(run):
     logged(run, range(0, 18), 7)
     (events,) = (run.folder / "events" / "training").iterdir()
+    assert "tfevents" in events.name  # or TensorBoard does not find it
     events.rename(events.with_name("events.out.tfevents.1.toolkit"))  # as if begun long ago
     rows = logged(run, range(4, 18), 9)
     assert sorted({int(row["step"]) for row in rows}) == [int(row["step"]) for row in rows]
@@ -705,13 +891,14 @@ def test_another_batch_size_costs_no_row_of_the_epochs_before(run):
 def test_a_row_averages_its_steps(run):
     with log_of(run, range(0, 18), compute_type=tf.float16) as log:
         for step, loss in enumerate([1.0, 3.0, 8.0]):
-            log.add(step, 0.5, values_of(step, loss))
+            log.add(step, 0.5, values_of(step, loss, skipped=step == 1))
         log._row_start = time.perf_counter() - 1000
         log.settle()
     (row,) = utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
     assert float(row["loss"]) == 4 and float(row["loss_without_l2"]) == 2
     assert (row["steps"], row["step"], row["epoch"], row["batch"]) == ("3", "2", "1", "0")
     assert float(row["gradient_norm"]) == 1 and float(row["loss_scale"]) == 8
+    assert row["skipped_steps"] == "1"
     assert float(row["images_per_second"]) == pytest.approx(3 * 4 / 1000, rel=0.05)
 
 
@@ -732,6 +919,35 @@ def test_only_time_without_a_step_under_way_counts_as_waiting(run):
             log.add(0, 0.5, values_of(0))
             log._settle_first()
             assert log._waited == waited
+
+
+def test_a_row_has_the_waiting_of_its_own_steps(run):
+    with log_of(run, range(0, 18)) as log:
+        now = time.perf_counter()
+        log._row_start = log._finished = now - 10
+        log._wait = now - 4, now - 1
+        log.add(0, 0.5, values_of(0))
+        log.settle()
+        assert log._finished >= now  # the next wait counts from here
+        log._wait = now - 4, now - 1  # while the step was under way
+        log.add(1, 0.5, values_of(1))
+        log.settle()
+    rows = utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
+    assert float(rows[0]["waiting_for_data"]) == pytest.approx(0.3, abs=0.05)
+    assert float(rows[1]["waiting_for_data"]) == 0
+
+
+@pytest.mark.parametrize("error", FULL_DISK)
+@pytest.mark.parametrize("part", ["_rows", "_events"])
+def test_a_full_disk_behind_the_log_does_not_end_training(run, part, error, capsys):
+    def full(*_: object) -> None:
+        raise error
+
+    with log_of(run, range(0, 18)) as log:
+        setattr(log, part, types.SimpleNamespace(writerow=full, write=full))
+        log.add(0, 0.5, values_of(0))
+        log.settle()
+    assert "the log could not be written: " in capsys.readouterr().err
 
 
 def test_a_cut_off_row_is_dropped(run):
@@ -789,6 +1005,14 @@ def test_the_plan_says_in_which_epochs_the_limits_are_relaxed_or_warns(capsys):
     assert "warning" not in renorm_lines(450, capsys, first=-100)
 
 
+def test_the_plan_of_a_resumed_run_has_the_same_limits(run):
+    trainer = trainer_of(batch_renorm__start_relaxing_rmax=4, batch_renorm__reach_rmax_max=8)
+    for done in (0, 6):
+        trainer.updates.assign(done)
+        lines = list(train.plan(run, trainer, SPEC, range(done, 18), trainer.args))
+        assert any("r_max to 3 in epochs 2.0 to 4.0" in line for line in lines)
+
+
 def test_a_share_of_pictures_that_does_not_fill_a_batch_is_warned_of(run, capsys):
     trainer = trainer_of()
     list(train.plan(run, trainer, SPEC, range(0, 18), trainer.args))
@@ -807,6 +1031,9 @@ def test_models_and_states_remember_their_recipe(run):
     state = json.loads((run.folder / "1" / "training_state" / "state.json").read_text())
     assert state["step"] == 4 and state["recipe"]["label_smoothing"] == 0.1
     assert state["mu"] == SPEC.mu
+    recipe = resnet50.model_recipe(run.folder / "1")
+    assert (recipe["step"], recipe["epoch_end"], recipe["learning_rate"]) == (4, 9, 0.01)
+    assert (recipe["label_smoothing"], recipe["batch_size"]) == (0.1, SPEC.batch_size)
 
 
 def test_weights_are_written_once_per_model(run):

@@ -657,8 +657,13 @@ def test_a_broken_model_is_renamed_and_made_again(training):
     assert {path.name for path in (training.models / "run").iterdir() if path.is_dir()} == {
         "0", "1", "1.broken", "2", "events",
     }  # fmt: skip
+    log = training.folder / "preprocessing.log"
+    full = log.read_text().count("ready ahead")
+    training.preprocess(3)
+    _wait_until(lambda: log.read_text().count("ready ahead") > full)
     again = toolkit.run("train.py", training.config, *training.arguments("run", 0, 3, "--resume"))
     assert again.returncode == 0 and "already trained to the end of epoch 2" in again.stdout
+    assert training.processes[-1].wait(timeout=60) == 0  # it is told, too
 
 
 def test_epochs_that_are_not_there_cannot_be_resumed(training):
