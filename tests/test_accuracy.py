@@ -398,8 +398,8 @@ def test_another_number_of_crops_than_n_is_told_both_numbers(prepared):
 
 def test_the_command_compares_n(prepared):
     config, _, run, _ = prepared
-    text = config.read_text()
-    config.write_text(text.replace("N = 0", "N = 21", 1))
+    save_model(run / "0", 0)
+    config.write_text(config.read_text().replace("N = 0", "N = 21", 1))
     result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
     toolkit.assert_one_line_error(result, "check_accuracy.py", "N is 21", "20 pictures")
 
