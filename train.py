@@ -285,8 +285,10 @@ class Trainer:
         for layer, (mean, std) in zip(self.network.norms, statistics, strict=True):
             layer.update(mean, std, momentum)
         self.updates.assign_add(1)
-        skipped = 0.0 if usable is None else 1 - tf.cast(usable, tf.float32)
-        return tf.stack([*tf.unstack(values), norm, *limits, skipped, self.loss_scale, stopping])
+        skipped, scale = 0.0, 1.0
+        if usable is not None:
+            skipped, scale = 1 - tf.cast(usable, tf.float32), self.loss_scale
+        return tf.stack([*tf.unstack(values), norm, *limits, skipped, scale, stopping])
 
     def _accumulate(self, images, labels):
         """Splits a replica's pictures into pieces and averages what `_gradients` returns."""
@@ -934,8 +936,9 @@ class Saver:
                 top1[int(row["epoch"])] = float(row["top1_10crop"] or row["top1_centre"])
         checked = utils.is_locked(self.run.folder / ".check_accuracy.lock")
         best = max(top1, key=top1.get, default=None)
+        seen = max(top1, default=-1)  # with --every it passes epochs over
         for epoch in self.run.epochs()[:-keep]:
-            if epoch != best and (epoch in top1 or not checked):
+            if epoch != best and (epoch <= seen or not checked):
                 utils.remove_folder(self.run.folder / str(epoch))
 
 

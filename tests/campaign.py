@@ -173,6 +173,7 @@ def kill_trainer(tries: int = 20, epochs: int = 30) -> tuple[int, int]:
         lost += whole.wait() != 0
         models = utils.load_config(place.config).train.path_for_saving
         place.start("runtime_preprocessing.py", *span(epochs, 4))
+        (models / "killed").mkdir()  # --resume refuses a run that does not exist
         table = models / "killed" / "training_log.csv"
         while True:
             process = place.start(

@@ -526,13 +526,19 @@ def test_keep_last_waits_for_a_checker_at_work(run):
     assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 4, 5]
 
 
+def test_keep_last_removes_what_a_checker_passes_over(run):
+    """As with --every=2."""
+    utils.lock(run.folder / ".check_accuracy.lock", "")
+    assert keep(run, {1: 0.5, 3: 0.6}, 6, "--keep_last=1") == [3, 4, 5]
+
+
 def test_keep_last_does_not_believe_a_row_of_an_earlier_model(run):
     keep(run, {0: 0.2, 1: 0.9, 2: 0.3}, 6)
     for epoch in (1, 2):  # trained again
         (run.folder / f"{epoch}/assets/recipe.json").write_text('{"fingerprint": "new"}')
     utils.lock(run.folder / ".check_accuracy.lock", "")
     train.Saver(run, None, SPEC, arguments())._remove_old_epochs(2)
-    assert run.epochs() == [0, 1, 2, 3, 4, 5]  # 0 is now the best that is known
+    assert run.epochs() == [0, 1, 2, 3, 4, 5]  # 0 is the best of those that are known
 
 
 @pytest.mark.parametrize(
@@ -651,10 +657,9 @@ def test_the_loss_scale_halves_after_an_overflow_and_doubles_after_2000_good_ste
 
 
 def test_the_gradients_norm_does_not_depend_on_the_loss_scale():
-    norms = [
-        take_step(trainer_of(f"--precision={p}"))["gradient_norm"] for p in train.PRECISIONS[:2]
-    ]
-    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+    full, half = (take_step(trainer_of(f"--precision={p}")) for p in train.PRECISIONS[:2])
+    assert full["gradient_norm"] == pytest.approx(half["gradient_norm"], rel=0.05)
+    assert (full["loss_scale"], half["loss_scale"]) == (1, 2**15)
 
 
 # --- devices and machines -------------------------------------------------------------------
