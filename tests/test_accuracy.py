@@ -107,6 +107,8 @@ def test_accuracies_against_numpy_and_restart_skips_what_is_done(prepared):
     shutil.rmtree(run / "0")
     again = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=2")
     assert again.returncode == 0, again.stderr
+    assert "pictures, epoch 1" in result.stdout + result.stderr
+    assert "pictures, epoch 1" not in again.stdout + again.stderr
     assert (run / "accuracy.csv").read_bytes() == before
     assert (run / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
