@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,11 +163,12 @@ def test_of_several_machines_none_stops_while_it_waits(config, ram):
     stop = threading.Event()
     stop.set()
     utils.lock(ram / ".preprocessor.lock", "")
-    with BatchReader(train, spec, range(20), lambda *batch: batch, ARGS) as reader:
+    arguments = train, spec, range(20), lambda *batch: batch, ARGS
+    with ThreadPoolExecutor(1) as pool, BatchReader(*arguments) as reader:
         threading.Timer(0.3, buffer.make, [0]).start()
-        assert reader.next(stop) is not None
+        assert pool.submit(reader.next, stop).result(20) is not None
         threading.Timer(0.3, utils.remove_lock, [ram / ".preprocessor.lock"]).start()
-        assert reader.next(stop) is None
+        assert pool.submit(reader.next, stop).result(20) is None
 
 
 def test_the_end_is_told_without_room_and_without_a_lock(config, ram, monkeypatch):
