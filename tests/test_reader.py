@@ -172,7 +172,7 @@ def test_of_several_machines_none_stops_while_it_waits(config, ram):
 
 
 def test_the_end_is_told_without_room_and_without_a_lock(config, ram, monkeypatch):
-    buffer = stock(config, ram, 20)
+    stock(config, ram, 20)
     write_text = utils.write_text
 
     def without_room(path: Path, text: str) -> None:
