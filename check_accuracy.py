@@ -49,6 +49,7 @@ def main() -> None:
     crops = Crops(config.preprocess.path_to_save / "val", config.preprocess.N, args.crops)
     wait_for_run(run)
     utils.lock(run / LOCK, f"{run}: another check_accuracy.py is evaluating this run")
+    (run / LOCK).write_text(str(args.every))  # --keep_last keeps what is still to be evaluated
     utils.remove_leftovers(run)
     table = run / "accuracy.csv"
     print(
@@ -62,7 +63,7 @@ def main() -> None:
             exists = wait_for(run / str(epoch))
             if exists is None:
                 break
-            if not exists:
+            if exists is False:
                 continue
             try:
                 row = evaluate(run / str(epoch), crops, args.pictures)
@@ -140,8 +141,8 @@ def wait_for_run(run: Path, seconds: float = 30.0) -> None:
 def wait_for(folder: Path) -> bool | None:
     """Waits for a model and says so. A model's folder is complete as soon as it exists.
 
-    Returns False if it was removed, and None if training has ended before it, after the last epoch
-    that it was asked for.
+    Returns True when it exists, False if only later ones do, and None if training has ended without
+    it, after the last epoch that it was asked for.
     """
     said, say_again = None, 0.0
     while not os.path.isdir(folder):  # False if the storage fails for a moment
@@ -250,11 +251,12 @@ def current_row(rows: list[SimpleNamespace], folder: Path, crops: Crops) -> Simp
         enough = crops.count == 1 or row.top1_10crop is not None
         same_crops = enough and row.crops == crops.fingerprint
         training = utils.is_locked(folder.parent / TRAINER_LOCK)
-        if is_passed(folder) or not (training or folder.is_dir()):
+        exists = os.path.isdir(folder)
+        if is_passed(folder) or not (training or exists):
             if not same_crops:
-                print(f"epoch {folder.name}, whose model is gone, keeps its row of other crops")
+                print(f"epoch {folder.name} keeps its row of other crops: its model is gone")
             return row
-        if same_crops and folder.is_dir() and row.model == fingerprint(folder):
+        if same_crops and exists and row.model == fingerprint(folder):
             return row
         print(f"epoch {folder.name} is evaluated again: other pictures, crops or weights")
     return None

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import utils
@@ -83,7 +84,7 @@ def missing(pictures: Pictures, folder: Path) -> list[int]:
             check_same_dataset(folder, before.splitlines(), lines)
             print(f"{folder}: removing {plural(len(old), 'file')} made from other pictures")
         for name in old:
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
         utils.write_text(listing, "".join(lines))
     return jobs
 
@@ -110,16 +111,22 @@ def check_own(folder: Path, names: list[str]) -> None:
 
 
 def check_same_dataset(folder: Path, before: list[str], now: list[str]) -> None:
-    """Raises UserError if none of the pictures listed before is listed now, in any folder."""
+    """Raises UserError if none of the pictures listed before is listed now.
 
-    def name(line: str) -> str:
-        return line.partition(" ")[2].strip("'\"\n").split("/")[-1]
+    Pictures may have been moved to other folders, or replaced under their old names.
+    """
 
-    names = [{name(line) for line in lines} for lines in (before, now)]
-    if not names[0] & names[1]:
+    def keys(lines: list[str]) -> Iterator[object]:
+        for line in lines:
+            size, _, path = line.strip().partition(" ")
+            yield path
+            yield size, path.strip("'\"").split("/")[-1]
+
+    if set(keys(before)).isdisjoint(keys(now)):
         raise UserError(
-            f"{folder} holds the crops of another dataset, such as those of {min(names[0])}; give "
-            f"each dataset its own [preprocess] path_to_save, or remove that folder"
+            f"{folder} holds the crops of another dataset, such as those of "
+            f"{before[0].partition(' ')[2]}; give each dataset its own [preprocess] path_to_save, "
+            f"or remove that folder"
         )
 
 

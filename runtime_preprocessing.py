@@ -702,7 +702,7 @@ POLL = 0.01
 """Seconds between two checks of training's progress. A check takes 20 µs."""
 
 SAY_FILLING = 30.0
-"""Seconds between two lines while the buffer is not full."""
+"""At least this many seconds between two lines while the buffer is not full."""
 
 LOOK_AGAIN = 1.0
 """Seconds between two listings of the folder, in case someone else has changed it. Listing 1,000
@@ -826,11 +826,13 @@ class Diary:
 
     def is_due(self) -> bool:
         """Whether it is time for a line although the buffer is not full yet."""
-        last = max(self._since, self._told_at)
-        return time.monotonic() >= last + max(self.pause, SAY_FILLING)
+        return time.monotonic() >= self._since + max(self.pause, SAY_FILLING)
 
     def tell(self, what: str) -> None:
-        """`what`: where training is, and how many batches are ready."""
+        """Prints a line, unless there is nothing new or the last line is less than `pause` ago.
+
+        `what`: where training is, and how many batches are ready.
+        """
         now, new = time.monotonic(), self.made - self._told
         self._seconds, self._since = self._seconds + now - self._since, now
         if new and now >= self._told_at + self.pause:
@@ -1069,16 +1071,13 @@ class BatchReader:
     def next(self, stop: threading.Event) -> object:
         """Returns what `put` returned for the next batch, or None if `stop` is set while waiting.
 
-        Several machines must take the same steps, so each waits as long as its preprocessor is at
-        work. Raises UserError or OSError.
+        With several machines `stop` counts only if the preprocessor has ended, because all machines
+        must take the same steps. Raises UserError or OSError.
         """
         batch, alone = self._ahead[0], self.spec.workers == 1
-        while not batch.done():
+        while not wait([batch], timeout=0.1).done:
             if stop.is_set() and (alone or not utils.is_locked(self.folder / LOCK)):
-                break
-            wait([batch], timeout=0.1)
-        if not batch.done():
-            return None
+                return None
         self._ahead.popleft()
         self._read_ahead()
         return batch.result()

@@ -83,9 +83,10 @@ def main() -> None:
         print(f"{run.folder} is already trained to the end of epoch {args.epoch_end - 1}")
         return
     spec = wait_for_buffer(config, args)  # what the batches are made of
+    agree(strategy, spec_and_settings(spec, config, args))
     trainer = Trainer(strategy, config, spec.classes, args)
     steps = range(restore(run, trainer, spec, args), spec.step(args.epoch_end))
-    trainer.check_agreement(steps.start, spec)
+    agree(strategy, {"first step": steps.start, "weights": trainer.checksum()})
     saver = Saver(run, trainer, spec, args)
     log = Log(run, trainer, spec, steps, args)
     for line in plan(run, trainer, spec, steps, args):
@@ -96,7 +97,7 @@ def main() -> None:
     if not finished:
         sys.exit(128 + stop.number)
     # Only after the last model is saved: a kill before that makes training need the batches again.
-    trainer.gather([0])  # wait until the chief has saved it
+    agree(strategy, {"last step": steps.stop})  # other machines wait until the chief has saved it
     end_preprocessing(reader.folder, args.epoch_end)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
@@ -348,47 +349,9 @@ class Trainer:
         self.good_updates.assign(tf.where(good >= 2000, tf.zeros_like(good), good))
         return finite
 
-    def check_agreement(self, step: int, spec: BatchSpec) -> None:
-        """Raises UserError unless all machines begin at the same step, with the same pictures,
-        flags, settings and weights.
-        """
-        config = self.config
-        pictures = [getattr(spec, name) for name in (*FACTS, "class_names")]
-        settings = [config.l2, config.batch_renorm, config.train.sgd_momentum]
-        own = {
-            "at another step": step,
-            "with other pictures": zlib.crc32(repr(pictures).encode()),
-            "with other flags": zlib.crc32(repr(recipe_of(self.args)).encode()),
-            "with other settings": zlib.crc32(repr(settings).encode()),
-            "with other weights": zlib.crc32(
-                b"".join(weight.numpy().tobytes() for weight in self.network.variables)
-            ),
-        }
-        for other, row in enumerate(self.gather(list(own.values()))):
-            for what, theirs in zip(own, row, strict=True):
-                if theirs != own[what]:
-                    raise UserError(
-                        f"worker {other} of TF_CONFIG would begin {what} than this one; give all "
-                        f"machines the same command line, config file and pictures, and the same "
-                        f"[train] path_for_saving (a shared folder)"
-                    )
-
-    def gather(self, own: list[int]) -> list[list[int]]:
-        """Every machine's numbers. Each machine waits here for all others."""
-        worker, workers = worker_of_workers()
-        if workers == 1:
-            return [own]
-        table = np.zeros([workers, len(own)], np.int64)
-        table[worker] = own
-
-        def exchange():
-            context = tf.distribute.get_replica_context()
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(table))
-
-        sums = self.strategy.run(tf.function(exchange))
-        # Each machine's row was added once by each of its replicas.
-        rows = self.strategy.experimental_local_results(sums)[0].numpy() // self.local_replicas
-        return rows.tolist()
+    def checksum(self) -> int:
+        """Of all weights and averages."""
+        return zlib.crc32(b"".join(each.numpy().tobytes() for each in self.network.variables))
 
 
 def shared(array: np.ndarray) -> tf.Tensor:
@@ -590,6 +553,42 @@ def open_devices(args: argparse.Namespace) -> tf.distribute.Strategy:
     if len(chosen) > 1:
         return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(len(chosen))])
     return tf.distribute.get_strategy()
+
+
+def spec_and_settings(
+    spec: BatchSpec, config: SimpleNamespace, args: argparse.Namespace
+) -> dict[str, object]:
+    """What must be the same on all machines, by its name in a message."""
+    flags = {f"--{name}": value for name, value in recipe_of(args).items()}
+    facts = {name: getattr(spec, name) for name in (*FACTS, "class_names")}
+    settings = {"[l2]": config.l2, "[batch_renorm]": config.batch_renorm}
+    return facts | flags | settings | {"sgd_momentum": config.train.sgd_momentum}
+
+
+def agree(strategy: tf.distribute.Strategy, values: dict[str, object]) -> None:
+    """Waits for all machines. Raises UserError unless they have the same values."""
+    worker, workers = worker_of_workers()
+    if workers == 1:
+        return
+    own = [zlib.crc32(repr(value).encode()) for value in values.values()]
+    table = np.zeros([workers, len(own)], np.int64)
+    table[worker] = own
+
+    def exchange() -> tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(table))
+
+    sums = strategy.experimental_local_results(strategy.run(tf.function(exchange)))
+    # Each machine's row was added once by each of its replicas.
+    rows = sums[0].numpy() // len(sums)
+    for other, row in enumerate(rows.tolist()):
+        for name, theirs, ours in zip(values, row, own, strict=True):
+            if theirs != ours:
+                raise UserError(
+                    f"worker {other} of TF_CONFIG has another value of {name} than this one; give "
+                    f"all machines the same command line, config file and pictures, and the same "
+                    f"[train] path_for_saving (a shared folder)"
+                )
 
 
 class Stop(threading.Event):
@@ -803,11 +802,12 @@ def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> 
     say_changes(saved.get("recipe", {}), recipe_of(trainer.args))
     weights = state / "weights" if exact else folder / "variables" / "variables"
     try:
-        for file in (*state.glob("*"), *weights.parent.glob("*")):
+        for file in {*state.glob("*"), *weights.parent.glob("*")}:
             if file.is_file():
                 utils.read_file(file)  # storage that fails must not pass for a broken state
     except UserError as error:
-        raise UserError(f"{error}, or move {folder} away to use an earlier state") from None
+        way_out = f", or move {folder} away to use an earlier state" if trainer.args.resume else ""
+        raise UserError(f"{error}{way_out}") from None
     try:
         network = tf.train.Checkpoint(network=trainer.network)
         network.read(str(weights)).assert_existing_objects_matched()
@@ -845,12 +845,14 @@ class Saver:
 
     def save_rolling(self, step: int) -> bool:
         """Saves the state before `step`, which replaces the previous one. If that fails, warns,
-        keeps the previous one and returns False.
+        keeps the previous one and returns False, as do machines that write nothing.
         """
         epoch, batch = divmod(step, self.spec.batches_per_epoch)
         folder = self.run.folder / f"state_{epoch}_{batch}"
         self._last = time.monotonic()
-        if not self.run.chief or batch == 0 or folder.exists():
+        if not self.run.chief:
+            return False
+        if batch == 0 or folder.exists():
             return True  # already saved
         self._check_weights(step)
         try:
@@ -934,11 +936,12 @@ class Saver:
             model = model_recipe(self.run.folder / row["epoch"]).get("fingerprint")
             if row["model"] == model:  # not of an earlier model of this epoch
                 top1[int(row["epoch"])] = float(row["top1_10crop"] or row["top1_centre"])
-        checked = utils.is_locked(self.run.folder / ".check_accuracy.lock")
+        lock = self.run.folder / ".check_accuracy.lock"
+        every = int(lock.read_text() or 1) if utils.is_locked(lock) else None
         best = max(top1, key=top1.get, default=None)
-        seen = max(top1, default=-1)  # with --every it passes epochs over
         for epoch in self.run.epochs()[:-keep]:
-            if epoch != best and (epoch <= seen or not checked):
+            needed = every and (epoch + 1) % every == 0 and epoch not in top1
+            if epoch != best and not needed:
                 utils.remove_folder(self.run.folder / str(epoch))
 
 

@@ -825,7 +825,15 @@ def is_locked(path: Path) -> bool:
     Also True if we cannot tell: for another user's file, or on a file system without locks.
     """
     with _unless_held(path) as free:
-        return not free and path.exists()
+        if free:
+            return False
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        pass  # we cannot tell
+    return True
 
 
 @contextlib.contextmanager

@@ -174,7 +174,8 @@ def test_a_model_that_was_removed_is_not_waited_for(prepared, capsys):
     utils.remove_lock(run / ".train.lock")
     assert result.returncode == 0, result.stderr
     assert f"{run / '1'} does not exist, but later ones do" in result.stdout
-    assert "epoch 0, whose model is gone, keeps its row of other crops" in result.stdout
+    assert "epoch 0 keeps its row of other crops: its model is gone" in result.stdout
+    assert (run / ".check_accuracy.lock").read_text() == "1"
     assert [(row["epoch"], row["top1_10crop"] == "") for row in rows(run)] == [
         *[("0", True), ("2", False)]
     ]

@@ -293,6 +293,18 @@ def test_only_a_file_system_that_knows_no_sync_of_folders_is_excused(number, tmp
 # --- locks ------------------------------------------------------------------------------------
 
 
+def test_a_lock_counts_as_held_if_the_storage_cannot_tell(tmp_path, monkeypatch):
+    (tmp_path / "lock").touch()
+    assert not utils.is_locked(tmp_path / "lock") and not utils.is_locked(tmp_path / "none")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "open", fail)
+    monkeypatch.setattr(os, "stat", fail)
+    assert utils.is_locked(tmp_path / "lock")
+
+
 def test_a_lock_is_one_process_s_and_ends_with_it(tmp_path):
     path = tmp_path / ".lock"
     with another_process(f"from pathlib import Path\n{HOLDING}", path):

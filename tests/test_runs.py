@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import types
+import zlib
 from pathlib import Path
 
 import toolkit
@@ -252,7 +253,9 @@ def test_a_passing_error_of_the_storage_does_not_hide_the_epochs(run, monkeypatc
 
 
 def test_storage_that_fails_does_not_pass_for_a_broken_state(run, monkeypatch):
-    saver_of(run, trainer_of()).save_rolling(1)
+    assert saver_of(run, trainer_of()).save_rolling(1)
+    chief = train.Run(run.folder, chief=False)
+    assert not saver_of(chief, trainer_of()).save_rolling(3)  # another machine writes nothing
     other, read = trainer_of("--resume"), utils.read_file
 
     def fail(path: Path) -> bytes:
@@ -529,7 +532,8 @@ def test_keep_last_waits_for_a_checker_at_work(run):
 def test_keep_last_removes_what_a_checker_passes_over(run):
     """As with --every=2."""
     utils.lock(run.folder / ".check_accuracy.lock", "")
-    assert keep(run, {1: 0.5, 3: 0.6}, 6, "--keep_last=1") == [3, 4, 5]
+    (run.folder / ".check_accuracy.lock").write_text("2")
+    assert keep(run, {3: 0.6}, 8, "--keep_last=1") == [1, 3, 5, 7]  # 1 could not be evaluated yet
 
 
 def test_keep_last_does_not_believe_a_row_of_an_earlier_model(run):
@@ -665,51 +669,63 @@ def test_the_gradients_norm_does_not_depend_on_the_loss_scale():
 # --- devices and machines -------------------------------------------------------------------
 
 
-def together(monkeypatch, *machines: tuple[train.Trainer, int, BatchSpec]) -> None:
-    """`check_agreement` of the first trainer, where each runs on a machine of its own."""
-    rows = []
-    for trainer, step, spec in machines:
-        monkeypatch.setattr(trainer, "gather", lambda own: [rows.append(own) or own])
-        trainer.check_agreement(step, spec)
-    trainer, step, spec = machines[0]
-    monkeypatch.setattr(trainer, "gather", lambda _: rows)
-    trainer.check_agreement(step, spec)
+def machines_of(monkeypatch, replicas: int, *values: dict) -> None:
+    """`agree` on a machine with these first values, the others having the other ones."""
+    monkeypatch.setattr(train, "worker_of_workers", lambda: (0, len(values)))
+    rows = [[zlib.crc32(repr(value).encode()) for value in each.values()] for each in values]
+    sums = tf.constant(rows, tf.int64) * replicas  # each replica adds its machine's row
+    strategy = types.SimpleNamespace(
+        run=lambda _: [sums] * replicas, experimental_local_results=lambda values: values
+    )
+    train.agree(strategy, values[0])
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_machines_begin_with_the_same_of_everything(monkeypatch, replicas):
+    ours = {"first step": 5, "weights": 77}
+    machines_of(monkeypatch, replicas, ours, dict(ours), dict(ours))
+    for name in ours:
+        with pytest.raises(utils.UserError, match=f"worker 2 of TF_CONFIG has another.*{name}"):
+            machines_of(monkeypatch, replicas, ours, dict(ours), ours | {name: 6})
 
 
 @pytest.mark.parametrize(
-    ("flags", "settings", "step", "spec", "words"),
+    ("flags", "settings", "spec", "word"),
     [
-        ([], {}, 5, {"worker": 1}, None),
-        ([], {}, 4, {}, "at another step"),
-        ([], {"train__seed": 7}, 5, {}, "with other weights"),
-        ([], {}, 5, {"seed": 7}, "with other pictures"),
-        ([], {}, 5, {"N": 11}, "with other pictures"),
-        ([], {}, 5, {"class_names": ["a"] * 8}, "with other pictures"),
-        (["--learning_rate=0.02"], {}, 5, {}, "with other flags"),
-        ([], {"train__sgd_momentum": 0.8}, 5, {}, "with other settings"),
-        ([], {"l2__l2_penalty": 0.1}, 5, {}, "with other settings"),
-        ([], {"batch_renorm__rmax_max": 2.0}, 5, {}, "with other settings"),
+        ([], {}, {"seed": 7}, "seed"),
+        ([], {}, {"N": 11}, "N"),
+        ([], {}, {"classes": 9}, "classes"),
+        ([], {}, {"class_names": ["a"] * 8}, "class_names"),
+        ([], {}, {"batch_size": 8}, "batch_size"),
+        (["--learning_rate=0.02"], {}, {}, "--learning_rate"),
+        (["--accumulation_steps=2"], {}, {}, "--accumulation_steps"),
+        ([], {"train__sgd_momentum": 0.8}, {}, "sgd_momentum"),
+        ([], {"l2__l2_penalty": 0.1}, {}, "[l2]"),
+        ([], {"batch_renorm__rmax_max": 2.0}, {}, "[batch_renorm]"),
     ],
 )
-def test_machines_begin_at_the_same_step_with_the_same_of_everything(
-    monkeypatch, flags, settings, step, spec, words
-):
-    ours = trainer_of(), 5, SPEC
-    theirs = trainer_of(*flags, **settings), step, dataclasses.replace(SPEC, **spec)
-    refused = pytest.raises(utils.UserError, match=f"worker 1 of TF_CONFIG would begin {words}")
-    with refused if words else contextlib.nullcontext():
-        together(monkeypatch, ours, theirs)
+def test_machines_compare_pictures_flags_and_settings(flags, settings, spec, word):
+    def values(trainer: train.Trainer, spec: BatchSpec) -> dict[str, object]:
+        return train.spec_and_settings(spec, trainer.config, trainer.args)
+
+    ours = values(trainer_of(), SPEC)
+    theirs = values(trainer_of(*flags, **settings), dataclasses.replace(SPEC, worker=1, **spec))
+    assert [name for name in ours if repr(ours[name]) != repr(theirs[name])] == [word]
+
+
+def test_the_checksum_changes_with_any_weight():
+    trainer = trainer_of()
+    before = trainer.checksum()
+    assert trainer_of().checksum() == before
+    trainer.network.norms[-1].moving_std[0].assign(2.0)
+    assert trainer.checksum() != before
 
 
 def test_the_preprocessor_is_told_of_the_end_once_the_chief_has_saved(monkeypatch, capsys):
-    """On the chief `train` returns after that; the others wait for it in `gather`."""
+    """On the chief `train` returns after that; the others wait for it in `agree`."""
     told = []
     args = arguments("--run_folder=new")
-    stand = types.SimpleNamespace(
-        check_agreement=lambda *_: told.append("agree"),
-        gather=lambda _: told.append("gather"),
-        put=None,
-    )
+    stand = types.SimpleNamespace(checksum=lambda: 77, put=None, config=None)
     log = contextlib.nullcontext(types.SimpleNamespace(time_taken=lambda: "1 s"))
     log.time_taken = lambda: "1 s"
     reader = contextlib.nullcontext()
@@ -722,11 +738,13 @@ def test_the_preprocessor_is_told_of_the_end_once_the_chief_has_saved(monkeypatc
         "Saver": lambda *_: None, "Log": lambda *_: log, "plan": lambda *_: [],
         "BatchReader": lambda *_: reader, "train": lambda *_: told.append("train") or True,
         "end_preprocessing": lambda *_: told.append("end"),
+        "agree": lambda _, values: told.append(list(values)),
     }  # fmt: skip
     for name, value in replaced.items():
         monkeypatch.setattr(train, name, value)
     train.main()
-    assert told == ["agree", "train", "gather", "end"]
+    assert "seed" in told.pop(0)
+    assert told == [["first step", "weights"], "train", ["last step"], "end"]
 
 
 def test_the_plan_of_two_replicas(run):
@@ -778,17 +796,6 @@ def test_deterministic_is_tensorflows_own(monkeypatch):
     assert told == []
     train.open_devices(arguments("--deterministic"))
     assert told == ["deterministic"]
-
-
-def test_machines_of_two_gpus_each_see_each_others_numbers(monkeypatch):
-    trainer = trainer_of()
-    monkeypatch.setattr(train, "worker_of_workers", lambda: (0, 2))
-    trainer.local_replicas = 2  # each adds its machine's row
-    trainer.strategy = types.SimpleNamespace(
-        run=lambda _: tf.constant([[10, 14], [16, 18]], tf.int64),
-        experimental_local_results=lambda values: [values, values],
-    )
-    assert trainer.gather([5, 7]) == [[5, 7], [8, 9]]
 
 
 def test_failures_of_the_device_and_of_other_machines_are_explained(monkeypatch):
