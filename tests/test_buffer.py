@@ -474,8 +474,8 @@ def test_threads_do_the_same_where_processes_cannot_be_forked(config, ram, monke
     buffer = Buffer(ram, recipe, 10)
     buffer.wanted_first = lambda: 10 if len(there(ram)) == 10 else 0
     before = threading.active_count()
-    # All ten are there before the last of the three threads has said so.
-    assert 8 <= keep_full(buffer, 3, 0.1) <= 10
+    # All ten may be there before this thread has heard of each.
+    assert 0 < keep_full(buffer, 3, 0.1) <= 10
     assert threading.active_count() == before
     for number in range(10):
         assert_made_by(recipe, (0, number), load(ram, (0, number)))
