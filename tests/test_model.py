@@ -337,7 +337,7 @@ def test_torchvisions_weights_become_a_model_of_the_same_function(theirs, tmp_pa
     file, model = tmp_path / "resnet50.npz", tmp_path / "runs" / "torchvision" / "0"
     names = [f"name {label}" for label in range(len(NAMES))]
     np.savez(file, class_names=names, **arrays)
-    result = toolkit.run("tests/import_torchvision.py", None, str(file), str(model))
+    result = toolkit.run("tests/examples/import_torchvision.py", None, str(file), str(model))
     assert result.returncode == 0, result.stderr
     assert resnet50.class_names_of(model) == names
     crops = random_crops(3)
