@@ -1,31 +1,41 @@
 """Code that all the scripts use. It is imported, not run.
 
     config = utils.load_config(Path("config.txt"))      # every key known, typed and in range
-    with utils.written_aside(path) as aside: ...        # a file appears whole or not at all
+    with utils.written_aside(path) as file: ...         # a file appears whole or not at all
     utils.lock(folder / ".lock", "another process works here")
+    with utils.stop_on_signals() as stop: ...           # Ctrl-C, kill and a closed terminal
     for result in utils.map_in_order(work, items, 4): ...
 
-Sections: what a script needs, errors and command lines, config.txt, files that appear whole, locks,
-parallel work and progress, TensorFlow's devices and events. Nothing here knows about pictures or
-training. The scripts import this module before other packages, so that a missing package is
-reported in one line.
+Sections: what a script needs, output, errors and command lines, stopping, config.txt, files that
+appear whole, files that are read back, locks, parallel work and progress, TensorFlow's devices and
+events. Nothing here knows about pictures or training. The scripts import this module before other
+packages, so that a missing package, and Ctrl-C meanwhile, are one line.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
+import dataclasses
 import difflib
 import errno
+import fnmatch
 import functools
 import io
 import json
 import math
 import os
 import platform
+import queue
 import re
 import shutil
+import signal
+import stat
 import sys
+import threading
 import time
+import types
+import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,13 +50,20 @@ def script_name() -> str:
     return Path(sys.argv[0]).name
 
 
-def one_line(text: str) -> str:
-    """`text` with its line breaks escaped. File names may contain them."""
-    return "\\n".join(text.splitlines())
+def printable(text: object) -> str:
+    """`text` with everything escaped that is not seen, or does more than be seen: control
+    characters, escape sequences, marks that reverse the direction. File names contain them.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def _die(message: str) -> None:
-    print(f"{script_name()}: error: {one_line(message)}", file=sys.stderr)
+    print(f"{script_name()}: error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -66,6 +83,20 @@ def _die_without(error: ModuleNotFoundError) -> None:
     raise error
 
 
+_messages = 2
+"""Descriptor of the terminal's messages. `quiet_tensorflow` changes it for a while."""
+
+
+def _leave(_number: int, _frame: object) -> None:
+    """Ctrl-C before `run`: nothing has begun yet. Packages do not expect exceptions on import."""
+    os.write(_messages, f"{script_name()}: stopped\n".encode())
+    os._exit(130)
+
+
+_is_script = os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(__file__)
+if _is_script and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, _leave)
+
 # Everything above this line must also run on older versions of Python.
 try:
     import fcntl
@@ -83,8 +114,104 @@ while (_descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
 os.close(_descriptor)
 
-CROP = 224
-"""Side of the network's input pictures, in pixels."""
+
+# --- output ---------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Writes to the standard streams in a thread of its own.
+
+    A terminal that takes no lines (Ctrl-S, a frozen multiplexer, a pipe that nobody reads, a full
+    disk) costs lines, never a step. On a terminal a status line stays below all others.
+    """
+
+    MOST = 1000  # lines that wait; later ones are dropped
+    ERASE = b"\r\x1b[K"
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue | None = None
+        self._thread: threading.Thread | None = None
+        self._status = False
+
+    def put(self, descriptor: int, data: bytes, status: bool = False) -> None:
+        if os.isatty(descriptor):
+            data = self.ERASE * self._status + data
+            self._status = status
+        if self._thread is None:
+            self._queue = queue.SimpleQueue()
+            thread = threading.Thread(target=self._write_all, args=[self._queue], daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads, or Python is ending
+                self._write(descriptor, data)
+                return
+            self._thread = thread
+        if self._queue.qsize() < self.MOST:
+            self._queue.put((descriptor, data))
+
+    def drain(self, seconds: float = 1.0) -> None:
+        """Ends the thread when it has written all, or leaves it alone after some seconds."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            thread.join(seconds)
+
+    def _write_all(self, lines: queue.SimpleQueue) -> None:
+        while (line := lines.get()) is not None:
+            self._write(*line)
+
+    @staticmethod
+    def _write(descriptor: int, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
+            while data:
+                data = data[os.write(descriptor, data) :]
+
+
+_writer = _Writer()
+os.register_at_fork(before=_writer.drain)  # a thread does not live on in the forked process
+
+
+class _Output(io.TextIOBase):
+    """Standard output or error: whole lines, in UTF-8, with only printable characters."""
+
+    encoding, errors = "utf-8", "backslashreplace"
+
+    def __init__(self, descriptor: int):
+        self._descriptor, self._line = descriptor, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        if lines:
+            self._put("".join(f"{printable(line)}\n" for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._line:
+            self._put(printable(self._line))
+        self._line = ""
+
+    def status(self, text: str) -> None:
+        """Shows a line at the bottom of the terminal, cut to its width, until the next."""
+        width = shutil.get_terminal_size().columns - 1
+        _writer.put(self._descriptor, printable(text)[:width].encode(), status=True)
+
+    def _put(self, text: str) -> None:
+        _writer.put(self._descriptor, text.encode())
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+
+def show_status(text: str) -> None:
+    """Shows a line that the next one replaces. Nothing if standard output is not a terminal."""
+    if sys.stdout.isatty() and isinstance(sys.stdout, _Output):
+        sys.stdout.status(text)
 
 
 # --- errors and command lines ---------------------------------------------------------------
@@ -103,7 +230,10 @@ def run(main: Callable[[], None]) -> None:
 
     Does the same for errors of the operating system, such as a missing file or a full disk.
     """
-    sys.stdout, sys.stderr = _Output.stream(1), _Output.stream(2)
+    sys.stdout, sys.stderr = _Output(1), _Output(2)
+    atexit.register(_writer.drain)
+    if signal.getsignal(signal.SIGINT) == _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except UserError as error:
@@ -117,35 +247,12 @@ def run(main: Callable[[], None]) -> None:
             raise
         _die(f"{error}: close other programs, or allow more memory or processes (ulimit -v, -u)")
     except KeyboardInterrupt:
-        _stopped()
-
-
-class _Output(io.FileIO):
-    """Standard output or error. Drops what it cannot write, and never stops the script.
-
-    For example, the reader of a pipe may have exited, or the disk may be full.
-    """
-
-    def write(self, data: bytes) -> int:
-        try:
-            return super().write(data) or len(data)
-        except OSError:
-            return len(data)
-
-    @classmethod
-    def stream(cls, descriptor: int) -> io.TextIOWrapper:
-        """Line-buffered text output to the descriptor."""
-        file = io.BufferedWriter(cls(descriptor, "w", closefd=False))
-        return io.TextIOWrapper(file, "utf-8", "backslashreplace", line_buffering=True)
-
-
-def _stopped() -> None:
-    print(f"{script_name()}: stopped", file=sys.stderr)
-    sys.exit(130)
+        print(f"{script_name()}: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def warn(message: str) -> None:
-    print(f"{script_name()}: warning: {one_line(message)}", file=sys.stderr)
+    print(f"{script_name()}: warning: {printable(message)}", file=sys.stderr)
 
 
 REQUIRED = object()
@@ -200,6 +307,8 @@ class Parser(argparse.ArgumentParser):
         for flag in re.findall(r"^(--[^=\s]+|-[a-zA-Z])", "\n".join(sys.argv[1:]), re.MULTILINE):
             if flag not in known and (meant := _meant(flag, known)):
                 raise UserError(f"unrecognized argument {flag}; did you mean {meant}? See --help")
+        if match := re.fullmatch(r"unrecognized arguments: (\S+\.(txt|toml))", message):
+            raise UserError(f"unrecognized argument {match[1]}; did you mean --config={match[1]}?")
         raise UserError(f"{message}; see --help")
 
     def add(
@@ -217,13 +326,10 @@ class Parser(argparse.ArgumentParser):
             help=text,
             type=None if is_choice else kind,
             choices=kind if is_choice else None,
-            metavar="NAME" if is_choice else METAVARS.get(kind, "N"),
+            metavar="NAME" if is_choice or flag == "--run_folder" else METAVARS.get(kind, "N"),
             required=default is REQUIRED,
             default=default,
         )
-
-    def add_run(self) -> None:
-        self.add("--run_folder", run_name, "name of the run, and of its folder", REQUIRED)
 
     def add_epochs(self) -> None:
         self.add("--epoch_start", whole(0), "first epoch, counting from 0", REQUIRED)
@@ -243,16 +349,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def run_name(text: str) -> str:
-    """Argument type: a plain name, which becomes a folder below path_for_saving."""
-    if not re.fullmatch(r"[\w][\w.+ -]*", text):
-        raise argparse.ArgumentTypeError(
-            f"expected a plain name of letters, digits and . _ + -, not {text!r}"
-        )
-    return text
-
-
-METAVARS = {Path: "FILE", run_name: "NAME"}
+METAVARS = {Path: "FILE"}
 
 
 def whole(minimum: int) -> Callable[[str], int]:
@@ -284,7 +381,57 @@ def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
     return parse
 
 
+# --- stopping -------------------------------------------------------------------------------
+
+
+class Stop:
+    """Whether a signal has asked the script to stop, and which. Not a `threading.Event`: setting
+    that in a signal handler can wait for ever for the thread that was interrupted.
+    """
+
+    number = 0
+    """The signal's number."""
+    _at = 0.0
+
+    def is_set(self) -> bool:
+        return self.number != 0
+
+    def set(self, number: int = signal.SIGTERM) -> None:
+        """The first signal stops. Only a second Ctrl-C, a second or more later, ends at once: a
+        terminal that closes sends SIGHUP twice, systemd sends SIGTERM and then SIGHUP.
+        """
+        if not self.is_set():
+            self.number, self._at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() >= self._at + 1:
+            os._exit(128 + number)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until it is set, at most so long. Returns whether it is set."""
+        end = time.monotonic() + seconds
+        while not self.is_set() and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.02))
+        return self.is_set()
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a `Stop`. `nohup` makes a script deaf to SIGHUP."""
+    stop, before = Stop(), {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda number, _frame: stop.set(number))
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # --- config.txt -----------------------------------------------------------------------------
+
+
+class Epochs(float):
+    """A number of epochs, where a whole number would count updates."""
 
 
 class Key(NamedTuple):
@@ -294,11 +441,16 @@ class Key(NamedTuple):
     minimum: float = -math.inf
     maximum: float = math.inf
     default: object = None
+    choices: tuple[str, ...] = ()
 
     @property
     def expected(self) -> str:
         if self.type is Path:
             return 'a path in quotes, such as "/data/imagenet"'
+        if self.type is str:
+            return " or ".join(f'"{choice}"' for choice in self.choices)
+        if self.type is Epochs:
+            return 'epochs in quotes, such as "3 epochs", or a whole number of updates'
         kind = "a whole number" if self.type is int else "a number"
         if self.maximum < math.inf:
             return f"{kind} from {self.minimum:g} to {self.maximum:g}"
@@ -307,14 +459,21 @@ class Key(NamedTuple):
     def accepts(self, value: object) -> bool:
         if self.type is Path:
             return isinstance(value, str) and value.strip() != "" and "\0" not in value
-        if isinstance(value, bool) or not isinstance(value, (int, self.type)):
+        if self.type is str:
+            return value in self.choices
+        if self.type is Epochs and isinstance(value, str):
+            return _EPOCHS.fullmatch(value) is not None
+        number = int if self.type is Epochs else (int, self.type)
+        if isinstance(value, bool) or not isinstance(value, number):
             return False
         return self.minimum <= value <= self.maximum
 
 
+_EPOCHS = re.compile(r"\s*([0-9]{1,6}(?:\.[0-9]+)?)\s*epochs?\s*")
 _COUNT = Key(int, 0, 10**12)
 _SECONDS = Key(float, 0.01, 86_400)
 _FRACTION = Key(float, 0, 1)
+_WHEN = Key(Epochs, 0, 10**12)
 KEYS: dict[str, dict[str, Key]] = {
     "preprocess": {"ImageNet_folder": Key(Path), "path_to_save": Key(Path), "N": _COUNT},
     "get_mu_sigma": {"path_to_save": Key(Path)},
@@ -331,10 +490,14 @@ KEYS: dict[str, dict[str, Key]] = {
         "moving_avgs_momentum": Key(float, 0, 0.999999),
         "rmax_max": Key(float, 1, 1e6),
         "dmax_max": Key(float, 0, 1e6),
-        "start_relaxing_rmax": _COUNT, "reach_rmax_max": _COUNT,
-        "start_relaxing_dmax": _COUNT, "reach_dmax_max": _COUNT,
+        "start_relaxing_rmax": _WHEN, "reach_rmax_max": _WHEN,
+        "start_relaxing_dmax": _WHEN, "reach_dmax_max": _WHEN,
     },
-    "runtime_preprocessing": {"sleep_time": _SECONDS, "num_of_threads": Key(int, 1, 1024)},
+    "runtime_preprocessing": {
+        "sleep_time": _SECONDS,
+        "num_of_threads": Key(int, 1, 1024),
+        "crop": Key(str, default="side", choices=("side", "area")),
+    },
     "utils": {
         "mu_0": _FRACTION, "mu_1": _FRACTION, "mu_2": _FRACTION,
         "sigma_0": Key(float, 0.001, 1), "sigma_1": Key(float, 0.001, 1),
@@ -349,7 +512,8 @@ def load_config(file: Path) -> SimpleNamespace:
 
     Adds `utils.mu` and `utils.sigma`, lists of the three channels' values. Paths become absolute
     `Path`s: `~` and environment variables are expanded, and relative paths start from the folder of
-    `file`. Raises UserError, which names the file, section, key and expected value.
+    `file`. "3 epochs" becomes `Epochs(3)`. Raises UserError, which names the file, section, key and
+    expected value.
     """
     sections = _read_toml(file)
     _check_names(str(file), "section", sections, KEYS)
@@ -359,22 +523,14 @@ def load_config(file: Path) -> SimpleNamespace:
         if not isinstance(values, dict):
             raise UserError(f"{file}: {section} must be a section: it needs a line [{section}]")
         _check_names(where, "key", values, keys)
-        checked = {
-            name: _checked(f"{where} {name}", values.get(name, key.default), key, file.parent)
+        converted = {
+            name: _converted(f"{where} {name}", values.get(name, key.default), key, file.parent)
             for name, key in keys.items()
         }
-        setattr(config, section, SimpleNamespace(**checked))
+        setattr(config, section, SimpleNamespace(**converted))
     colours = config.utils
     colours.mu = [colours.mu_0, colours.mu_1, colours.mu_2]
     colours.sigma = [colours.sigma_0, colours.sigma_1, colours.sigma_2]
-    for limit in ("rmax", "dmax"):
-        start = getattr(config.batch_renorm, f"start_relaxing_{limit}")
-        reach = getattr(config.batch_renorm, f"reach_{limit}_max")
-        if reach < start:
-            raise UserError(
-                f"{file}: [batch_renorm] reach_{limit}_max is {reach}, before "
-                f"start_relaxing_{limit} = {start}; expected the same step or a later one"
-            )
     return config
 
 
@@ -395,11 +551,13 @@ def _read_toml(file: Path) -> dict:
 _HINTS = {
     r"\s*(\w+)\s*=\s*([~$./A-Za-z].*?)\s*(#.*)?$": r'text and paths need quotes: \1 = "\2"',
     ".*[“”„‘’]": 'write straight quotes: "',
+    r".*=\s*\d{1,3}(,\d{3})+\s*(#.*)?$": "write whole numbers without commas",
     r".*=\s*\d+,\d": "write decimal numbers with a point",
     r".*\\": "a backslash in quotes starts an escape sequence: write paths with /",
     r"\s*\w+\s*:": "write key = value, not key: value",
     r'[^"]*"[^"]*$': "a closing quote is missing",
     r"\s*\[(\w+)\]": r"there must be only one section [\1]: replace the old one",
+    r"\s*(\w+)\s*=.*": r"\1 may already stand above: a key may occur only once in its section",
 }
 """Patterns of lines that are not valid TOML, and how to fix them."""
 
@@ -427,17 +585,21 @@ def _check_names(where: str, kind: str, found: dict, known: dict) -> None:
             raise UserError(f"{where}: missing {kind} {name}{expected}")
 
 
-def _checked(where: str, value: object, key: Key, folder: Path) -> object:
-    """The value, converted to the type of its key. Raises UserError."""
+def _converted(where: str, value: object, key: Key, folder: Path) -> object:
+    """The value in the type of its key. Raises UserError."""
     if not key.accepts(value):
         shown = json.dumps(value, default=str)
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         raise UserError(f"{where}: expected {key.expected}, not {shown}")
+    if key.type is Epochs:
+        return Epochs(_EPOCHS.fullmatch(value)[1]) if isinstance(value, str) else value
     if key.type is not Path:
         return key.type(value)
     path = os.path.expanduser(os.path.expandvars(value))
     if unset := re.search(r"\$(\w+|\{\w+\})", path):
         raise UserError(f"{where}: the environment variable {unset[0]} is not set")
+    if path.startswith("~"):
+        raise UserError(f"{where}: no home folder is known for {value}; write the whole path")
     return Path(os.path.abspath(folder / path))
 
 
@@ -492,10 +654,7 @@ def _read_once(path: str | Path) -> bytes:
         os.close(descriptor)
 
 
-_ASIDE = re.compile(r"\..+\.aside-[0-9a-f]{16}(\.lock)?", re.DOTALL)
-
-
-def aside_name(path: Path) -> Path:
+def _aside_name(path: Path) -> Path:
     """A temporary name next to `path`, unique across processes and machines.
 
     It is short enough for every file system, even if the name of `path` is very long.
@@ -504,91 +663,53 @@ def aside_name(path: Path) -> Path:
     return path.with_name(f".{start or '_'}.aside-{os.urandom(8).hex()}")
 
 
-def is_leftover(name: str) -> bool:
-    """Whether this is the name of a file or folder that is being written, or left half-written."""
-    return _ASIDE.fullmatch(name) is not None
+_ASIDE = re.compile(r"\.(.+)\.aside-[0-9a-f]{16}", re.DOTALL)
 
 
 @contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A temporary name next to `path`. At the end, removes the file or folder that still has it.
+def _aside(path: Path, durable: bool) -> Iterator[Path]:
+    """A temporary name next to `path`. On success it is renamed to `path`, otherwise removed.
 
-    A lock file marks the name as in use. It is created first and removed last. Errors show `path`
-    instead of the temporary name.
+    Errors show `path` instead of the temporary name.
     """
+    aside = _aside_name(path)
     try:
-        aside, descriptor = _hold_name(path)
-        try:
-            yield aside
-        finally:
-            try:
-                _remove(aside)
-                _lock_of(aside).unlink(missing_ok=True)
-            finally:
-                os.close(descriptor)
+        yield aside
+        if durable:
+            for each in (*aside.rglob("*"), aside):
+                _sync(each)
+        os.rename(aside, path)
+        if durable:
+            _sync(path.parent)
     except OSError as error:
-        if error.filename is None or is_leftover(os.path.basename(error.filename)):
+        if error.filename is None or _ASIDE.fullmatch(os.path.basename(error.filename)):
             error.filename = str(path)
             del error.filename2  # otherwise Python prints `None`
         raise
-
-
-def _hold_name(path: Path) -> tuple[Path, int]:
-    """A temporary name next to `path`, and a descriptor that holds its lock.
-
-    The lock lasts until this process and those forked from it have closed the descriptor. We lock a
-    separate file, because on SMB a locked file cannot be opened again by name for writing.
-    """
-    while True:
-        aside = aside_name(path)
-        descriptor = os.open(_lock_of(aside), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            # It is enough that the name exists, because nobody else creates a file of this name.
-            # Inode numbers would not help: some network file systems change them.
-            if _try_lock(descriptor) and _lock_of(aside).exists():
-                return aside, descriptor
-        except OSError:  # no locks here, so nobody removes leftovers either
-            return aside, descriptor
-        os.close(descriptor)  # `remove_leftovers` took the lock first
-
-
-def _lock_of(aside: Path) -> Path:
-    return aside.with_name(f"{aside.name}.lock")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    finally:
+        _remove(aside)
 
 
 @contextlib.contextmanager
-def written_aside(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A temporary path in the same folder. On success it is renamed to `path`, otherwise removed.
+def written_aside(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
+    """A new file, open for writing, that is named `path` when all is written.
 
     So the file at `path` is always complete, even if the process is killed. If `durable`, that is
     also true after a power failure.
     """
-    with _aside(path) as aside:
-        yield aside
-        if durable:
-            _sync(aside)
-        os.replace(aside, path)
-        if durable:
-            _sync(path.parent)
+    with _aside(path, durable) as aside:
+        # A link that somebody has planted under this name is not followed.
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(aside, flags, 0o666), "w+b") as file:
+            yield file
 
 
 @contextlib.contextmanager
 def folder_written_aside(folder: Path) -> Iterator[Path]:
     """`written_aside` for a folder, which must not exist yet. Always durable."""
-    with _aside(folder) as aside:
+    with _aside(folder, durable=True) as aside:
         aside.mkdir()
         yield aside
-        for path in (*aside.rglob("*"), aside):
-            _sync(path)
-        os.rename(aside, folder)
-        _sync(folder.parent)
 
 
 def _sync(path: Path) -> None:
@@ -603,156 +724,56 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder. Renames it first, so that `folder` is never incomplete."""
-    aside = aside_name(folder)
+    aside = _aside_name(folder)
     folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes half-written files and folders of killed processes, but not those being written.
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Removes what killed processes left half-written under these names (patterns; none: all).
 
-    The lock tells them apart, even if its holder runs on another machine or in another container.
-    Leaves the leftovers of other users.
+    Only for the holder of the lock that makes it the only writer of these names. Leaves the
+    leftovers of other users.
     """
-    for path in [path for path in folder.iterdir() if is_leftover(path.name)]:
-        if _lock_of(path).exists():
-            continue  # removed together with its lock
-        with contextlib.suppress(PermissionError):
-            if path.is_dir():
+    for path in list(folder.iterdir()):
+        match = _ASIDE.fullmatch(path.name)
+        if match and (not names or any(fnmatch.fnmatch(match[1], name) for name in names)):
+            with contextlib.suppress(PermissionError):
                 _remove(path)
-                continue
-            with _unless_held(path) as free:
-                if free and path.suffix == ".lock":
-                    _remove(path.with_suffix(""))
-                if free:
-                    path.unlink(missing_ok=True)
 
 
 def is_no_room(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@functools.cache
-def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """The header of a .npy file for an array of this type and shape."""
-    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    file, content = io.BytesIO(), {"descr": descr, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, content)
-    return file.getvalue()
+def make_folder(folder: Path, private: bool = False) -> Path:
+    """Creates the folder if it is missing. Raises UserError if it cannot be written to.
 
-
-def array_file_size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    """Size in bytes of a .npy file for an array of this type and shape."""
-    return len(npy_header(dtype, shape)) + math.prod(shape) * np.dtype(dtype).itemsize
-
-
-@contextlib.contextmanager
-def array_written_aside(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
-    """`written_aside` for a .npy file. Writes the header; the caller writes the array's bytes.
-
-    Raises OSError with its errno, which np.save loses.
+    A `private` folder is made for its user alone. It must not belong to another user, nor may
+    everybody write to it: they could plant links there.
     """
-    with written_aside(path) as aside, open(aside, "wb") as file:
-        file.write(npy_header(dtype, shape))
-        yield file
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Writes the same file as np.save, aside."""
-    with array_written_aside(path, array.dtype, array.shape) as file:
-        file.write(np.ascontiguousarray(array).data)
-
-
-def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in a .npy file. Raises ValueError if the file contains anything else.
-
-    Compares the header and the length with the expected ones, and never interprets them. So a
-    malicious file can neither run code nor allocate memory.
-    """
-    content, header = read_file(path), npy_header(dtype, shape)
-    if not content.startswith(header):
-        raise ValueError(f"{path}: does not hold {np.dtype(dtype)} {list(shape)}")
-    if len(content) != array_file_size(dtype, shape):
-        raise ValueError(f"{path}: is cut off, or longer than its array")
-    return np.frombuffer(content, dtype, offset=len(header)).reshape(shape)
-
-
-def write_text(path: Path, text: str) -> None:
-    with written_aside(path) as aside:
-        aside.write_bytes(as_written(text))
-
-
-def as_written(text: str) -> bytes:
-    """`text` in UTF-8. Escapes what UTF-8 cannot encode, which some file names contain."""
-    return text.encode("utf-8", "backslashreplace")
-
-
-def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
-    """The rows of a table, as text by column. Skips rows that were cut off.
-
-    Empty if there is no such file. Raises UserError if one of `columns` is missing. Then the file
-    is not ours, and must not be overwritten.
-    """
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        table = csv.DictReader(file)
-        try:
-            rows = list(table)
-        except csv.Error as error:  # a huge cell, such as zeros after a power failure
-            raise UserError(f"{path}: {error}; move the file away") from None
-    if missing := set(columns).difference(table.fieldnames or columns):
-        raise UserError(
-            f"{path}: not the expected table (no column {min(missing)}); move the file away"
-        )
-    return [row for row in rows if None not in row and None not in row.values()]
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """Writes a table aside, durably. Floats get six significant digits."""
-    with written_aside(path, True) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
-
-
-def csv_cell(value: object) -> object:
-    return f"{value:.6g}" if isinstance(value, float) else value
-
-
-CLASS_NAMES = "class_names.txt"
-"""File next to the validation crops and in a model's assets: one name per line, by label."""
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes one text per line. Escapes line breaks within a text."""
-    write_text(path, "".join(f"{one_line(line)}\n" for line in lines))
-
-
-def read_lines(path: Path) -> list[str]:
-    """What `write_lines` wrote; empty if there is no such file."""
-    return os.fsdecode(read_file(path)).splitlines() if path.is_file() else []
-
-
-def read_json(path: Path) -> dict | None:
-    """The JSON object in a file; None if the file is missing or contains anything else."""
     try:
-        value = json.loads(read_file(path))
-    except (FileNotFoundError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def make_folder(folder: Path) -> Path:
-    """Creates the folder if it is missing. Raises UserError if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
+        status = folder.stat()
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder}: not a folder; this path or one above it is a file") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
+    inside = f"use a folder inside it, such as {folder / 'batches'}"
+    if private and status.st_uid != os.geteuid():
+        raise UserError(f"{folder}: belongs to another user; {inside}, or another folder")
+    if private and status.st_mode & stat.S_IWOTH:
+        raise UserError(f"{folder}: everybody may write to it; chmod o-w {folder}, or {inside}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: cannot be written to: Permission denied")
     return folder
@@ -771,10 +792,149 @@ def check_room(folder: Path, needed: float, what: str) -> int:
     return free
 
 
+# --- files that are read back ---------------------------------------------------------------
+
+
+@functools.cache
+def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The header of a .npy file for an array of this type and shape."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    file, content = io.BytesIO(), {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, content)
+    return file.getvalue()
+
+
+def array_file_size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """Size in bytes of a .npy file for an array of this type and shape."""
+    return len(npy_header(dtype, shape)) + math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes what np.save writes, aside. Raises OSError with its errno, which np.save loses."""
+    with written_aside(path) as file:
+        file.write(npy_header(array.dtype, array.shape))
+        file.write(np.ascontiguousarray(array).data)
+
+
+def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The array in a .npy file. Raises ValueError if the file contains anything else.
+
+    Compares the header and the length with the expected ones, and never interprets them. So a
+    malicious file can neither run code nor allocate memory.
+    """
+    content, header = read_file(path), npy_header(dtype, shape)
+    if not content.startswith(header):
+        raise ValueError(f"{path}: does not hold {np.dtype(dtype)} {list(shape)}")
+    if len(content) != array_file_size(dtype, shape):
+        raise ValueError(f"{path}: is cut off, or longer than its array")
+    return np.frombuffer(content, dtype, offset=len(header)).reshape(shape)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` aside, in UTF-8. Escapes what UTF-8 cannot encode."""
+    with written_aside(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_record(path: Path, record: object) -> None:
+    """Writes a dataclass as a JSON object, aside."""
+    write_text(path, json.dumps(dataclasses.asdict(record), indent=1))
+
+
+def read_record(kind: type, path: Path) -> Any:
+    """The JSON object in a file, as a dataclass of this `kind`; None if there is no such file.
+
+    Raises UserError unless every field has its type, and the values that `kind` accepts.
+    """
+    try:
+        content = read_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return as_record(kind, content, f"{path}: not what this toolkit writes")
+
+
+def as_record(kind: type, text: str | bytes, wrong: str) -> Any:
+    """A JSON object as a dataclass of this `kind`, whose annotations are the types. Other names in
+    the object are passed over.
+
+    Raises UserError, which begins with `wrong`. A `kind` checks ranges itself, in `__post_init__`,
+    and raises ValueError.
+    """
+    try:
+        values = json.loads(text, parse_constant=lambda name: float("nan"))
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        hints, arguments = typing.get_type_hints(kind), {}
+        for field in dataclasses.fields(kind):
+            if field.name in values:
+                if not _fits(values[field.name], hints[field.name]):
+                    shown = json.dumps(values[field.name])[:60]
+                    raise ValueError(f"{field.name} is {shown}, not {field.type}")
+                arguments[field.name] = values[field.name]
+            elif field.default is dataclasses.MISSING:
+                raise ValueError(f"{field.name} is missing")
+        return kind(**arguments)
+    except RecursionError:
+        raise UserError(f"{wrong}: JSON inside JSON, too deep to read") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
+        raise UserError(f"{wrong}: {error}") from None
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value from JSON has the type of an annotation."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is types.UnionType:
+        return any(_fits(value, each) for each in inner)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < 1e300
+    return hint is Any or type(value) is hint
+
+
+def read_csv(path: Path, kinds: dict[str, Callable[[str], Any]]) -> list[dict[str, Any]]:
+    """The rows of a table. `kinds`: its columns, each with the function that reads a cell.
+
+    Skips rows that were cut off. Empty if there is no such file. Raises UserError if a column is
+    missing or a cell cannot be read. Then the file is not ours, and must not be overwritten.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        table = csv.DictReader(file)
+        try:
+            if missing := set(kinds).difference(table.fieldnames or kinds):
+                raise ValueError(f"not the expected table (no column {min(missing)})")
+            for row in table:
+                if None not in row and None not in row.values():
+                    rows.append({name: kind(row[name]) for name, kind in kinds.items()})
+        except (csv.Error, ValueError, argparse.ArgumentTypeError) as error:
+            where = f"line {table.line_num}: {error}"
+            raise UserError(f"{path}: {where}; correct it, or move the file away") from None
+    return rows
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
+    """Writes a table aside, durably. Floats get six significant digits."""
+    with written_aside(path, durable=True) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
+        text.detach()
+
+
+def csv_cell(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
 # --- locks ----------------------------------------------------------------------------------
 # We lock only files that are open for writing, never folders: on NFS, other machines see no other
-# locks. A lock ends with the process that holds it, even if that process is killed. Only the holder
-# of a lock removes its file. So after taking a lock, we check that its file still exists.
+# locks. A lock ends with the process that holds it, even if that process is killed. Lock files are
+# never removed, so no process can hold the lock on one that is gone.
 
 _locks: dict[Path, int] = {}
 """The descriptors that hold this process's locks."""
@@ -783,81 +943,75 @@ _locks: dict[Path, int] = {}
 def lock(path: Path, refusal: str, shared: bool = False) -> None:
     """Locks a file until the process ends. Creates the file if it is missing.
 
-    Several processes can hold the lock if all of them pass `shared`. Then the file must exist and
-    be readable. Raises UserError with `refusal` if another process holds the lock, or NoLocks.
+    Several processes can hold the lock if all of them pass `shared`. Raises UserError with
+    `refusal` if another process holds the lock, or NoLocks.
     """
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path}: is a link, which this toolkit never makes; remove it") from None
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
     for _ in range(5):
-        descriptor = os.open(path, flags, 0o666)
         try:
-            if _try_lock(descriptor, path, kind):
-                _locks[path] = os.dup(descriptor)  # holds the same lock
-                return
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            _locks[path] = descriptor
+            return
+        except BlockingIOError:
+            time.sleep(0.05)  # `is_locked` in another process holds the lock for a moment
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
+            os.close(descriptor)
             raise NoLocks(
                 f"{path}: this file system does not support locks ({error.strerror}); put "
                 f"{path.parent} on one that does: a local disk, a RAM disk, or NFS with its lock "
                 f"service"
             ) from None
-        finally:
-            os.close(descriptor)
-        time.sleep(0.05)  # `is_locked` in another process holds the lock for a moment
+    os.close(descriptor)
     raise UserError(refusal)
 
 
-def remove_lock(path: Path) -> None:
-    """Removes a lock file, unless another process holds it."""
-    if path in _locks:
-        path.unlink(missing_ok=True)
+def keep_lock(path: Path, refusal: str) -> None:
+    """Locks a file again if somebody has removed it, alone or with its folder.
+
+    Raises UserError with `refusal` if the path names another file: another process took the place.
+    """
+    try:
+        if not os.path.samestat(os.fstat(_locks[path]), os.stat(path)):
+            raise UserError(refusal)
+    except FileNotFoundError:
         os.close(_locks.pop(path))
-        return
-    with _unless_held(path) as free:
-        if free:
-            path.unlink(missing_ok=True)
+        lock(path, refusal)
 
 
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock on a file; False if there is no such file.
 
-    Also True if we cannot tell: for another user's file, or on a file system without locks.
+    Also True if we cannot tell: for a file that we may not read, or without locks.
     """
-    with _unless_held(path) as free:
-        if free:
-            return False
     try:
-        os.stat(path)
-    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
-        pass  # we cannot tell
-    return True
-
-
-@contextlib.contextmanager
-def _unless_held(path: Path) -> Iterator[bool]:
-    """Whether the file exists and is not locked. If so, holds its lock inside the `with`."""
-    with contextlib.ExitStack() as stack:
-        free = False
-        with contextlib.suppress(OSError):  # gone, another user's, or without locks
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-            stack.callback(os.close, descriptor)
-            free = _try_lock(descriptor, path)
-        yield free
-
-
-def _try_lock(descriptor: int, path: Path | None = None, kind: int = fcntl.LOCK_EX) -> bool:
-    """Takes the lock on an open file. False if it is held, or if `path` no longer names that file.
-
-    Raises OSError if the file system does not support locks.
-    """
+        return True
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        return path is None or os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except (BlockingIOError, FileNotFoundError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _forget_locks() -> None:
+    """In a forked process: a lock is held as long as any process has its file open."""
+    while _locks:
+        os.close(_locks.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 # --- parallel work and progress -------------------------------------------------------------
@@ -868,11 +1022,8 @@ def cores(root: Path = Path("/")) -> int:
     count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         count = len(os.sched_getaffinity(0))
-    for group in _control_groups(root, "cpu"):
-        quota = _content(group / "cpu.max") or (
-            f"{_content(group / 'cpu.cfs_quota_us')} {_content(group / 'cpu.cfs_period_us')}"
-        )
-        if match := re.fullmatch(r"(\d+) (\d+)", quota):  # quota and period
+    for group in _control_groups(root):
+        if match := re.fullmatch(r"(\d+) (\d+)", _content(group / "cpu.max")):  # quota, period
             count = min(count, -(-int(match[1]) // int(match[2])))
     return max(count, 1)
 
@@ -885,24 +1036,19 @@ def available_memory(root: Path = Path("/")) -> int | None:
     free = []
     if match := re.search(r"MemAvailable:\s+(\d+) kB", _content(root / "proc/meminfo")):
         free.append(1024 * int(match[1]))
-    for group in _control_groups(root, "memory"):
-        limit = _content(group / "memory.max") or _content(group / "memory.limit_in_bytes")
-        used = _content(group / "memory.current") or _content(group / "memory.usage_in_bytes")
+    for group in _control_groups(root):
+        limit, used = _content(group / "memory.max"), _content(group / "memory.current")
         cached = re.findall(r"inactive_file (\d+)", _content(group / "memory.stat"))
         if limit.isdigit() and used.isdigit():
             free.append(int(limit) - int(used) + max(map(int, cached), default=0))
     return max(min(free), 0) if free else None
 
 
-def _control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of the Linux control groups, version 2 or 1, that limit this process."""
-    mounts = root / "sys/fs/cgroup"
-    for line in _content(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        top = mounts / controller if controllers else mounts
-        inner = top / group.lstrip("/")  # missing if a container sees only its own group
+def _control_groups(root: Path) -> Iterator[Path]:
+    """The folders of the Linux control groups that limit this process."""
+    top = root / "sys/fs/cgroup"
+    for group in re.findall(r"^0::/(.*)$", _content(root / "proc/self/cgroup"), re.MULTILINE):
+        inner = top / group  # missing if a container sees only its own group
         yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top))
 
 
@@ -951,18 +1097,17 @@ class Progress:
         left = duration((self.total - self.done) / rate) if rate else "?"
         rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
         text = f"{self.done:,} of {self.total:,} {self.unit}, {rate}/s, {left} left"
-        if self._terminal:
-            self._show_bar(text)
+        if self._terminal and self.done < self.total:
+            show_status(f"{bar(self.done / self.total)} {text}")
         else:
-            print(text, flush=True)
+            print(text)
             self._pause = min(60.0, self._pause * 1.5)
 
-    def _show_bar(self, text: str) -> None:
-        room = shutil.get_terminal_size().columns - len(text) - 4
-        width = min(30, room) if room >= 10 else 0  # \r cannot overwrite a line that wraps
-        filled = round(width * self.done / max(self.total, 1))
-        end = "\n" if self.done == self.total else ""
-        print(f"\r{'█' * filled}{'░' * (width - filled)} {text}  ", end=end, flush=True)
+
+def bar(share: float, width: int = 20) -> str:
+    """A bar of which this share is filled: ████░░░░."""
+    filled = round(width * min(max(share, 0.0), 1.0))
+    return "█" * filled + "░" * (width - filled)
 
 
 def duration(seconds: float) -> str:
@@ -1002,12 +1147,12 @@ def quiet_tensorflow() -> Iterator[None]:
     """Hides what TensorFlow's libraries print during import, unless --verbose is given.
 
     Searches sys.argv for the flag: TensorFlow reads its environment variables on import, before the
-    command line is parsed. Ctrl-C during the import ends the script without a traceback. A missing
-    TensorFlow is reported in one line.
+    command line is parsed. A missing TensorFlow is reported in one line.
     """
     # TensorFlow turns oneDNN off on CPUs without AVX-512, which makes a step a fifth slower.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    terminal = os.dup(2)
+    global _messages
+    terminal = _messages = os.dup(2)
     if "--verbose" not in sys.argv:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         with open(os.devnull, "w") as nowhere:
@@ -1018,8 +1163,7 @@ def quiet_tensorflow() -> Iterator[None]:
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
-    except KeyboardInterrupt:
-        _stopped()
+            _messages = 2
     except ModuleNotFoundError as error:
         _die_without(error)
 
@@ -1043,31 +1187,31 @@ def choose_gpus(wanted: list[int], required: bool) -> list:
     return chosen
 
 
-def new_event_file(folder: Path) -> Any:
-    """A new tf.io.TFRecordWriter for `event`s. TensorBoard reads them, but need not be installed.
+class Events:
+    """Scalars for TensorBoard, which need not be installed. Names are grouped by the part before
+    the slash.
 
-    Removes the file of an earlier start. Each start writes all events again, so that none appears
-    twice after a resume. Raises OSError or tf.errors.OpError if the folder cannot be written to.
+    Each start has a file of its own. Its session log tells readers that the steps from `first_step`
+    on begin again, so none is seen twice after a resume. Raises OSError or tf.errors.OpError if the
+    folder cannot be written to.
     """
-    import tensorflow as tf
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("events.out.tfevents.*.toolkit"):
-        old.unlink()
-    now = time.time()
-    events = tf.io.TFRecordWriter(str(folder / f"events.out.tfevents.{now:.0f}.toolkit"))
-    head = tf.compat.v1.Event(wall_time=now, file_version="brain.Event:2")
-    events.write(head.SerializeToString())
-    return events
+    def __init__(self, folder: Path, first_step: int):
+        import tensorflow as tf
 
+        self._summary, log = tf.compat.v1.Summary, tf.compat.v1.SessionLog
+        folder.mkdir(parents=True, exist_ok=True)
+        with tf.Graph().as_default():  # TensorFlow's writer exists only for graphs
+            self._writer = tf.compat.v1.summary.FileWriter(str(folder))
+        self._writer.add_session_log(log(status=log.START), first_step)
 
-def event(step: int, scalars: dict[str, float], wall_time: float | None = None) -> bytes:
-    """The scalars of a step, serialized. TensorBoard groups names by the part before the slash."""
-    import tensorflow as tf
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        value = self._summary.Value
+        values = [value(tag=tag, simple_value=scalar) for tag, scalar in scalars.items()]
+        self._writer.add_summary(self._summary(value=values), step)
 
-    value = tf.compat.v1.Summary.Value
-    summary = tf.compat.v1.Summary(
-        value=[value(tag=tag, simple_value=scalar) for tag, scalar in scalars.items()]
-    )
-    wall_time = wall_time or time.time()
-    return tf.compat.v1.Event(wall_time=wall_time, step=step, summary=summary).SerializeToString()
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
