@@ -93,8 +93,8 @@ def _leave(_number: int, _frame: object) -> None:
     os._exit(130)
 
 
-_is_script = os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(__file__)
-if _is_script and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+_folders = [os.path.dirname(os.path.realpath(path)) for path in (sys.argv[0], __file__)]
+if _folders[0] == _folders[1] and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, _leave)
 
 # Everything above this line must also run on older versions of Python.
@@ -118,85 +118,80 @@ os.close(_descriptor)
 # --- output ---------------------------------------------------------------------------------
 
 
-class _Writer:
-    """Writes to the standard streams in a thread of its own.
-
-    A terminal that takes no lines (Ctrl-S, a frozen multiplexer, a pipe that nobody reads, a full
-    disk) costs lines, never a step. On a terminal a status line stays below all others.
+class _Writer(threading.Thread):
+    """Writes to the standard streams. A terminal that takes no lines (Ctrl-S, a frozen multiplexer,
+    a pipe that nobody reads) or a full disk costs lines, never a step.
     """
 
     MOST = 1000  # lines that wait; later ones are dropped
-    ERASE = b"\r\x1b[K"
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue | None = None
-        self._thread: threading.Thread | None = None
-        self._status = False
+        super().__init__(daemon=True)
+        self.lines: queue.SimpleQueue = queue.SimpleQueue()
 
-    def put(self, descriptor: int, data: bytes, status: bool = False) -> None:
-        if os.isatty(descriptor):
-            data = self.ERASE * self._status + data
-            self._status = status
-        if self._thread is None:
-            self._queue = queue.SimpleQueue()
-            thread = threading.Thread(target=self._write_all, args=[self._queue], daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # no more threads, or Python is ending
-                self._write(descriptor, data)
-                return
-            self._thread = thread
-        if self._queue.qsize() < self.MOST:
-            self._queue.put((descriptor, data))
-
-    def drain(self, seconds: float = 1.0) -> None:
-        """Ends the thread when it has written all, or leaves it alone after some seconds."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._queue.put(None)
-            thread.join(seconds)
-
-    def _write_all(self, lines: queue.SimpleQueue) -> None:
-        while (line := lines.get()) is not None:
-            self._write(*line)
+    def run(self) -> None:
+        while line := self.lines.get():
+            self.write(*line)
 
     @staticmethod
-    def _write(descriptor: int, data: bytes) -> None:
+    def write(descriptor: int, data: bytes) -> None:
         with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
             while data:
                 data = data[os.write(descriptor, data) :]
 
 
-_writer = _Writer()
-os.register_at_fork(before=_writer.drain)  # a thread does not live on in the forked process
+_writer: _Writer | None = None
+
+
+def _put(descriptor: int, text: str) -> None:
+    global _writer
+    try:
+        if _writer is None:
+            _writer = _Writer()
+            _writer.start()
+    except RuntimeError:  # no more threads, or Python is ending
+        _writer = None
+        _Writer.write(descriptor, text.encode())
+    else:
+        if _writer.lines.qsize() < _Writer.MOST:
+            _writer.lines.put((descriptor, text.encode()))
+
+
+def _drain() -> None:
+    """Ends the thread once it has written all, or leaves it alone after a second."""
+    global _writer
+    if _writer is not None:
+        _writer.lines.put(None)
+        _writer.join(1.0)
+        _writer = None
+
+
+os.register_at_fork(before=_drain)  # a thread does not live on in the forked process
 
 
 class _Output(io.TextIOBase):
     """Standard output or error: whole lines, in UTF-8, with only printable characters."""
 
-    encoding, errors = "utf-8", "backslashreplace"
+    encoding = "utf-8"
 
     def __init__(self, descriptor: int):
         self._descriptor, self._line = descriptor, ""
+        self._start = "\r\x1b[K" if self.isatty() else ""  # erases a status line
 
     def write(self, text: str) -> int:
         *lines, self._line = (self._line + text).split("\n")
         if lines:
-            self._put("".join(f"{printable(line)}\n" for line in lines))
+            whole = (f"{self._start}{printable(line)}\n" for line in lines)
+            _put(self._descriptor, "".join(whole))
         return len(text)
 
     def flush(self) -> None:
         if self._line:
-            self._put(printable(self._line))
-        self._line = ""
+            self.write("\n")
 
-    def status(self, text: str) -> None:
-        """Shows a line at the bottom of the terminal, cut to its width, until the next."""
+    def show_status(self, text: str) -> None:
         width = shutil.get_terminal_size().columns - 1
-        _writer.put(self._descriptor, printable(text)[:width].encode(), status=True)
-
-    def _put(self, text: str) -> None:
-        _writer.put(self._descriptor, text.encode())
+        _put(self._descriptor, self._start + printable(text)[:width])
 
     def fileno(self) -> int:
         return self._descriptor
@@ -204,14 +199,13 @@ class _Output(io.TextIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
-    def writable(self) -> bool:
-        return True
-
 
 def show_status(text: str) -> None:
-    """Shows a line that the next one replaces. Nothing if standard output is not a terminal."""
-    if sys.stdout.isatty() and isinstance(sys.stdout, _Output):
-        sys.stdout.status(text)
+    """Shows a line, cut to the terminal's width, that the next line replaces. Nothing if standard
+    output is not a terminal.
+    """
+    if isinstance(sys.stdout, _Output) and sys.stdout.isatty():
+        sys.stdout.show_status(text)
 
 
 # --- errors and command lines ---------------------------------------------------------------
@@ -231,7 +225,7 @@ def run(main: Callable[[], None]) -> None:
     Does the same for errors of the operating system, such as a missing file or a full disk.
     """
     sys.stdout, sys.stderr = _Output(1), _Output(2)
-    atexit.register(_writer.drain)
+    atexit.register(_drain)
     if signal.getsignal(signal.SIGINT) == _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -642,16 +636,9 @@ def read_file(path: str | Path) -> bytes:
 
 
 def _read_once(path: str | Path) -> bytes:
-    """Makes as few system calls as possible: each one hands the GIL to another thread."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
-    try:
-        size = os.fstat(descriptor).st_size
-        content = os.read(descriptor, size)
-        while len(content) < size and (more := os.read(descriptor, size - len(content))):
-            content += more
-        return content
-    finally:
-        os.close(descriptor)
+    with open(descriptor, "rb", buffering=0) as file:
+        return file.read() or b""
 
 
 def _aside_name(path: Path) -> Path:
@@ -861,15 +848,16 @@ def as_record(kind: type, text: str | bytes, wrong: str) -> Any:
     and raises ValueError.
     """
     try:
-        values = json.loads(text, parse_constant=lambda name: float("nan"))
+        values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("no JSON object")
         hints, arguments = typing.get_type_hints(kind), {}
         for field in dataclasses.fields(kind):
             if field.name in values:
-                if not _fits(values[field.name], hints[field.name]):
-                    shown = json.dumps(values[field.name])[:60]
-                    raise ValueError(f"{field.name} is {shown}, not {field.type}")
+                hint = hints[field.name]
+                if not _fits(values[field.name], hint):
+                    kind_of = hint.__name__ if isinstance(hint, type) else hint
+                    raise ValueError(f"{field.name} is not {kind_of}")
                 arguments[field.name] = values[field.name]
             elif field.default is dataclasses.MISSING:
                 raise ValueError(f"{field.name} is missing")
