@@ -168,6 +168,6 @@ def make(folder: Path, train: int, val: int, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     make(Path(sys.argv[1]), train=8, val=3)
