@@ -6,7 +6,9 @@ prints what a trained model sees: a line per picture with the five most probable
 
     cat.jpg: 93.1% tabby, 4.0% tiger cat, 1.2% Egyptian cat, 0.4% lynx, 0.1% Persian cat
 
-The first argument is the folder of an epoch, or of a run to take its newest epoch. As a module:
+The first argument is the folder of an epoch, or of a run to take its newest epoch. The others are
+pictures and folders of pictures. Where folders have the names of the model's classes, top-1 and
+top-5 follow. `--csv=FILE` writes a row per picture instead. As a module:
 
     network = ResNet50(classes=1000)
     logits = network(images)            # images: float [n, 224, 224, 3], normalised, RGB
@@ -16,32 +18,48 @@ its first block, not in the 1x1 convolution before it. A k x k convolution pads 
 every side, because other frameworks do, and weights can be exchanged with them. TensorFlow's SAME
 pads unevenly.
 
-The second part of this file exports the network as a TensorFlow SavedModel, which works without
-this file. It has three signatures:
+The second part of this file names what lies in a run's folder. The third exports the network as a
+TensorFlow SavedModel, which works without this file. It has three signatures:
 
     serving_default    uint8 crops [n, 224, 224, 3]        -> probabilities
-    jpeg               contents of picture files [n]       -> the five most probable classes
+    jpeg               contents of JPEG or PNG files [n]   -> the five most probable classes
     features           uint8 crops [n, 224, 224, 3]        -> inputs of the dense layer
+
+The last part is the command line.
 """
 
+import os.path
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
+
+import utils  # first: it says which package is missing
+from utils import UserError, number, whole
+
 import argparse
-import contextlib
-import io
-import json
+import dataclasses
+import itertools
 import os
 import re
-import tempfile
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-
-import utils
-from utils import CROP, UserError
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from preprocess import (
+    CROP,
+    PICTURE_SUFFIXES,
+    SHORTER_SIDE,
+    BrokenPicture,
+    decode,
+    read_picture,
+    resized_size,
+)
 
 with utils.quiet_tensorflow():
     import tensorflow as tf
@@ -75,9 +93,14 @@ class ConvNorm(tf.Module):
             self.kernel = tf.Variable(he_normal([size, size, inputs, outputs]), name="kernel")
             self.norm = BatchRenorm(outputs, gamma, name="norm")
 
-    def __call__(self, x: tf.Tensor, limits: Limits | None) -> tf.Tensor:
+    def __call__(
+        self, x: tf.Tensor, limits: Limits | None = None, statistics: list | None = None
+    ) -> tf.Tensor:
+        """With `limits`, in training, appends mean and deviation of the batch to `statistics`."""
         if limits is not None:
-            return self.norm(self.convolve(x, self.kernel), limits)
+            y, mean, std = self.norm(self.convolve(x, self.kernel), limits)
+            statistics.append((mean, std))
+            return y
         # At inference the normalisation is linear, so fold it into the kernel and a bias.
         scale, offset = self.norm.scale_and_offset()
         return tf.nn.bias_add(self.convolve(x, self.kernel * scale), tf.cast(offset, x.dtype))
@@ -113,11 +136,13 @@ class Bottleneck(tf.Module):
             if stride != 1 or inputs != outputs:
                 self.shortcut = ConvNorm(1, inputs, outputs, stride, name="shortcut")
 
-    def __call__(self, x: tf.Tensor, limits: Limits | None) -> tf.Tensor:
-        y = tf.nn.relu(self.conv1(x, limits))
-        y = tf.nn.relu(self.conv2(y, limits))
-        y = self.conv3(y, limits)
-        return tf.nn.relu(y + (self.shortcut(x, limits) if self.shortcut else x))
+    def __call__(
+        self, x: tf.Tensor, limits: Limits | None = None, statistics: list | None = None
+    ) -> tf.Tensor:
+        y = tf.nn.relu(self.conv1(x, limits, statistics))
+        y = tf.nn.relu(self.conv2(y, limits, statistics))
+        y = self.conv3(y, limits, statistics)
+        return tf.nn.relu(y + (self.shortcut(x, limits, statistics) if self.shortcut else x))
 
 
 class ResNet50(tf.Module):
@@ -144,17 +169,25 @@ class ResNet50(tf.Module):
             )
             self.dense_bias = tf.Variable(tf.zeros([classes]), name="dense_bias")
 
-    def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
-        """Training with `limits` (see `batch_renorm`), inference without."""
-        return self.classify(self.features(x, limits))
+    def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor | tuple:
+        """At inference, returns the logits.
 
-    def features(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
+        In training, with `limits` (see `batch_renorm`), also returns the statistics of the batch: a
+        list with (mean, standard deviation), float32 [channels], for each of `norms`.
+        """
+        statistics = []
+        logits = self.classify(self.features(x, limits, statistics))
+        return logits if limits is None else (logits, statistics)
+
+    def features(
+        self, x: tf.Tensor, limits: Limits | None = None, statistics: list | None = None
+    ) -> tf.Tensor:
         """All but the dense layer: float32 [n, 2048], averaged over the picture."""
-        x = tf.nn.relu(self.stem(x, limits))
+        x = tf.nn.relu(self.stem(x, limits, statistics))
         # Padding with zeros does not change the maximum after a ReLU.
         x = tf.nn.max_pool2d(tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]]), 3, 2, "VALID")
         for block in self.blocks:
-            x = block(x, limits)
+            x = block(x, limits, statistics)
         return tf.reduce_mean(tf.cast(x, tf.float32), [1, 2])
 
     def classify(self, features: tf.Tensor) -> tf.Tensor:
@@ -163,8 +196,9 @@ class ResNet50(tf.Module):
 
     @property
     def norms(self) -> list[BatchRenorm]:
-        """Every normalisation of the network, in a fixed order."""
-        return [m for m in self.submodules if isinstance(m, BatchRenorm)]
+        """Every normalisation of the network, in the order of the forward pass."""
+        modules = [module for part in (self.stem, *self.blocks) for module in part.submodules]
+        return [module for module in modules if isinstance(module, BatchRenorm)]
 
     @property
     def kernels(self) -> list[tf.Variable]:
@@ -178,33 +212,132 @@ def he_normal(shape: list[int]) -> tf.Tensor:
     return tf.random.normal(shape, stddev=(2.0 / (height * width * outputs)) ** 0.5)
 
 
-# --- a trained network as a SavedModel --------------------------------------------------------
+# --- the names of what lies in a run's folder -------------------------------------------------
+# train.py and check_accuracy.py both work in `path_for_saving/<run>`. They share these names.
 
-SHORTER_SIDE = 256
-"""Pixels of a picture's shorter side before its centre is cut out, as in preprocess_val.py."""
+TRAINER_LOCK = ".train.lock"
+CHECKER_LOCK = ".check_accuracy.lock"
+STATE = "training_state"
+"""Subfolder of a model with what training needs to continue. It may be deleted."""
 
 RECIPE = "recipe.json"
-"""The asset that says how the model was trained."""
+"""In a model's `assets`: what the model sees, and how it was trained."""
+
+TRAINING_LOG = "training_log.csv"
+LOG_COLUMNS = {
+    "step": whole(0), "epoch": whole(0), "batch": whole(0), "seconds": number(0),
+    "steps": whole(1), "loss": number(0), "loss_without_l2": number(0), "top1": number(0, 1),
+    "images_per_second": number(0), "learning_rate": number(0), "waiting_for_data": number(0, 1),
+    "r_max": number(1), "d_max": number(0), "gradient_norm": float, "loss_scale": number(0),
+    "skipped_steps": whole(0),
+}  # fmt: skip
+"""The columns of the training log, each with what reads its cells. The norm of the gradient is not
+finite where all steps were skipped."""
+
+
+def or_empty(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What reads a cell that may be empty, as None."""
+    return lambda text: kind(text) if text else None
+
+
+ACCURACY = "accuracy.csv"
+ACCURACY_COLUMNS = {
+    "epoch": whole(0), "step": or_empty(whole(0)),
+    "top1_10crop": or_empty(number(0, 1)), "top5_10crop": or_empty(number(0, 1)),
+    "top1_centre": or_empty(number(0, 1)), "top5_centre": or_empty(number(0, 1)),
+    "loss_centre": or_empty(number(0)), "pictures": or_empty(whole(0)), "crops": str, "model": str,
+}  # fmt: skip
+"""The columns of the table of accuracies. Accuracies are 0…1. With --crops=1 those of ten crops are
+empty. The loss is the mean cross-entropy in nats. `crops` changes with the validation pictures or
+labels, `model` when the epoch is trained again."""
+
+
+def run_name(text: str) -> str:
+    """Argument type: a plain name, which becomes a folder below path_for_saving."""
+    if not re.fullmatch(r"[\w][\w.+ -]*", text):
+        raise argparse.ArgumentTypeError(
+            f"expected a plain name of letters, digits and . _ + -, not {text!r}"
+        )
+    return text
+
+
+def runs_in(folder: Path) -> str:
+    """The names of the runs in `path_for_saving`, for a message."""
+    names = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    return ", ".join(names) or "no runs yet"
+
+
+def epochs_in(run: Path) -> list[int]:
+    """Epochs that have a model in a run's folder, oldest first. Other folders may have numbers for
+    names too: backups named by the date, say.
+    """
+    try:
+        names = utils.patiently(os.listdir, run)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    numbers = [int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,5}", name)]
+    return sorted(number for number in numbers if is_model(run / str(number)))
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a SavedModel."""
+    try:
+        return utils.patiently(os.stat, folder / "saved_model.pb").st_size > 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+# --- a trained network as a SavedModel --------------------------------------------------------
 
 CROPS = tf.TensorSpec([None, CROP, CROP, 3], tf.uint8, "images")
 
 
+@dataclass
+class ModelRecipe:
+    """What a model sees, and how it was trained. The content of recipe.json."""
+
+    class_names: list[str]  # by label
+    mu: list[float]  # subtracted from pixels scaled to 0…1: R, G, B
+    sigma: list[float]  # what the difference is divided by
+    flags: dict[str, Any]  # of the training; they inform people
+    step: int | None = None  # steps before the model was saved, counted across all epochs
+    epoch_end: int | None = None  # training was to end before this epoch
+    fingerprint: str = ""  # of the variables: it tells when an epoch was trained again
+
+    def __post_init__(self) -> None:
+        if not self.class_names:
+            raise ValueError("class_names is empty")
+        if not len(self.mu) == len(self.sigma) == 3 or min(self.sigma) <= 0:
+            raise ValueError("mu and sigma are not three numbers each, those of sigma above 0")
+
+
+def model_recipe(folder: Path) -> ModelRecipe:
+    """How a saved model was trained. Raises UserError if the folder is no model of this toolkit."""
+    if epochs := epochs_in(folder):
+        raise UserError(
+            f"{folder}: not a model but a run; name one of its epochs, such as "
+            f"{folder / str(epochs[-1])}"
+        )
+    recipe = utils.read_record(ModelRecipe, folder / "assets" / RECIPE)
+    if recipe is None or not is_model(folder):
+        reason = "it is not complete" if folder.is_dir() else "there is no such folder"
+        raise UserError(f"{folder}: not a model of this toolkit: {reason}")
+    return recipe
+
+
 class Classifier(tf.Module):
-    """What a SavedModel holds: network, normalisation, class names, recipe.
+    """What a SavedModel holds: network, normalisation, class names.
 
     The three functions are its signatures. They check the size of the crops, which a loaded
     signature does not.
     """
 
-    def __init__(self, network: ResNet50, folder: Path):
-        """`folder` holds the two files that become the model's assets."""
+    def __init__(self, network: ResNet50, recipe: ModelRecipe):
         super().__init__()
         self.network = network
-        self.class_names = tf.saved_model.Asset(str(folder / utils.CLASS_NAMES))
-        self.recipe = tf.saved_model.Asset(str(folder / RECIPE))
-        recipe = utils.read_json(folder / RECIPE)
-        self.mu, self.sigma = np.float32(recipe["mu"]), np.float32(recipe["sigma"])
-        self.names = utils.read_lines(folder / utils.CLASS_NAMES)
+        self.mu, self.sigma = np.float32(recipe.mu), np.float32(recipe.sigma)
+        # Names of folders need not be UTF-8.
+        self.names = [name.encode("utf-8", "backslashreplace") for name in recipe.class_names]
 
     @tf.function(input_signature=[CROPS])
     def features(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -238,7 +371,7 @@ def centre_crop(content: tf.Tensor) -> tf.Tensor:
     Each pixel is within one of 256 levels of the crop that preprocess_val.py cuts. They differ
     because Pillow resizes rows, rounds, and then resizes columns.
     """
-    picture = tf.io.decode_jpeg(content, 3, dct_method="INTEGER_ACCURATE")  # also reads PNG
+    picture = decode_in_graph(content)
     size = tf.shape(picture)[:2]
     resized = tf.round(size * SHORTER_SIDE / tf.reduce_min(size))  # half to even, as in Python
     resized = tf.cast(resized, tf.int32)
@@ -253,79 +386,58 @@ def centre_crop(content: tf.Tensor) -> tf.Tensor:
     return tf.saturate_cast(tf.round(crop[0]), tf.uint8)
 
 
-def export_model(
-    network: ResNet50, folder: Path, class_names: list[str], recipe: dict[str, object]
-) -> None:
-    """Writes the network as a SavedModel into `folder`, with the names of its classes.
+ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+"""The segment that Adobe's programs put into a CMYK JPEG, whose values they invert."""
 
-    `recipe` says how it was trained. Its `mu` and `sigma` become part of the model. A `fingerprint`
-    of the variables is added; it tells check_accuracy.py when an epoch was trained again.
+
+def decode_in_graph(content: tf.Tensor) -> tf.Tensor:
+    """A JPEG or PNG file as uint8 [height, width, 3], RGB. content: string [].
+
+    All CMYK JPEGs are taken to be inverted, as Pillow does. TensorFlow inverts only those with
+    Adobe's segment. So one is put at the start; the file's own, if it has one, comes later and
+    counts. TensorFlow reads GIF too, but differently from Pillow, so it is refused.
     """
-    weights = b"".join(variable.numpy().tobytes() for variable in network.variables)
-    recipe = recipe | {"fingerprint": f"{zlib.crc32(weights):08x}"}
-    with tempfile.TemporaryDirectory() as temporary:
-        assets = Path(temporary)
-        utils.write_lines(assets / utils.CLASS_NAMES, class_names)
-        utils.write_text(assets / RECIPE, json.dumps(recipe, indent=1))
-        model = Classifier(network, assets)
-        signatures = {
-            "serving_default": model.classify,
-            "jpeg": model.jpeg,
-            "features": model.features,
-        }
-        tf.saved_model.save(model, str(folder), signatures)
+    is_jpeg = tf.strings.substr(content, 0, 3) == b"\xff\xd8\xff"
+    is_png = tf.strings.substr(content, 0, 8) == b"\x89PNG\r\n\x1a\n"
+    tf.debugging.Assert(is_jpeg | is_png, ["neither a JPEG nor a PNG file"])
+
+    def jpeg() -> tf.Tensor:
+        is_cmyk = tf.image.extract_jpeg_shape(content)[2] == 4
+        rest = tf.strings.substr(content, 2, tf.strings.length(content))
+        marked = tf.strings.join([b"\xff\xd8", ADOBE, rest])
+        contents = tf.where(is_cmyk, marked, content)
+        return tf.io.decode_jpeg(contents, 3, dct_method="INTEGER_ACCURATE")
+
+    return tf.cond(is_jpeg, jpeg, lambda: tf.io.decode_png(content, 3))
 
 
-def model_recipe(folder: Path) -> dict[str, object]:
-    """How a saved model was trained; {} if it does not say."""
-    return utils.read_json(folder / "assets" / RECIPE) or {}
-
-
-LOADING_ERRORS = (
-    OSError, LookupError, ValueError, AttributeError, TypeError, RuntimeError, AssertionError,
-    tf.errors.OpError,
-)  # fmt: skip
-"""What TensorFlow raises for a folder that is not a complete SavedModel."""
-
-
-@contextlib.contextmanager
-def explained_loading(folder: Path) -> Iterator[None]:
-    """Turns LOADING_ERRORS into UserError."""
-    try:
-        yield
-    except LOADING_ERRORS as error:
-        reason = str(error).split("\n")[0][:150]
-        if epochs := epochs_in(folder):
-            reason = f"it is a run; name one of its epochs, such as {folder / str(epochs[-1])}"
-        elif not folder.is_dir():
-            reason = "there is no such folder"
-        raise UserError(f"{folder}: not a model that can be loaded: {reason}") from None
-
-
-def epochs_in(run: Path) -> list[int]:
-    """Epochs that have a model in a run's folder, oldest first."""
-    try:
-        names = utils.patiently(os.listdir, run)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
-
-
-def runs_in(folder: Path) -> str:
-    """The names of the runs in `path_for_saving`, for a message."""
-    names = sorted(path.name for path in folder.glob("*") if path.is_dir())
-    return ", ".join(names) or "no runs yet"
+def export_model(network: ResNet50, folder: Path, recipe: ModelRecipe) -> None:
+    """Writes the network as a SavedModel into `folder`. The recipe's `fingerprint` is computed."""
+    checksum = 0
+    for variable in network.variables:
+        checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
+    recipe = dataclasses.replace(recipe, fingerprint=f"{checksum:08x}")
+    model = Classifier(network, recipe)
+    signatures = {
+        "serving_default": model.classify,
+        "jpeg": model.jpeg,
+        "features": model.features,
+    }
+    tf.saved_model.save(model, str(folder), signatures)
+    (folder / "assets").mkdir(exist_ok=True)
+    utils.write_record(folder / "assets" / RECIPE, recipe)
 
 
 def load_signature(folder: Path, name: str) -> Callable[..., dict[str, tf.Tensor]]:
     """A signature of a saved model, as a function. Raises UserError if there is none."""
-    with explained_loading(folder):
+    model_recipe(folder)
+    try:
         model = tf.saved_model.load(str(folder))
-        if name not in model.signatures:
-            raise ValueError(f"it has no signature {name}")
-        function = model.signatures[name]
-        function.model = model  # keeps the model's variables alive
-        return function
+    except (OSError, tf.errors.OpError) as error:
+        raise UserError(f"{folder}: the model cannot be loaded: {str(error)[:150]}") from None
+    function = model.signatures[name]
+    function.model = model  # keeps the model's variables alive
+    return function
 
 
 def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
@@ -334,8 +446,8 @@ def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
     Raises UserError if the folder is not a model of this toolkit.
     """
     classify = load_signature(folder, "serving_default")
-    with explained_loading(folder):
-        return classify, int(classify.structured_outputs["probabilities"].shape[-1])
+    classes = classify.structured_outputs["probabilities"].shape[-1]
+    return classify, classes
 
 
 def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
@@ -345,45 +457,34 @@ def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
     the `class_names`, `mu` and `sigma` of the new training. Warns if the model was trained with
     another normalisation. Raises UserError.
     """
-    checkpoint = str(folder / "variables" / "variables")
-    bias = "network/dense_bias/.ATTRIBUTES/VARIABLE_VALUE"
-    with explained_loading(folder):
-        shapes = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
-        if bias not in shapes:
-            raise ValueError("it holds no network of this toolkit")
-        source = ResNet50(shapes[bias][0])
-        tf.train.Checkpoint(network=source).read(checkpoint).assert_existing_objects_matched()
-    same = class_names_of(folder) == [as_written(name) for name in spec.class_names]
+    recipe = model_recipe(folder)
+    source = ResNet50(len(recipe.class_names))
+    checkpoint = tf.train.Checkpoint(network=source)
+    try:
+        status = checkpoint.read(str(folder / "variables" / "variables"))
+        status.assert_existing_objects_matched()
+    except (tf.errors.OpError, ValueError, AssertionError) as error:
+        raise UserError(f"{folder}: its variables cannot be read: {str(error)[:150]}") from None
+    same = recipe.class_names == spec.class_names
     for variable, its in zip(network.variables, source.variables, strict=True):
         if same or "dense" not in variable.name:
             variable.assign(its)
-    recipe = model_recipe(folder)
     for name in ("mu", "sigma"):
-        its, new = recipe.get(name), list(getattr(spec, name))
-        if its not in (None, new):
+        its, new = getattr(recipe, name), list(getattr(spec, name))
+        if its != new:
             utils.warn(
                 f"{folder} was trained with {name} = {its}, now it is {new}; its weights work "
                 f"best with the old {name}: set that in the [utils] section of your settings"
             )
-    its_classes = utils.plural(shapes[bias][0], "class")
+    its_classes = utils.plural(len(recipe.class_names), "class")
     dense = "copied" if same else f"new: {utils.plural(len(spec.class_names), 'class')}"
     return f"initialised from {folder} ({its_classes}); the dense layer is {dense}"
 
 
-def class_names_of(model: Path) -> list[str]:
-    """The class names in a saved model, as its file spells them. [] if it has none."""
-    return utils.read_lines(model / "assets" / utils.CLASS_NAMES)
-
-
-def as_written(name: str) -> str:
-    """A class name in the spelling of `class_names_of`."""
-    return utils.as_written(utils.one_line(name)).decode()
-
-
 def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
     """Warns of the first class whose name differs in a saved model."""
-    names = map(as_written, names)
-    for label, (its, name) in enumerate(zip(class_names_of(model), names, strict=False)):
+    pairs = zip(model_recipe(model).class_names, names, strict=False)
+    for label, (its, name) in enumerate(pairs):
         if its != name:
             utils.warn(
                 f"{model}: its class {label} is {its}, but {name} in {where}; unless both names "
@@ -394,36 +495,74 @@ def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
 
 # --- the command line -------------------------------------------------------------------------
 
+AT_ONCE = 16
+"""Pictures that go through the network together."""
+
+COLUMNS = ["path", *(f"{k}_{i}" for k in ("label", "name", "probability") for i in range(1, 6))]
+
 
 def main() -> None:
     args = parse_arguments()
     tf.config.set_visible_devices([], "GPU")  # train.py may need all of the GPU's memory
-    classify = load_signature(find_model(args.model, args.config), "jpeg")
-    failed = 0
-    for path in args.pictures:
-        try:
-            print(f"{path}: {best_classes(classify, utils.read_file(path))}", flush=True)
-        except PICTURE_ERRORS as error:
-            failed += 1
-            reason = getattr(error, "strerror", None) or error
-            utils.warn(f"{path}: cannot be read: {reason}")
-    if failed:
+    model = find_model(args.model, args.config)
+    classify, names = load_model(model)[0], model_recipe(model).class_names
+    pictures = find_pictures(args.paths, names)
+    progress = utils.Progress(len(pictures), "pictures")
+    rows, top1, top5 = [], [], []
+    for path, probabilities in predict(classify, list(pictures)):
+        labels = np.argsort(-probabilities, kind="stable")[:5].tolist()
+        best = [(label, names[label], float(probabilities[label])) for label in labels]
+        rows.append(as_row(path, best))
+        if args.csv:
+            progress.add()
+        else:
+            shares = ", ".join(f"{share:.1%} {utils.printable(name)}" for _, name, share in best)
+            print(f"{utils.printable(path)}: {shares}")
+        if pictures[path] is not None:
+            top1.append(pictures[path] == best[0][1])
+            top5.append(pictures[path] in [name for _, name, _ in best])
+    if args.csv:
+        utils.write_csv(args.csv, COLUMNS, rows)
+        print(f"wrote {args.csv}")
+    if top1:
+        print(
+            f"{utils.plural(len(top1), 'picture')} in folders with the names of classes: top-1 "
+            f"{np.mean(top1):.2%}, top-5 {np.mean(top5):.2%} (centre crop)"
+        )
+    if failed := len(pictures) - len(rows):
         raise UserError(
-            f"{failed} of {utils.plural(len(args.pictures), 'picture')} could not be read; see the "
+            f"{failed} of {utils.plural(len(pictures), 'picture')} could not be read; see the "
             f"warnings above"
         )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = utils.Parser(
-        "Prints the five most probable classes of each picture, according to a trained model.",
+        "Prints the five most probable classes of each picture, according to a trained model. A\n"
+        "saved model can run any code when it is loaded: load only models that you trust.",
         "resnet50.py saved_models/mytestrun cat.jpg dog.png",
     )
+    add = parser.add_argument
     model = "folder of a saved model, or folder or name of a run (its newest epoch is used)"
-    parser.add_argument("model", type=Path, metavar="MODEL", help=model)
-    parser.add_argument("pictures", type=Path, metavar="PICTURE", nargs="+", help="picture files")
+    add("model", type=model_or_run, metavar="MODEL", help=model)
+    add("paths", type=Path, metavar="PATH", nargs="+", help="pictures, and folders of pictures")
+    parser.add("--csv", Path, "write the table of all predictions to this file instead")
     parser.add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
-    return parser.parse()
+    args = parser.parse()
+    if args.csv and (args.csv.suffix != ".csv" or not args.csv.absolute().parent.is_dir()):
+        raise UserError(f"--csv={args.csv}: expected a file .csv in a folder that exists")
+    return args
+
+
+def model_or_run(text: str) -> Path:
+    """Argument type: what may name a model. Refuses pictures and their folders."""
+    path = Path(text)
+    if path.exists() and not is_model(path) and not epochs_in(path):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no model, and no run that has one yet; name the model first, then the "
+            f"pictures"
+        )
+    return path
 
 
 def find_model(given: Path, settings: Path) -> Path:
@@ -443,34 +582,60 @@ def find_model(given: Path, settings: Path) -> Path:
     return folder / str(epochs[-1]) if epochs else folder
 
 
-PICTURE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What reading or Pillow raises for files that are not pictures. SyntaxError: a broken PNG."""
+def find_pictures(paths: list[Path], names: list[str]) -> dict[Path, str | None]:
+    """These pictures and those in these folders, in order. Raises UserError for an empty folder.
+
+    With each goes the first of its folders' names, the given folder's included, that is the name of
+    a class; else None.
+    """
+    found, known = {}, set(names)
+    for path in paths:
+        if not path.is_dir():
+            found[path] = None
+            continue
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+        if not files:
+            raise UserError(f"{path}: no pictures in this folder")
+        for file in files:
+            folders = [path.absolute().name, *file.relative_to(path).parts[:-1]]
+            found[file] = next((folder for folder in folders if folder in known), None)
+    return found
 
 
-def best_classes(classify: Callable, content: bytes) -> str:
-    """ "93.1% tabby, 4.0% tiger cat, …" for the content of a picture file.
+def predict(classify: Callable, paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yields each picture and its probabilities, float32 [classes], in order.
 
-    Raises one of PICTURE_ERRORS.
+    Leaves out those that cannot be read, and warns of them.
+    """
+    loaded = zip(paths, utils.map_in_order(centre_of, paths, utils.cores()), strict=True)
+    crops = ((path, crop) for path, crop in loaded if crop is not None)
+    while group := list(itertools.islice(crops, AT_ONCE)):
+        paths, images = zip(*group, strict=True)
+        probabilities = classify(images=tf.constant(np.stack(images)))["probabilities"]
+        yield from zip(paths, probabilities.numpy(), strict=True)
+
+
+def centre_of(path: Path) -> np.ndarray | None:
+    """The centre crop of a picture of any format, as check_accuracy.py evaluates it: uint8
+    [224, 224, 3]. None, with a warning, if the picture cannot be read.
     """
     try:
-        best = classify(contents=tf.constant([content]))
-    except tf.errors.InvalidArgumentError:  # neither JPEG nor PNG: Pillow reads more formats
-        best = classify(contents=tf.constant([as_png(content)]))
-    shares = zip(best["probabilities"][0].numpy(), best["names"][0].numpy(), strict=True)
-    return ", ".join(f"{share:.1%} {name.decode()}" for share, name in shares)
+        image = decode(read_picture(path))
+    except (BrokenPicture, OSError) as error:
+        utils.warn(f"{path}: left out, {getattr(error, 'strerror', None) or error}")
+        return None
+    width, height = resized_size(*image.size, SHORTER_SIDE)
+    left, top = (width - CROP) // 2, (height - CROP) // 2
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized.crop((left, top, left + CROP, top + CROP)))
 
 
-def as_png(content: bytes) -> bytes:
-    """A picture of any format that Pillow opens, converted to PNG. Raises one of PICTURE_ERRORS."""
-    png = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image = Image.open(io.BytesIO(content))
-        except UnidentifiedImageError:
-            raise ValueError("not a picture of a known format") from None
-        image.convert("RGB").save(png, "PNG")
-    return png.getvalue()
+def as_row(path: Path, best: list[tuple[int, str, float]]) -> dict[str, object]:
+    """A row of the table: the path, then labels, names and probabilities, best first."""
+    row = {"path": utils.printable(path)}
+    for i, (label, name, share) in enumerate(best, 1):
+        row |= {f"label_{i}": label, f"name_{i}": utils.printable(name), f"probability_{i}": share}
+    return row
 
 
 if __name__ == "__main__":
