@@ -39,6 +39,7 @@ from utils import UserError, number, whole
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import re
 import zlib
@@ -250,6 +251,43 @@ ACCURACY_COLUMNS = {
 """The columns of the table of accuracies. Accuracies are 0…1. With --crops=1 those of ten crops are
 empty. The loss is the mean cross-entropy in nats. `crops` changes with the validation pictures or
 labels, `model` when the epoch is trained again."""
+
+
+@dataclass
+class TrainerPlan:
+    """What a running train.py writes into its lock."""
+
+    gpus: list[int] = dataclasses.field(default_factory=lambda: [0, 1])  # [] on the CPU
+
+
+@dataclass
+class CheckerPlan:
+    """What a running check_accuracy.py writes into its lock: the epochs that it evaluates."""
+
+    epoch_start: int = 0
+    epoch_end: int = 10**6
+    every: int = 1
+
+    def wants(self, epoch: int) -> bool:
+        is_due = (epoch + 1) % max(self.every, 1) == 0 or epoch == self.epoch_end - 1
+        return self.epoch_start <= epoch < self.epoch_end and is_due
+
+
+def write_plan(lock: Path, plan: TrainerPlan | CheckerPlan) -> None:
+    """Writes into a lock file that this process holds."""
+    descriptor = os.open(lock, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        json.dump(dataclasses.asdict(plan), file)
+
+
+def read_plan(kind: type, lock: Path) -> Any:
+    """The plan of the process that holds a lock; None if no process does. If the plan cannot be
+    read, because it is just being written, returns the default: all epochs, or GPU 0 and 1.
+    """
+    try:
+        return utils.read_record(kind, lock) if utils.is_locked(lock) else None
+    except UserError:
+        return kind()
 
 
 def run_name(text: str) -> str:
