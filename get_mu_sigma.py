@@ -3,28 +3,35 @@
     python3 get_mu_sigma.py
 
 writes them to `mu_sigma.txt` in the folder [get_mu_sigma] path_to_save, and prints a [utils]
-section to paste into config.txt. Every picture has the same weight, whatever its size, because the
-network sees the same number of crops of each.
+section for config.txt. Every picture has the same weight, whatever its size, because the network
+sees the same number of crops of each.
 """
 
-import argparse
-import os
-from dataclasses import replace
-from pathlib import Path
+import os.path
+import sys
 
-import utils
-from utils import UserError
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
+
+import utils  # first: it says which package is missing
+from utils import UserError, plural
+
+# isort: split
+import argparse
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from preprocess import (
+    BrokenPicture,
     Failures,
     Pictures,
-    copies_of_others,
+    decode,
     map_pictures,
+    read_picture,
     training_pictures,
-    why_unused,
+    usable_copies,
 )
 
 
@@ -32,17 +39,21 @@ def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
     pictures = training_pictures(config)
+    load, source = pictures.decoded, pictures.folder
     if args.shorter_side:
-        pictures = resized(pictures, config.preprocess.path_to_save, args.shorter_side)
-    print(
-        f"{utils.plural(len(pictures), 'training picture')} in {pictures.folder}, {pictures.layout}"
-    )
+        source = folder_of_copies(config.preprocess.path_to_save, pictures, args.shorter_side)
+        load = copy_loader(source, pictures)
+    print(f"{plural(len(pictures), 'training picture')} in {source}, {pictures.layout}")
     result = utils.make_folder(config.get_mu_sigma.path_to_save) / "mu_sigma.txt"
-    check_own(result)
+    refuse_others_result(result)
     failures = Failures(len(pictures))
-    text = toml(*mu_sigma(pictures, failures))
+    text = toml(*mu_sigma(pictures, load, failures))
     utils.write_text(result, text)
-    print(f"{text}\nAlso saved to {result}; {failures}. Next: paste it into {args.config}")
+    print(
+        f"{text}\nAlso saved to {result}; {failures}. Paste it into {args.config} if your pictures "
+        f"do not look like photographs; keep the values there for photographs, and those that a "
+        f"model was trained with for fine-tuning it"
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,21 +66,32 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse()
 
 
-def resized(pictures: Pictures, root: Path, side: int) -> Pictures:
-    """The copies of the pictures at this shorter side. Raises UserError if they are unusable."""
-    folder = root / str(side)
-    if copies_of_others(root, pictures):
-        raise UserError(f"{folder}: holds copies of other pictures; use another path_to_save")
-    if not folder.is_dir():
+def folder_of_copies(root: Path, pictures: Pictures, side: int) -> Path:
+    """The folder with the copies at this shorter side. Raises UserError if they are unusable."""
+    folders, reason = usable_copies(root, pictures)
+    if side not in folders:
         raise UserError(
-            f"{folder}: no such folder; preprocess.py makes copies of shorter side 256, 263, … 480"
+            f"{root / str(side)}: {reason or 'no such folder'}; run "
+            f"preprocess.py --shorter_side={side} first (256, 263, … 480)"
         )
-    if reason := why_unused(root, side, pictures):
-        raise UserError(f"{folder}: {reason}; run preprocess.py --shorter_side={side} first")
-    return replace(pictures, folder=folder)
+    return folders[side]
 
 
-def check_own(result: Path) -> None:
+def copy_loader(folder: Path, pictures: Pictures) -> Callable[[int], Image.Image]:
+    """A function that decodes a picture's copy, or the original if the copy is missing or broken,
+    as after a power failure.
+    """
+
+    def load(index: int) -> Image.Image:
+        try:
+            return decode(read_picture(folder / pictures.paths[index]))
+        except BrokenPicture:
+            return pictures.decoded(index)
+
+    return load
+
+
+def refuse_others_result(result: Path) -> None:
     """Raises UserError if the result would overwrite a file that this script did not write."""
     if os.path.lexists(result) and not (
         result.is_file() and utils.read_file(result).startswith(b"[utils]\nmu_0 = ")
@@ -80,7 +102,9 @@ def check_own(result: Path) -> None:
         )
 
 
-def mu_sigma(pictures: Pictures, failures: Failures) -> tuple[np.ndarray, np.ndarray]:
+def mu_sigma(
+    pictures: Pictures, load: Callable[[int], Image.Image], failures: Failures
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, float64 [3] each, RGB, pixels scaled to 0…1.
 
     Computes E[x] and E[x²] of each picture exactly, from its histogram, and averages them in the
@@ -95,8 +119,7 @@ def mu_sigma(pictures: Pictures, failures: Failures) -> tuple[np.ndarray, np.nda
         return sums / counts[0].sum()
 
     total, used = np.zeros((2, 3)), 0
-    everything = range(len(pictures))
-    for result in map_pictures(pictures, everything, pictures.decoded, moments, failures):
+    for result in map_pictures(pictures, range(len(pictures)), load, moments, failures):
         if result is not None:
             total, used = total + result, used + 1
     mean, mean_square = total / used

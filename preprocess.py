@@ -11,18 +11,30 @@ The other scripts import everything about pictures from here. Sections: the list
 dataset layouts, reading and decoding a picture, cutting a crop from a picture, resized copies.
 """
 
+import os.path
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
+
+import utils  # first: it says which package is missing
+from utils import UserError, plural
+
+# isort: split
 import argparse
+import codecs
 import contextlib
 import csv
+import ctypes
 import errno
 import functools
 import io
-import json
-import os
+import logging
+import math
 import re
 import shlex
 import struct
 import threading
+import unicodedata
 import warnings
 import zlib
 from array import array
@@ -33,11 +45,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import utils
-from utils import CROP, UserError, plural
-
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+CROP = 224
+"""Height and width in pixels of what the network sees."""
+
+SHORTER_SIDE = 256
+"""Validation pictures, and pictures to predict, are resized to this shorter side."""
 
 SIDES = range(256, 481, 7)
 """The 33 shorter sides that training pictures are resized to: 256, 263, … 480 pixels."""
@@ -47,27 +62,18 @@ def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
     pictures = training_pictures(config)
-    root = utils.make_folder(config.preprocess.path_to_save)
-    claim(root, pictures, args.shorter_side)
-    utils.lock(
-        root / COPIES_OF,
-        f"{root}: another preprocess.py is adding copies there, or runtime_preprocessing.py is "
-        f"making batches from them; wait until it ends, or use another path_to_save",
-    )
+    root = output_root(config)
+    refusal = f"{root}: another preprocess.py is adding copies there; wait until it ends"
+    utils.lock(root / ".preprocess.lock", refusal)
+    note = claim_copies(root, pictures, args.shorter_side)
     folders = {side: root / str(side) for side in args.shorter_side}
-    wanted = missing(pictures, folders)
-    total = sum(bits.bit_count() for bits in wanted.tolist())
-    print(
-        f"{plural(len(pictures), 'training picture')}, {pictures.layout}; {total:,} of "
-        f"{len(pictures) * len(folders):,} resized copies are still to be made"
-    )
+    print(f"{plural(len(pictures), 'training picture')}, {pictures.layout}")
+    say_room(pictures, folders)
     failures = Failures(len(pictures))
-    if total:
-        say_room(pictures, folders, wanted, total)
-        note_copies(root, folders, pictures, complete=False)
-        write_all(pictures, folders, wanted, failures)
-        os.sync()  # after a power failure, the note below must not exist without the copies
-    note_copies(root, folders, pictures, complete=True)
+    make_copies(pictures, folders, failures)
+    os.sync()  # after a power failure, the note below must not exist without the copies
+    note.complete = sorted({*note.complete, *folders})
+    utils.write_record(root / NOTE, note)
     print(
         f"resized copies of {plural(len(pictures) - len(failures), 'picture')} at "
         f"{plural(len(folders), 'shorter side')} are in {root}; {failures}. "
@@ -92,6 +98,24 @@ def sides(text: str) -> list[int]:
     if side not in SIDES:
         raise argparse.ArgumentTypeError(f"expected all or one of {', '.join(map(str, SIDES))}")
     return [side]
+
+
+def output_root(config: SimpleNamespace) -> Path:
+    """[preprocess] path_to_save, which is made if it is missing.
+
+    Raises UserError if it is the dataset's own folder or inside its pictures: what is written there
+    would look like a part of the dataset.
+    """
+    dataset, root = config.preprocess.ImageNet_folder, config.preprocess.path_to_save
+    found, real = _dataset_root(dataset), root.resolve()
+    parts = [found / name for name in ("train", "2012_train", "2012_val", *VALIDATION)]
+    inside = any(part.resolve() in (real, *real.parents) for part in parts)
+    if inside or real in (dataset.resolve(), found.resolve()):
+        raise UserError(
+            f"[preprocess] path_to_save {root}: this folder belongs to the dataset; use another, "
+            f"such as {dataset.with_name(f'{dataset.name}_preprocessed')}"
+        )
+    return utils.make_folder(root)
 
 
 # --- the list of pictures -------------------------------------------------------------------
@@ -144,60 +168,42 @@ class Pictures:
     def path(self, index: int) -> str:
         return f"{self.folder}/{self.paths[index]}"
 
+    def read(self, index: int) -> bytes:
+        """The content of a picture's file. Raises what `read_picture` raises."""
+        return read_picture(self.path(index), self.folder)
+
     def decoded(self, index: int) -> Image.Image:
-        """8-bit RGB. Raises BrokenPicture, and OSError if the storage fails."""
-        return decode(read_picture(self.path(index)))
+        """8-bit RGB. Raises BrokenPicture, and what `read_picture` raises."""
+        return decode(self.read(index))
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Two checksums: one of all names and labels, one of the files' contents.
+        """Two checksums: one of all names and labels, one of the sizes of SAMPLED files.
 
         The first changes when a picture is added, removed, renamed or moved to another class. The
-        second changes when pictures are replaced but keep their names. It covers the sizes and
-        first bytes of SAMPLED pictures, evenly spaced: reading all from a cold disk takes minutes.
+        second changes when pictures are replaced but keep their names. The sampled pictures are
+        evenly spaced: asking for all sizes on a cold disk takes minutes.
         """
         names = zlib.crc32(self.labels.tobytes(), self.paths.checksum())
         sample = np.linspace(0, len(self) - 1, min(len(self), SAMPLED)).astype(int).tolist()
 
-        def look(index: int) -> bytes:
+        def size(index: int) -> int:
             try:
-                return unless_gone(beginning, self.folder, self.path(index))
-            except MissingPicture:
-                return b""
+                return from_storage(os.path.getsize, self.path(index), self.folder)
+            except BrokenPicture:
+                return -1
 
         with ThreadPoolExecutor(16) as pool:  # a slow disk serves many requests at once
-            beginnings = pool.map(look, sample)
-            return f"{names:08x}-{zlib.crc32(b''.join(beginnings)):08x}"
+            sizes = np.fromiter(pool.map(size, sample), np.int64)
+        return f"{names:08x}-{zlib.crc32(sizes.tobytes()):08x}"
 
 
 SAMPLED = 2000
-"""Number of pictures that the fingerprint reads."""
+"""Number of pictures whose sizes make the fingerprint."""
 
 
 class BrokenPicture(Exception):
     """A picture that is missing or cannot be decoded. The message gives the reason."""
-
-
-class MissingPicture(BrokenPicture):
-    """There is no such file."""
-
-
-def unless_gone(work: Callable, folder: str | Path, picture: Any) -> Any:
-    """Returns `work(picture)`. If the file is missing, waits for `folder` to exist, then retries.
-
-    So no picture counts as broken because its disk was unmounted for a moment. Raises UserError if
-    the folder does not come back.
-    """
-    try:
-        return work(picture)
-    except MissingPicture:
-        utils.patiently(_look_for, folder)
-        return work(picture)
-
-
-def _look_for(folder: str | Path) -> None:
-    if not os.path.isdir(folder):
-        raise OSError(errno.ESTALE, "no such folder")
 
 
 class Failures:
@@ -213,17 +219,18 @@ class Failures:
         return len(self.paths)
 
     def add(self, path: str, error: BrokenPicture) -> None:
-        """Raises UserError when too many have failed."""
         with self._lock:
-            if path in self.paths:
-                return
-            self.paths.add(path)
-            utils.warn(f"{path}: left out, {error}")
-            if len(self) > self.allowed or len(self) == self.pictures:
-                raise UserError(
-                    f"{len(self)} of {self.pictures} pictures could not be decoded, more than 1 in "
-                    f"100; the last was {path}. Replace or remove those named in the warnings"
-                )
+            if path not in self.paths:
+                self.paths.add(path)
+                utils.warn(f"{path}: left out, {error}")
+
+    def check(self) -> None:
+        """Raises UserError if too many have failed."""
+        if len(self) > self.allowed or len(self) == self.pictures:
+            raise UserError(
+                f"{len(self)} of {self.pictures} pictures could not be decoded, more than 1 in "
+                f"100; replace or remove those named in the warnings"
+            )
 
     def __str__(self) -> str:
         return "all could be decoded" if not self.paths else f"{len(self)} could not be decoded"
@@ -235,12 +242,13 @@ def map_pictures(
     """Yields `work(index, load(index))` for these pictures, in order, computed on all cores.
 
     `load` reads and decodes a picture. If it raises BrokenPicture, the picture is added to
-    `failures` and its result is None.
+    `failures` and its result is None. Raises UserError after the last one if too many failed, so
+    that all of them are named in one pass.
     """
 
     def each(index: int) -> object:
         try:
-            loaded = unless_gone(load, pictures.folder, index)
+            loaded = load(index)
         except BrokenPicture as error:
             failures.add(pictures.paths[index], error)
             return None
@@ -251,6 +259,7 @@ def map_pictures(
     for result in utils.map_in_order(each, map(int, indices), 2 * utils.cores() + 4):
         progress.add()
         yield result
+    failures.check()
 
 
 # --- dataset layouts ------------------------------------------------------------------------
@@ -260,6 +269,14 @@ PICTURE_SUFFIXES = (
     ".mpo", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k",
 )  # fmt: skip
 """Files with these suffixes count as pictures. Their content tells the format, not the suffix."""
+
+UNUSED_SUFFIXES = (
+    ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2", ".nef",
+)  # fmt: skip
+"""Pictures that Pillow does not read."""
+
+HIDDEN = (".", "@eaDir", "__MACOSX", "lost+found")
+"""Names that begin so are left out: they are made by operating systems, not by users."""
 
 VALIDATION = ("val", "valid", "validation", "test")
 """Possible names of the validation set's folder and of its list file."""
@@ -272,7 +289,7 @@ def training_pictures(config: SimpleNamespace) -> Pictures:
     if _validation_part(root) is None:
         layout = f"{pictures.layout}, no validation set: nothing can be evaluated"
         pictures = replace(pictures, layout=layout)
-    return _checked(pictures, "train", config.train.N)
+    return _as_expected(pictures, "train", config.train.N)
 
 
 def validation_pictures(config: SimpleNamespace) -> Pictures:
@@ -280,7 +297,8 @@ def validation_pictures(config: SimpleNamespace) -> Pictures:
 
     Raises UserError, also if only the devkit's ground truth says what the classes are.
     """
-    root = _dataset_root(config.preprocess.ImageNet_folder)
+    home = config.preprocess.ImageNet_folder
+    root = _dataset_root(home)
     part = _validation_part(root)
     if part is None:
         suffix = ".txt" if _has_lists(root) else "/"
@@ -294,8 +312,8 @@ def validation_pictures(config: SimpleNamespace) -> Pictures:
     elif _subfolders(root / part):
         pictures = _in_class_folders(root, part)
     else:
-        pictures = _flat_validation(root, part)
-    return _checked(pictures, "preprocess", config.preprocess.N)
+        pictures = _flat_validation(home, root, part)
+    return _as_expected(pictures, "preprocess", config.preprocess.N)
 
 
 def _validation_part(root: Path) -> str | None:
@@ -307,13 +325,10 @@ def _validation_part(root: Path) -> str | None:
     return next(found, None)
 
 
-def _checked(pictures: Pictures, section: str, expected: int) -> Pictures:
+def _as_expected(pictures: Pictures, section: str, expected: int) -> Pictures:
     """The pictures. Raises UserError if [section] N is another number. Warns of empty classes."""
     if not len(pictures):
-        raise UserError(
-            f"{pictures.folder}: no pictures found; expected class folders with "
-            f"{', '.join(PICTURE_SUFFIXES)} files in them; {_content(pictures.folder)}"
-        )
+        raise UserError(f"{pictures.folder}: no pictures found; {_content(pictures.folder)}")
     if expected not in (0, len(pictures)):
         raise UserError(
             f"[{section}] N is {expected}, but {pictures.folder} holds {len(pictures)} pictures; "
@@ -321,10 +336,11 @@ def _checked(pictures: Pictures, section: str, expected: int) -> Pictures:
         )
     names = pictures.class_names
     counts = np.bincount(pictures.labels, minlength=len(names))
-    if len(empty := np.flatnonzero(counts == 0)):
+    if empty := [names[label] for label in np.flatnonzero(counts == 0)]:
         utils.warn(
-            f"{pictures.folder}: no pictures in {plural(len(empty), 'class')} of "
-            f"{len(names):,} (labels count from 0); the first is {names[empty[0]]}"
+            f"{pictures.folder}: no pictures in {plural(len(empty), 'class')} of {len(names):,}: "
+            f"{', '.join(empty)}. To leave a folder out, begin its name with a dot; the labels "
+            f"in lists count from 0"
         )
     return pictures
 
@@ -379,18 +395,8 @@ ARCHIVES = {
     f"cd FOLDER && mkdir -p train && tar -xf NAME -C train && cd train && {UNPACK_CLASSES}",
     r"ILSVRC2012_img_val\.tar": "ImageNet's validation pictures; unpack them: cd FOLDER && "
     "mkdir -p val && tar -xf NAME -C val, and put Kaggle's LOC_val_solution.csv next to val",
-    r".*\d{4}\.tar": "probably WebDataset shards, which are not supported; unpack them and move "
-    "each picture into train/<class>/; the .cls file next to it gives the class",
-    r".*\.(tar|tar\.\w+|tgz|tbz2|txz|zip|rar|7z)": "an archive; unpack it, so that train/<class>/ "
-    "holds the pictures",
-    r".*\.(parquet|arrow)": "pictures in a table, which is not supported; write each to "
-    'train/<class>/ (Python: datasets.load_dataset("parquet", data_files=…), then image.save)',
-    r".*\.tfrecords?|.*-of-\d{5}": "TFRecord files, which are not supported; write each picture "
-    "to train/<class>/ (Python: tf.data.TFRecordDataset and tf.train.Example)",
-    r".*\.(h5|hdf5|lmdb|mdb|rec|beton|npz|pkl)": "made for another program, and not supported; "
-    "write each picture to train/<class>/",
 }
-"""Files that people have instead of folders of pictures: name, what they are, what to do."""
+"""The archives that ImageNet comes in: name, what they are, what to do."""
 
 
 def _content(folder: Path) -> str:
@@ -409,7 +415,8 @@ def _content(folder: Path) -> str:
         if any(map(_is_picture_name, below)):
             return f"its folders look like classes: move them into {folder / 'train'}"
     more = f" and {plural(len(names) - 8, 'other')}" if len(names) > 8 else ""
-    return f"it holds {', '.join(names[:8])}{more}" if names else "it is empty"
+    holds = f"it holds {', '.join(names[:8])}{more}" if names else "it is empty"
+    return f"{holds}. Only picture files in train/<class>/ are supported, no archives or tables"
 
 
 def _is_picture_name(name: str) -> bool:
@@ -419,11 +426,11 @@ def _is_picture_name(name: str) -> bool:
 def _visible(folder: Path) -> Iterator[os.DirEntry]:
     """The files and folders in a folder that are not hidden, in no particular order."""
     with os.scandir(folder) as entries:
-        yield from (entry for entry in entries if not entry.name.startswith("."))
+        yield from (entry for entry in entries if not entry.name.startswith(HIDDEN))
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether this is a folder or a link to one. A broken link is not, and is no error."""
+    """Whether this is a folder or a link to one."""
     return not entry.is_file(follow_symlinks=False) and os.path.isdir(entry.path)
 
 
@@ -434,17 +441,42 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _visible(folder) if _is_folder(entry))
 
 
-def _files(folder: Path, below: str) -> Iterator[str]:
+def _classes(folder: Path) -> list[str]:
+    """Sorted names of the class folders. Raises UserError if a link leads nowhere: without that
+    class, the labels of those behind it would be others.
+    """
+    for entry in _visible(folder):
+        _refuse_broken_link(entry)
+    return _subfolders(folder)
+
+
+def _refuse_broken_link(entry: os.DirEntry) -> None:
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        raise UserError(
+            f"{entry.path}: this link leads nowhere ({os.readlink(entry.path)}); is a disk not "
+            f"mounted? Mend the link or remove it"
+        )
+
+
+def _files(folder: Path, below: str, here: str, seen: set[str]) -> Iterator[str]:
     """Paths, relative to `folder`, of all files in folder/below and its subfolders.
 
-    Does not follow links to folders, which may form loops.
+    Follows links to folders, but not to one that contains the link, nor twice to the same.
+    `here`: the real path of folder/below. `seen`: the real paths of all folders so far.
     """
+    seen.add(here)
+    folders = []
     for entry in _visible(folder / below):
-        path = f"{below}/{entry.name}"
-        if not _is_folder(entry):
-            yield path
-        elif not entry.is_symlink():
-            yield from _files(folder, path)
+        if _is_folder(entry):
+            folders.append(entry)
+        else:
+            if not _is_picture_name(entry.name):  # a broken picture is named when it is read
+                _refuse_broken_link(entry)
+            yield f"{below}/{entry.name}"
+    for entry in sorted(folders, key=lambda entry: (entry.is_symlink(), entry.name)):
+        real = os.path.realpath(entry.path)
+        if real not in seen and not f"{here}/".startswith(f"{real}/"):
+            yield from _files(folder, f"{below}/{entry.name}", real, seen)
 
 
 def _near(root: Path, *names: str) -> Path | None:
@@ -457,13 +489,13 @@ def _near(root: Path, *names: str) -> Path | None:
 def _mapping(root: Path) -> list[list[str]]:
     """[class folder, readable name] for each line of the mapping file; empty if there is none."""
     file = _near(root, "LOC_synset_mapping.txt", "synset_words.txt")
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file else []
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file else []
     return [line.split(maxsplit=1) for line in lines if line.strip()]
 
 
 def _labels(root: Path) -> dict[str, int]:
     """The label of each class folder: its rank among the folders of the training set."""
-    return {name: rank for rank, name in enumerate(_subfolders(root / "train"))}
+    return {name: rank for rank, name in enumerate(_classes(root / "train"))}
 
 
 def _readable(root: Path, classes: Iterable[str]) -> list[str]:
@@ -474,19 +506,16 @@ def _readable(root: Path, classes: Iterable[str]) -> list[str]:
 
 def _in_class_folders(root: Path, part: str) -> Pictures:
     """The pictures in `root/part/<class>/**`. The label is the class's rank in the training set."""
-    folder, classes, others = root / part, _labels(root), []
-    found = _subfolders(folder)
-    if unknown := sorted(set(found).difference(classes)):
-        raise UserError(
-            f"{folder / unknown[0]}: not a class of the training set ({len(unknown)} such); "
-            f"validation must use the class folders of {root / 'train'}"
-        )
+    folder, labels_of, others = root / part, _labels(root), []
+    found = _classes(folder)
+    if unknown := sorted(set(found).difference(labels_of)):
+        raise UserError(f"{folder / unknown[0]}: {_why_unknown(unknown, labels_of, root)}")
 
     def labelled() -> Iterator[tuple[str, int]]:
         for name in found:
-            for path in sorted(_files(folder, name)):
+            for path in sorted(_files(folder, name, os.path.realpath(folder / name), set())):
                 if _is_picture_name(path):
-                    yield path, classes[name]
+                    yield path, labels_of[name]
                 else:
                     others.append(path)
 
@@ -494,7 +523,24 @@ def _in_class_folders(root: Path, part: str) -> Pictures:
     others += sorted({entry.name for entry in _visible(folder)}.difference(found))
     _warn_of_unused(folder, others)
     layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
-    return Pictures(folder, paths, labels, _readable(root, classes), layout)
+    return Pictures(folder, paths, labels, _readable(root, labels_of), layout)
+
+
+def _why_unknown(unknown: list[str], classes: Iterable[str], root: Path) -> str:
+    """Why a class folder of the validation set cannot be used."""
+
+    def composed(name: str) -> str:
+        return unicodedata.normalize("NFC", name)
+
+    if composed(unknown[0]) in map(composed, classes):
+        return (
+            f"{root / 'train'} has this name in another Unicode normal form (macOS writes accents "
+            f"as characters of their own), so the two look equal but are not; rename one of them"
+        )
+    return (
+        f"not a class of the training set ({len(unknown)} such); validation must use the class "
+        f"folders of {root / 'train'}"
+    )
 
 
 def _collected(labelled: Iterable[tuple[str, int]]) -> tuple[Paths, np.ndarray]:
@@ -509,44 +555,25 @@ def _collected(labelled: Iterable[tuple[str, int]]) -> tuple[Paths, np.ndarray]:
     return Paths(paths()), np.array(labels, np.int32)
 
 
-UNUSED_SUFFIXES = (
-    ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2", ".nef",
-)  # fmt: skip
-BEGINNINGS = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cjP", re.DOTALL
-)
-
-
 def _warn_of_unused(folder: Path, others: list[str]) -> None:
-    """Warns if some of the files that are not used are pictures.
-
-    If the suffix does not tell, looks at the content, of at most 1,000 files.
-    """
-    unused, looks = [], 1000
-    for path in others:
-        if path.lower().endswith(PICTURE_SUFFIXES + UNUSED_SUFFIXES):
-            unused.append(path)
-        elif looks:
-            looks -= 1
-            with contextlib.suppress(OSError, MissingPicture):  # it is only for a warning
-                if BEGINNINGS.match(beginning(f"{folder}/{path}"), 8):
-                    unused.append(path)
+    """Warns if some of the files that are not used are pictures, by their suffixes."""
+    unused = [path for path in others if path.lower().endswith(PICTURE_SUFFIXES + UNUSED_SUFFIXES)]
     if unused:
         utils.warn(
             f"{folder}: {plural(len(unused), 'picture')} not used, the first is "
-            f"{folder / unused[0]}; only files in class folders with these suffixes are used: "
-            f"{', '.join(PICTURE_SUFFIXES)}"
+            f"{folder / unused[0]}; move them into class folders, and convert other formats to "
+            f"JPEG or PNG. Suffixes that are used: {', '.join(PICTURE_SUFFIXES)}"
         )
 
 
-def _flat_validation(root: Path, part: str) -> Pictures:
+def _flat_validation(home: Path, root: Path, part: str) -> Pictures:
     """All pictures directly in val/, with their classes from Kaggle's LOC_val_solution.csv."""
     folder, classes = root / part, _labels(root)
     names = sorted(e.name for e in _visible(folder) if _is_picture_name(e.name))
     solution = _near(root, "LOC_val_solution.csv")
     if solution is None:
-        raise UserError(f"{folder}: {_why_no_classes(root, folder, names)}")
-    with open(solution, newline="", encoding="utf-8", errors="replace") as file:
+        raise UserError(f"{folder}: {_why_no_classes(home, root, folder, names)}")
+    with open(solution, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
     wnids = {name: answer.split()[0] for name, answer in rows}
     labels = [classes.get(wnids.get(Path(name).stem), -1) for name in names]
@@ -559,7 +586,7 @@ def _flat_validation(root: Path, part: str) -> Pictures:
     return Pictures(folder, Paths(names), labels, _readable(root, classes), "Kaggle layout")
 
 
-def _why_no_classes(root: Path, folder: Path, names: list[str]) -> str:
+def _why_no_classes(home: Path, root: Path, folder: Path, names: list[str]) -> str:
     """Why the classes of a flat validation set are not known, and what to do."""
     if not names:
         return f"no pictures found; {_content(folder)}"
@@ -572,7 +599,7 @@ def _why_no_classes(root: Path, folder: Path, names: list[str]) -> str:
         )
     return (
         f"its pictures are not in class folders, {why}; put Kaggle's LOC_val_solution.csv into "
-        f"{root}, or move the pictures into {folder}/<class>/ (for ImageNet, run valprep.sh from "
+        f"{home}, or move the pictures into {folder}/<class>/ (for ImageNet, run valprep.sh from "
         f"soumith/imagenetloader.torch in {folder})"
     )
 
@@ -615,21 +642,28 @@ def _names_of_labels(root: Path, paths: Paths, labels: np.ndarray) -> list[str]:
 def _read_list(file: Path) -> Iterator[tuple[str, int]]:
     """Path and label of each `filename label` line. Raises UserError."""
     with open(file, "rb") as lines:
-        for number, line in enumerate(map(os.fsdecode, lines), 1):
-            match = re.fullmatch(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*", line)
+        for number, line in enumerate(lines, 1):
+            text = os.fsdecode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+            match = re.fullmatch(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*", text)
             where = f"{file}: line {number}"
             if match:
                 path, label = match.groups()
                 if os.path.isabs(path) or ".." in Path(path).parts:
                     raise UserError(f"{where}: {path} is outside the picture folder")
                 yield path, int(label)
-            elif line.strip():
-                raise UserError(f"{where}: expected 'filename label', not {line.rstrip()!r}")
+            elif text.strip():
+                raise UserError(f"{where}: expected 'filename label', not {text.rstrip()!r}")
 
 
 # --- reading and decoding a picture ---------------------------------------------------------
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
+
+LARGEST_FILE = 1_000_000_000
+"""Bytes. Pictures of the most pixels that are accepted take 270 MB, without compression."""
+
+MOST_PIXELS = 89_478_485
+"""As many as Pillow decodes without a warning."""
 
 LONGEST = 100
 """Largest ratio of a picture's longer side to its shorter side. Copies of longer pictures would not
@@ -640,45 +674,54 @@ NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETO
 
 PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError,
-    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """What Pillow raises for broken files. Caught only around calls to Pillow."""
 
-# Ignore broken EXIF data, but refuse pictures of over 89 million pixels.
+# Decoders' own messages would name no picture, and come in each epoch again. Pillow's warnings are
+# about broken EXIF data. Pillow passes libtiff's messages on to nobody, so libtiff prints them.
 warnings.filterwarnings("ignore", module="PIL")
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+with contextlib.suppress(OSError, AttributeError):  # a Pillow without libtiff
+    _libraries = ctypes.CDLL(Image.core.__file__)
+    _libraries.TIFFSetWarningHandler(None)
+    _libraries.TIFFSetErrorHandler(None)
 
 
-def read_picture(path: str | Path) -> bytes:
-    """The content of a picture's file. Raises MissingPicture if there is no such file.
+def read_picture(path: str | Path, folder: str | Path = "/") -> bytes:
+    """The content of a picture's file.
 
-    Any other OSError comes from the storage, and does not mean that the picture is broken.
+    Raises BrokenPicture if there is no such file, or if it is too large for a picture. Any other
+    OSError comes from the storage, and does not mean that the picture is broken. So does UserError:
+    `folder`, which holds the pictures, is missing for longer than a moment.
     """
-    with _no_file_is_missing(path):
+
+    def read(path: str | Path) -> bytes:
+        if (size := os.path.getsize(path)) > LARGEST_FILE:
+            raise BrokenPicture(f"cannot be used: {utils.file_size(size)} is too large")
         return utils.read_file(path)
 
-
-def beginning(path: str) -> bytes:
-    """A file's size and first bytes. Raises MissingPicture."""
-
-    def read(path: str) -> bytes:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
-        with open(descriptor, "rb", buffering=0) as file:
-            return struct.pack("<q", os.fstat(descriptor).st_size) + (file.read(1024) or b"")
-
-    with _no_file_is_missing(path):
-        return utils.patiently(read, path)
+    return from_storage(read, path, folder)
 
 
-@contextlib.contextmanager
-def _no_file_is_missing(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_FILE:
-            raise MissingPicture(os.strerror(error.errno).lower()) from None
-        error.filename = error.filename or os.fspath(path)
-        raise
+def from_storage(look: Callable, path: str | Path, folder: str | Path) -> Any:
+    """Returns `look(path)`, and tells a missing file from a missing `folder`.
+
+    A missing file raises BrokenPicture. If the folder is missing too, its disk may be unmounted for
+    a moment: then looks again, and raises UserError if it does not come back.
+    """
+
+    def attempt(path: str | Path) -> Any:
+        try:
+            return look(path)
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+            if not os.path.isdir(folder):
+                raise OSError(errno.ESTALE, "no such folder", str(folder)) from None
+            raise BrokenPicture(os.strerror(error.errno).lower()) from None
+
+    return utils.patiently(attempt, path)
 
 
 @contextlib.contextmanager
@@ -698,49 +741,43 @@ def pillow_decodes() -> Iterator[None]:
         raise BrokenPicture(f"cannot be decoded: {reason}") from error
 
 
+def opened(content: bytes) -> Image.Image:
+    """A picture of which only the header is read. Raises BrokenPicture if it cannot be used."""
+    with pillow_decodes():
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    (shorter, longer), pixels = sorted(image.size), f"{image.width}×{image.height} pixels"
+    if shorter * longer > MOST_PIXELS:
+        raise BrokenPicture(f"cannot be used: {pixels} are too many")
+    if longer > LONGEST * shorter:
+        raise BrokenPicture(f"cannot be used: {pixels} is too long and thin")
+    return image
+
+
 def decode(content: bytes) -> Image.Image:
     """The picture in a file's content, 8-bit RGB. Ignores EXIF orientation, as other loaders do.
 
     Raises BrokenPicture if it is not a picture, is too large, or is too long and thin.
     """
-    return decode_reduced(content, None)[0]
-
-
-def decode_reduced(content: bytes, side: int | None) -> tuple[Image.Image, tuple, tuple]:
-    """Like `decode`, but reduces a large JPEG while decoding, to no less than twice `side`.
-
-    That is enough for resizing to `side`. Returns the picture, its original size, and the box that
-    the original fills in the decoded pixels.
-    """
+    image = opened(content)
     with pillow_decodes():
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    if not size_is_fit(*image.size):
-        raise BrokenPicture(
-            f"cannot be used: {image.width}×{image.height} pixels is too long and thin"
-        )
-    size = image.size
-    least = resized_size(*size, 2 * side) if side else size
-    with pillow_decodes():
-        reduced = image.draft(image.mode, least)
         image.load()
-    return as_rgb(image), size, reduced[1] if reduced else (0, 0, *image.size)
-
-
-def size_is_fit(width: int, height: int) -> bool:
-    """Whether a picture is not empty, not larger than Pillow allows, and not too long and thin."""
-    shorter, longer = min(width, height), max(width, height)
-    return 0 < longer <= LONGEST * shorter and width * height <= Image.MAX_IMAGE_PIXELS
+    return as_rgb(image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Converts a decoded picture to 8-bit RGB, also if grey, palette, CMYK, 16-bit, transparent."""
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip, not scale
-        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+    if image.mode.startswith("I"):  # grey of up to 16 bits, which Pillow would clip, not scale
+        bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+        grey = np.clip(np.asarray(image).astype(np.int64) >> min(bits, 16) - 8, 0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
     with pillow_decodes():
         return image.convert("RGB")
+
+
+BITS_PER_SAMPLE = 258
+"""TIFF's tag. Pillow opens 12 bits as numbers up to 4095."""
 
 
 def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
@@ -751,285 +788,261 @@ def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
 
 # --- cutting a crop from a picture ----------------------------------------------------------
 
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, in pixels."""
 
-def crop_file(path: str | Path, side: int, corner: Sequence[float]) -> Image.Image:
-    """The 224x224 RGB crop at `corner` of a picture whose shorter side is resized to `side`.
+Window = Callable[[int, int], Box]
+"""Where to cut a crop: takes the width and height of a picture."""
 
-    `corner`: position from left to right and from top to bottom, two numbers in [0, 1). Resizing
-    only the crop's window gives the same pixels as resizing the whole picture, at a fraction of the
-    cost. Raises BrokenPicture, and OSError if the storage fails.
+
+def side_window(side: int, corner: Sequence[float]) -> Window:
+    """The 224x224 crop at `corner` of the picture when its shorter side is resized to `side`.
+
+    `corner`: position from left to right and from top to bottom, two numbers in [0, 1).
     """
-    content = read_picture(path)
-    return crop_jpeg(content, side, corner) or crop_any(content, side, corner)
+
+    def window(width: int, height: int) -> Box:
+        resized = resized_size(width, height, side)
+        left, top = (int(corner[i] * (resized[i] - CROP + 1)) for i in range(2))
+        across, down = width / resized[0], height / resized[1]
+        return left * across, top * down, (left + CROP) * across, (top + CROP) * down
+
+    return window
 
 
-def crop_any(content: bytes, side: int, corner: Sequence[float]) -> Image.Image:
-    """The crop from a file of any format. Raises BrokenPicture."""
-    image = decode(content)
-    return cut(image, window(image.size, side, corner))
+def area_window(tries: Iterable[Sequence[float]]) -> Window:
+    """A box of 8 to 100% of the area and an aspect of 3/4 to 4/3 (Szegedy et al. 2014).
+
+    `tries`: float [n, 4] in [0, 1): area, aspect, and position from left to right and from top to
+    bottom. The first box that fits into the picture is taken. If none does, because the picture is
+    long and thin, its middle is taken.
+    """
+
+    def window(width: int, height: int) -> Box:
+        for area, aspect, x, y in tries:
+            pixels, ratio = width * height * (0.08 + 0.92 * area), (4 / 3) ** (2 * aspect - 1)
+            across, down = math.sqrt(pixels * ratio), math.sqrt(pixels / ratio)
+            if across <= width and down <= height:
+                left, top = x * (width - across), y * (height - down)
+                return left, top, left + across, top + down
+        across, down = min(width, height * 4 / 3), min(height, width * 4 / 3)
+        left, top = (width - across) / 2, (height - down) / 2
+        return left, top, left + across, top + down
+
+    return window
 
 
-def crop_jpeg(content: bytes, side: int, corner: Sequence[float]) -> Image.Image | None:
-    """The crop from an ordinary JPEG, decoded only as far as needed. None if `crop_any` must do it.
+def crop_file(path: str | Path, window: Window) -> Image.Image:
+    """`crop` of a picture's file. Raises what `read_picture` and `crop` raise."""
+    return crop(read_picture(path), window)
+
+
+def crop(content: bytes, window: Window) -> Image.Image:
+    """The part of a picture in a window, resized to 224x224, RGB. Raises BrokenPicture.
+
+    Decodes and resizes no more than that part needs. Up to one level of 256 differs from cutting
+    the resized picture, because Pillow chooses the order of its two passes by the size.
+    """
+    image = opened(content)
+    box = window(*image.size)
+    if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        part = top_of_jpeg(content, image, box)
+        if part:
+            return cut(*part)
+    with pillow_decodes():
+        image.load()
+    return cut(as_rgb(image), box)
+
+
+def top_of_jpeg(content: bytes, image: Image.Image, box: Box) -> tuple[Image.Image, Box] | None:
+    """A JPEG from its top to the bottom of the box, and the box in pixels of that part.
 
     libjpeg halves a large picture while decoding, as long as twice the needed pixels remain. We
     tell Pillow's decoder that the picture ends at the bottom of the window. It stops there, which
     saves a fifth of the work. It raises ValueError for the data left over, but also for broken
-    data. If the last row is still black, the data may be broken.
+    data. If the last row is still black, the data may be broken: then returns None. So a picture
+    that is damaged only below the box is used.
     """
-    frame = jpeg_frame(content)
-    if frame is None:
-        return None
-    *size, mode = frame
-    factor = next(f for f in (8, 4, 2, 1) if min(size) >= 2 * f * side or f == 1)
-    width, height = -(-size[0] // factor), -(-size[1] // factor)
-    box = tuple(edge / factor for edge in window(size, side, corner))
+    scale = min(box[2] - box[0], box[3] - box[1]) / CROP
+    factor = next(f for f in (8, 4, 2, 1) if scale >= 2 * f or f == 1)
+    width, height = -(-image.width // factor), -(-image.height // factor)
+    box = tuple(edge / factor for edge in box)
     # Antialiasing reaches one output pixel beyond the window. One more row is for rounding.
     rows = min(int(box[3] + max((box[3] - box[1]) / CROP, 1)) + 2, height)
-    image = Image.new(mode, (width, rows))
+    part = Image.new(image.mode, (width, rows))
     try:
-        image.frombytes(content, "jpeg", (mode, "", factor, 0))
+        part.frombytes(content, "jpeg", (image.mode, "", factor, 0))
     except ValueError:
-        if rows == height or is_black(image, rows - 1):
+        if rows == height or is_black(part, rows - 1):
             return None
-    return cut(as_rgb(image), box)
+    return as_rgb(part), box
 
 
 def is_black(image: Image.Image, row: int) -> bool:
     return image.crop((0, row, image.width, row + 1)).getbbox() is None
 
 
-def window(size: Sequence[int], side: int, corner: Sequence[float]) -> tuple[float, ...]:
-    """Left, top, right and bottom of the crop, in pixels of the original picture of this size."""
-    width, height = resized_size(*size, side)
-    left, top = int(corner[0] * (width - CROP + 1)), int(corner[1] * (height - CROP + 1))
-    across, down = size[0] / width, size[1] / height
-    return left * across, top * down, (left + CROP) * across, (top + CROP) * down
-
-
-def cut(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
+def cut(image: Image.Image, box: Box) -> Image.Image:
     """The part of the picture in `box`, resized to 224x224."""
     if box[2] - box[0] == CROP == box[3] - box[1]:  # nothing to resize
         return image.crop(tuple(map(int, box)))
     return image.resize((CROP, CROP), Image.Resampling.BILINEAR, box)
 
 
-FRAMES = (0xC0, 0xC1, 0xC2)
-"""Markers of frame headers: baseline, extended and progressive, all with Huffman coding."""
-
-TABLES = (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))
-"""Markers that may precede a frame header: tables, restart interval, comment, application data."""
-
-
-def jpeg_frame(content: bytes) -> tuple[int, int, str] | None:
-    """Width, height and mode of an ordinary JPEG, from its frame header (ITU-T T.81, annex B).
-
-    None for anything that libjpeg might read differently, and for sizes that `decode` refuses.
-    """
-    at = 2 if content.startswith(b"\xff\xd8") else len(content)
-    while at + 10 <= len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
-        if marker in FRAMES:
-            bits, height, width, components = struct.unpack_from(">BHHB", content, at + 4)
-            mode = {1: "L", 3: "RGB"}.get(components) if bits == 8 else None
-            return (width, height, mode) if mode and size_is_fit(width, height) else None
-        if marker not in TABLES:
-            return None
-        at += 2 + int.from_bytes(content[at + 2 : at + 4])
-    return None
-
-
 # --- resized copies -------------------------------------------------------------------------
 
-COPIES_OF = "copies_of.txt"
-"""File next to the resized copies: the folder of the original pictures."""
-
-COPIES = "copies.json"
-"""File next to the resized copies: for each shorter side, the fingerprint of the original pictures,
-and whether every picture that can be decoded has a copy."""
+NOTE = "copies.json"
+"""File next to the resized copies: a `CopiesNote`."""
 
 QUALITY = {"quality": 95, "subsampling": 0}
 """JPEG settings. The mean error on photographs is 1.1 of 256 levels (44 dB), which is invisible.
 Quality 90 with halved colour resolution takes 0.56 of the disk space, at 1.9 levels (39 dB)."""
 
 
-def copies_of_others(root: Path, pictures: Pictures) -> bool:
-    """Whether the copies in `root` are of another dataset, whose files may have the same names."""
-    note = root / COPIES_OF
-    return note.exists() and note.read_bytes() != utils.as_written(str(pictures.folder))
+@dataclass
+class CopiesNote:
+    """What the resized copies in a folder are made of."""
 
+    originals: str
+    """The folder of the original pictures."""
+    fingerprint: str
+    complete: list[int]
+    """The shorter sides at which every picture that can be decoded has a copy."""
 
-def claim(root: Path, pictures: Pictures, wanted: list[int]) -> None:
-    """Records in `root` where the originals of its copies are.
-
-    Raises UserError if `root` holds copies of other pictures, copies of pictures that were replaced
-    since, or files that preprocess.py did not make.
-    """
-    note, states = root / COPIES_OF, states_of(root)
-    if copies_of_others(root, pictures):
-        others = utils.one_line(note.read_text(errors="replace"))[:200]
-        raise UserError(
-            f"{root} holds copies of pictures in {others}, not in {pictures.folder}; use another "
-            f"path_to_save, or remove {note} if the pictures have only moved"
-        )
-    if (root / COPIES).exists() and not states:
-        raise UserError(f"{root / COPIES}: not written by preprocess.py; use another path_to_save")
-    for side in wanted:
-        folder = root / str(side)
-        is_ours = note.exists() or side in states
-        if not is_ours and (any(folder.iterdir()) if folder.is_dir() else folder.exists()):
-            raise UserError(
-                f"{folder}: not made by preprocess.py, which would have left {note}; use another "
-                f"path_to_save, or remove the folder"
-            )
-        if folder.exists() and "replaced" in (reason := why_unused(root, side, pictures)):
-            raise UserError(f"{folder}: {reason}; remove that folder and start again")
-    if not note.exists():
-        utils.write_text(note, str(pictures.folder))
-
-
-def states_of(root: Path) -> dict[int, tuple[str, bool]]:
-    """What COPIES says, by shorter side: fingerprint of the pictures, and whether all have copies.
-
-    Empty if the file is missing or contains anything else.
-    """
-    try:
-        states = (utils.read_json(root / COPIES) or {}).items()
-        return {int(side): (str(s["pictures"]), s["complete"] is True) for side, s in states}
-    except (ValueError, TypeError, KeyError):
-        return {}
-
-
-def note_copies(root: Path, sides: Iterable[int], pictures: Pictures, complete: bool) -> None:
-    """Records whether these sides have copies of all the pictures."""
-    states = states_of(root) | dict.fromkeys(sides, (pictures.fingerprint, complete))
-    content = {side: {"pictures": p, "complete": c} for side, (p, c) in sorted(states.items())}
-    utils.write_text(root / COPIES, json.dumps(content, indent=1))
-
-
-def why_unused(root: Path, side: int, pictures: Pictures) -> str:
-    """Why the copies at this shorter side cannot replace the pictures; "" if they can."""
-    copied, complete = states_of(root).get(side, ("", False))
-    if copied == pictures.fingerprint and complete:
+    def mismatch(self, root: Path, pictures: Pictures) -> str:
+        """Why the copies in `root` cannot stand for these pictures; "" if they can."""
+        if self.originals != str(pictures.folder):
+            way = "; if the pictures have only moved, correct it in that file"
+            same = self.fingerprint == pictures.fingerprint
+            return f"{root / NOTE}: copies of pictures in {self.originals}{way * same}"
+        if self.fingerprint != pictures.fingerprint:
+            return f"{root / NOTE}: pictures were added, removed or replaced after these copies"
         return ""
-    if copied != pictures.fingerprint and copied[:9] == pictures.fingerprint[:9]:
-        return "pictures were replaced after these copies were made"
-    return "copies incomplete"
 
 
-def resized_folders(root: Path, pictures: Pictures) -> dict[int, Path]:
-    """The folders with resized copies of all these pictures, by shorter side.
+def claim_copies(root: Path, pictures: Pictures, wanted: list[int]) -> CopiesNote:
+    """The note about the copies in `root`, which is written if it is missing.
 
-    Warns about folders that are not used. Locks the others against preprocess.py: the content of a
-    batch must not depend on when it is made.
+    Raises UserError if `root` holds copies of other pictures, or files that preprocess.py did not
+    make.
     """
+    note = utils.read_record(CopiesNote, root / NOTE)
+    if note:
+        if reason := note.mismatch(root, pictures):
+            raise UserError(f"{reason}. Remove {root}, or use another path_to_save")
+        return note
+    for folder in (root / str(side) for side in wanted):
+        if any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder):
+            raise UserError(
+                f"{folder}: not made by preprocess.py, which would have left {root / NOTE}; use "
+                f"another path_to_save, or remove the folder"
+            )
+    note = CopiesNote(str(pictures.folder), pictures.fingerprint, [])
+    utils.write_record(root / NOTE, note)
+    return note
+
+
+def usable_copies(root: Path, pictures: Pictures) -> tuple[dict[int, Path], str]:
+    """The folders with copies of all these pictures, by shorter side; why others are not used."""
     folders = {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
+    if not folders:
+        return {}, ""
     try:
-        if copies_of_others(root, pictures):
-            raise UserError("its resized copies are of other pictures")
-        if folders and (root / COPIES_OF).is_file():
-            utils.lock(root / COPIES_OF, "preprocess.py is running here", shared=True)
+        note = utils.read_record(CopiesNote, root / NOTE)
     except UserError as error:
-        utils.warn(f"{root}: {error}; the originals are used")
-        return {}
-    unused = {side: reason for side in folders if (reason := why_unused(root, side, pictures))}
-    if unused:
-        side, reason = next(iter(unused.items()))
-        if len(unused) > 1:
-            reason += f" (also in {plural(len(unused) - 1, 'other shorter side')})"
-        elif "incomplete" in reason:
-            reason += f", {np.count_nonzero(missing(pictures, {side: folders[side]})):,} missing"
-        utils.warn(
-            f"{folders[side]}: {reason}; the originals are used. Run preprocess.py "
-            f"--shorter_side={side} to make the copies"
-        )
-    return {side: folder for side, folder in folders.items() if side not in unused}
+        return {}, str(error)
+    if note is None:
+        return {}, f"{root / NOTE}: no such file, so nothing says what the copies are of"
+    if reason := note.mismatch(root, pictures):
+        return {}, reason
+    incomplete = [side for side in folders if side not in note.complete]
+    others = f" (and at {plural(len(incomplete) - 1, 'other shorter side')})"
+    reason = f"{root / str(incomplete[0])}: copies incomplete" if incomplete else ""
+    reason += others * (len(incomplete) > 1)
+    return {side: folders[side] for side in folders if side in note.complete}, reason
 
 
-def missing(pictures: Pictures, folders: dict[int, Path]) -> np.ndarray:
-    """uint64 [pictures]: bit i is set if the copy at the i-th side is missing.
+def copies_for(root: Path, pictures: Pictures) -> dict[int, Path]:
+    """The folders with copies of all these pictures, by shorter side. Warns if some are not used.
 
-    Compares 64-bit hashes: the names of all copies would take 5 GB as text.
+    A single copy may be missing or broken, after a power failure: then use the original.
     """
-    hashes = np.fromiter((hash(os.path.split(path)) for path in pictures.paths), np.int64)
-    parents = {os.path.dirname(path) for path in pictures.paths}
-    wanted = np.zeros(len(pictures), np.uint64)
-    for bit, folder in enumerate(folders.values()):
-        done = np.fromiter(finished(folder, parents), np.int64)
-        wanted[~np.isin(hashes, done)] |= np.uint64(1 << bit)
-    return wanted
+    folders, reason = usable_copies(root, pictures)
+    if reason:
+        utils.warn(f"{reason}; the originals are used. preprocess.py makes copies")
+    return folders
 
 
-def finished(folder: Path, parents: Iterable[str]) -> Iterator[int]:
-    """A hash of (subfolder, name) for each copy in these subfolders.
+def missing_copies(pictures: Pictures, folders: dict[int, Path], index: int) -> Iterator:
+    """Yields shorter side and picture for each copy of a picture that is missing or empty.
 
-    Ignores empty files, which a power failure may leave behind.
+    Decodes the original once, a large JPEG only to twice the size that is needed. Raises
+    BrokenPicture right away, not when the first copy is requested.
     """
-    for parent in parents:
-        if (folder / parent).is_dir():
-            with os.scandir(folder / parent) as entries:
-                yield from (hash((parent, e.name)) for e in entries if e.stat().st_size)
 
+    def is_missing(folder: Path) -> bool:
+        try:
+            return not os.path.getsize(f"{folder}/{pictures.paths[index]}")
+        except FileNotFoundError:
+            return True
 
-def resized_copies(path: str | Path, wanted: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-    """Decodes a picture once, and yields it at each of the shorter sides.
-
-    Raises BrokenPicture right away, not when the first copy is requested.
-    """
-    picture, size, box = decode_reduced(read_picture(path), max(wanted))
+    wanted = [side for side, folder in folders.items() if is_missing(folder)]
+    if not wanted:
+        return iter(())
+    image = opened(pictures.read(index))
+    size = image.size
+    with pillow_decodes():
+        reduced = image.draft(image.mode, resized_size(*size, 2 * max(wanted)))
+        image.load()
+    picture, box = as_rgb(image), reduced[1] if reduced else None
     bilinear = Image.Resampling.BILINEAR
     return ((side, picture.resize(resized_size(*size, side), bilinear, box)) for side in wanted)
 
 
-def save_jpeg(image: Image.Image, path: Path) -> None:
+def save_jpeg(image: Image.Image, path: str) -> None:
     """Saves directly to the file: to memory, Pillow would compress only one picture at a time.
 
-    The copy is on the disk before it gets its name, so a power failure leaves no incomplete file.
     Raises OSError, also for a full disk, which Pillow does not notice.
     """
-    with utils.written_aside(path) as aside, open(aside, "w+b") as file:
+    with utils.written_aside(Path(path)) as file:
         image.save(file, "JPEG", **QUALITY)
         file.seek(-2, os.SEEK_END)
         if file.read() != b"\xff\xd9":  # the end of every JPEG
             raise OSError(errno.ENOSPC, "only part of it could be written; is the disk full?")
-        os.fsync(file.fileno())
 
 
-def sides_of(bits: int, folders: dict[int, Path]) -> list[int]:
-    """The sides whose bits are set."""
-    return [side for bit, side in enumerate(folders) if int(bits) >> bit & 1]
+def say_room(pictures: Pictures, folders: dict[int, Path]) -> None:
+    """Prints roughly how much disk space the missing copies need, from a sample of the pictures.
 
-
-def say_room(pictures: Pictures, folders: dict, wanted: np.ndarray, total: int) -> None:
-    """Prints roughly how much disk space the copies need. Raises UserError if it is not free."""
-    sizes, indices = [], np.flatnonzero(wanted)
-    for index in indices[:: max(1, len(indices) // 16)].tolist():
-        with contextlib.suppress(BrokenPicture):  # `write_all` reports it
-            sides = sides_of(wanted[index], folders)
-            for _, image in resized_copies(pictures.path(index), sides):
+    Raises UserError if it is not free.
+    """
+    sizes, sample = 0, range(0, len(pictures), max(1, len(pictures) // 16))
+    for index in sample:
+        with contextlib.suppress(BrokenPicture):  # `make_copies` reports it
+            for _, image in missing_copies(pictures, folders, index):
                 copy = io.BytesIO()
                 image.save(copy, "JPEG", **QUALITY)
-                sizes.append(copy.tell())
-    needed = total * sum(sizes) / max(len(sizes), 1)
+                sizes += copy.tell()
+    needed = sizes * len(pictures) / len(sample)
     root = next(iter(folders.values())).parent
     free = utils.check_room(root, needed, "the copies need about")
     print(f"about {utils.file_size(needed)} needed in {root}, {utils.file_size(free)} free")
 
 
-def write_all(pictures: Pictures, folders: dict, wanted: np.ndarray, failures: Failures) -> None:
-    """Makes the copies. Each gets its name only when it is complete."""
+def make_copies(pictures: Pictures, folders: dict[int, Path], failures: Failures) -> None:
+    """Makes the copies that are missing. Each gets its name only when it is complete."""
     for parent in {os.path.dirname(path) for path in pictures.paths}:
         for folder in folders.values():
             utils.remove_leftovers(utils.make_folder(folder / parent))
 
-    def load(index: int) -> Iterator[tuple[int, Image.Image]]:
-        return resized_copies(pictures.path(index), sides_of(wanted[index], folders))
+    def load(index: int) -> Iterator:
+        return missing_copies(pictures, folders, index)
 
-    def write(index: int, copies: Iterator[tuple[int, Image.Image]]) -> None:
+    def save(index: int, copies: Iterator) -> None:
         for side, image in copies:
-            save_jpeg(image, folders[side] / pictures.paths[index])
+            save_jpeg(image, f"{folders[side]}/{pictures.paths[index]}")
 
-    for _ in map_pictures(pictures, np.flatnonzero(wanted), load, write, failures):
+    for _ in map_pictures(pictures, range(len(pictures)), load, save, failures):
         pass
 
 
