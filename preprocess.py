@@ -37,13 +37,11 @@ import threading
 import unicodedata
 import warnings
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -129,24 +127,16 @@ class Paths(Sequence[str]):
     """
 
     def __init__(self, paths: Iterable[str]):
-        block, ends = bytearray(), array("q", [0])
-        for path in paths:
-            block += os.fsencode(path)
-            ends.append(len(block))
-        self._block, self._ends = bytes(block), np.array(ends, np.int64)
+        encoded = [os.fsencode(path) for path in paths]
+        self.block = b"".join(encoded)
+        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> str:
         index = range(len(self))[index]  # accepts negative indices, raises IndexError
-        return os.fsdecode(self._block[self._ends[index] : self._ends[index + 1]])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    def checksum(self) -> int:
-        return zlib.crc32(self._ends.tobytes(), zlib.crc32(self._block))
+        return os.fsdecode(self.block[self.ends[index] : self.ends[index + 1]])
 
 
 @dataclass(frozen=True)
@@ -169,11 +159,10 @@ class Pictures:
         return f"{self.folder}/{self.paths[index]}"
 
     def read(self, index: int) -> bytes:
-        """The content of a picture's file. Raises what `read_picture` raises."""
         return read_picture(self.path(index), self.folder)
 
     def decoded(self, index: int) -> Image.Image:
-        """8-bit RGB. Raises BrokenPicture, and what `read_picture` raises."""
+        """8-bit RGB. Raises what `read_picture` and `decode` raise."""
         return decode(self.read(index))
 
     @functools.cached_property
@@ -184,18 +173,11 @@ class Pictures:
         second changes when pictures are replaced but keep their names. The sampled pictures are
         evenly spaced: asking for all sizes on a cold disk takes minutes.
         """
-        names = zlib.crc32(self.labels.tobytes(), self.paths.checksum())
+        names = self.labels.tobytes(), self.paths.ends.tobytes(), self.paths.block
         sample = np.linspace(0, len(self) - 1, min(len(self), SAMPLED)).astype(int).tolist()
-
-        def size(index: int) -> int:
-            try:
-                return from_storage(os.path.getsize, self.path(index), self.folder)
-            except BrokenPicture:
-                return -1
-
         with ThreadPoolExecutor(16) as pool:  # a slow disk serves many requests at once
-            sizes = np.fromiter(pool.map(size, sample), np.int64)
-        return f"{names:08x}-{zlib.crc32(sizes.tobytes()):08x}"
+            sizes = np.fromiter(pool.map(size_of_file, map(self.path, sample)), np.int64)
+        return f"{zlib.crc32(b''.join(names)):08x}-{zlib.crc32(sizes.tobytes()):08x}"
 
 
 SAMPLED = 2000
@@ -301,11 +283,10 @@ def validation_pictures(config: SimpleNamespace) -> Pictures:
     root = _dataset_root(home)
     part = _validation_part(root)
     if part is None:
-        suffix = ".txt" if _has_lists(root) else "/"
+        kind = "list" if _has_lists(root) else "folder"
         raise UserError(
-            f"{root}: no validation set, found none of "
-            f"{', '.join(name + suffix for name in VALIDATION)}; training works without one, but "
-            f"nothing can be evaluated"
+            f"{root}: no validation set, found no {kind} named {', '.join(VALIDATION)}; training "
+            f"works without one, but nothing can be evaluated"
         )
     if _has_lists(root):
         pictures = _listed(root, part)
@@ -370,20 +351,13 @@ def _root_in(folder: Path) -> Path | None:
 
 
 def _has_lists(root: Path) -> bool:
-    """Whether train.txt lists the pictures.
-
-    If there are class folders too, train.txt may be any text. A val.txt or a 2012_train/ shows that
-    it is a list.
+    """Whether train.txt lists the pictures. Beside class folders of both parts it may be any text,
+    unless there is a val.txt.
     """
-    if not (root / "train.txt").is_file():
+    listed = [name for name in ("train", *VALIDATION) if (root / f"{name}.txt").is_file()]
+    if "train" not in listed:
         return False
-    listed = [name for name in VALIDATION if (root / f"{name}.txt").is_file()]
-    return (
-        "val" in listed
-        or (root / "2012_train").is_dir()
-        or not all(_subfolders(root / name) for name in listed)
-        or ((root / "train").is_dir() and not _subfolders(root / "train"))
-    )
+    return "val" in listed or not all(_subfolders(root / name) for name in ("train", *listed))
 
 
 UNPACK_CLASSES = 'for f in *.tar; do mkdir -p "${f%.tar}" && tar -xf "$f" -C "${f%.tar}"; done'
@@ -453,8 +427,7 @@ def _classes(folder: Path) -> list[str]:
 def _refuse_broken_link(entry: os.DirEntry) -> None:
     if entry.is_symlink() and not os.path.exists(entry.path):
         raise UserError(
-            f"{entry.path}: this link leads nowhere ({os.readlink(entry.path)}); is a disk not "
-            f"mounted? Mend the link or remove it"
+            f"{entry.path}: this link leads nowhere; is a disk not mounted? Mend or remove the link"
         )
 
 
@@ -506,53 +479,36 @@ def _readable(root: Path, classes: Iterable[str]) -> list[str]:
 
 def _in_class_folders(root: Path, part: str) -> Pictures:
     """The pictures in `root/part/<class>/**`. The label is the class's rank in the training set."""
-    folder, labels_of, others = root / part, _labels(root), []
+    folder, rank, others = root / part, _labels(root), []
     found = _classes(folder)
-    if unknown := sorted(set(found).difference(labels_of)):
-        raise UserError(f"{folder / unknown[0]}: {_why_unknown(unknown, labels_of, root)}")
-
-    def labelled() -> Iterator[tuple[str, int]]:
-        for name in found:
-            for path in sorted(_files(folder, name, os.path.realpath(folder / name), set())):
-                if _is_picture_name(path):
-                    yield path, labels_of[name]
-                else:
-                    others.append(path)
-
-    paths, labels = _collected(labelled())
+    if unknown := sorted(set(found).difference(rank)):
+        raise UserError(f"{folder / unknown[0]}: {_why_unknown(unknown, list(rank), root)}")
+    paths, labels = [], []
+    for name in found:
+        files = sorted(_files(folder, name, os.path.realpath(folder / name), set()))
+        used = list(filter(_is_picture_name, files))
+        others += sorted(set(files).difference(used))
+        paths += used
+        labels += [rank[name]] * len(used)
     others += sorted({entry.name for entry in _visible(folder)}.difference(found))
     _warn_of_unused(folder, others)
     layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
-    return Pictures(folder, paths, labels, _readable(root, labels_of), layout)
+    labels = np.array(labels, np.int32)
+    return Pictures(folder, Paths(paths), labels, _readable(root, rank), layout)
 
 
-def _why_unknown(unknown: list[str], classes: Iterable[str], root: Path) -> str:
-    """Why a class folder of the validation set cannot be used."""
-
-    def composed(name: str) -> str:
-        return unicodedata.normalize("NFC", name)
-
-    if composed(unknown[0]) in map(composed, classes):
+def _why_unknown(unknown: list[str], classes: list[str], root: Path) -> str:
+    """Why class folders of the validation set cannot be used."""
+    first, *plain = (unicodedata.normalize("NFC", name) for name in (unknown[0], *classes))
+    if first in plain:
         return (
-            f"{root / 'train'} has this name in another Unicode normal form (macOS writes accents "
-            f"as characters of their own), so the two look equal but are not; rename one of them"
+            f"looks like {root / 'train' / classes[plain.index(first)]}, but is written with "
+            f"other Unicode characters (NFC and NFD); rename one of the two folders"
         )
     return (
         f"not a class of the training set ({len(unknown)} such); validation must use the class "
         f"folders of {root / 'train'}"
     )
-
-
-def _collected(labelled: Iterable[tuple[str, int]]) -> tuple[Paths, np.ndarray]:
-    """The paths, and the labels as int32 [n]."""
-    labels = array("i")
-
-    def paths() -> Iterator[str]:
-        for path, label in labelled:
-            labels.append(label)
-            yield path
-
-    return Paths(paths()), np.array(labels, np.int32)
 
 
 def _warn_of_unused(folder: Path, others: list[str]) -> None:
@@ -572,7 +528,7 @@ def _flat_validation(home: Path, root: Path, part: str) -> Pictures:
     names = sorted(e.name for e in _visible(folder) if _is_picture_name(e.name))
     solution = _near(root, "LOC_val_solution.csv")
     if solution is None:
-        raise UserError(f"{folder}: {_why_no_classes(home, root, folder, names)}")
+        raise UserError(f"{folder}: {_why_no_classes(home, folder, names)}")
     with open(solution, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
     wnids = {name: answer.split()[0] for name, answer in rows}
@@ -586,21 +542,16 @@ def _flat_validation(home: Path, root: Path, part: str) -> Pictures:
     return Pictures(folder, Paths(names), labels, _readable(root, classes), "Kaggle layout")
 
 
-def _why_no_classes(home: Path, root: Path, folder: Path, names: list[str]) -> str:
+def _why_no_classes(home: Path, folder: Path, names: list[str]) -> str:
     """Why the classes of a flat validation set are not known, and what to do."""
     if not names:
         return f"no pictures found; {_content(folder)}"
-    name = "ILSVRC2012_validation_ground_truth.txt"
-    why = "and nothing says which class they belong to"
-    if truth := _near(root, name) or next(root.glob(f"*devkit*/**/{name}"), None):
-        why = (
-            f"and {truth} does not help, because it numbers the classes in the devkit's own order, "
-            f"not in sorted order"
-        )
     return (
-        f"its pictures are not in class folders, {why}; put Kaggle's LOC_val_solution.csv into "
-        f"{home}, or move the pictures into {folder}/<class>/ (for ImageNet, run valprep.sh from "
-        f"soumith/imagenetloader.torch in {folder})"
+        f"its pictures are not in class folders; put Kaggle's LOC_val_solution.csv into {home}, or "
+        f"move the pictures into {folder}/<class>/ (for ImageNet, run valprep.sh from "
+        f"soumith/imagenetloader.torch in {folder}). The devkit's "
+        f"ILSVRC2012_validation_ground_truth.txt does not help: it numbers the classes in the "
+        f"devkit's own order, not in sorted order"
     )
 
 
@@ -613,19 +564,16 @@ def _listed(root: Path, part: str) -> Pictures:
             f"{near[-1]}: no such folder; the pictures in {root / part}.txt must be there, or in "
             f"2012_{part}/"
         )
-    listed = {}
-    for name in filter(None, ("train", _validation_part(root))):
-        file = root / f"{name}.txt"
-        paths, labels = listed[name] = _collected(_read_list(file))
-        if not len(paths):
-            raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
-        last = listed["train"][1].max()
+    paths, labels = trained = _read_list(root / "train.txt")
+    if part != "train":
+        paths, labels = _read_list(root / f"{part}.txt")
+        last = trained[1].max()
         if len(beyond := np.flatnonzero(labels > last)):
             raise UserError(
-                f"{file}: {paths[beyond[0]]} has label {labels[beyond[0]]}, but the largest label "
-                f"in {root / 'train.txt'} is {last}"
+                f"{root / part}.txt: {paths[beyond[0]]} has label {labels[beyond[0]]}, but the "
+                f"largest label in {root / 'train.txt'} is {last}"
             )
-    return Pictures(folder, *listed[part], _names_of_labels(root, *listed["train"]), "list files")
+    return Pictures(folder, paths, labels, _names_of_labels(root, *trained), "list files")
 
 
 def _names_of_labels(root: Path, paths: Paths, labels: np.ndarray) -> list[str]:
@@ -639,20 +587,22 @@ def _names_of_labels(root: Path, paths: Paths, labels: np.ndarray) -> list[str]:
     return [str(label) for label in range(classes)]
 
 
-def _read_list(file: Path) -> Iterator[tuple[str, int]]:
-    """Path and label of each `filename label` line. Raises UserError."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            text = os.fsdecode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
-            match = re.fullmatch(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*", text)
-            where = f"{file}: line {number}"
-            if match:
-                path, label = match.groups()
-                if os.path.isabs(path) or ".." in Path(path).parts:
-                    raise UserError(f"{where}: {path} is outside the picture folder")
-                yield path, int(label)
-            elif text.strip():
-                raise UserError(f"{where}: expected 'filename label', not {text.rstrip()!r}")
+def _read_list(file: Path) -> tuple[Paths, np.ndarray]:
+    """The paths and the labels, int32 [n], in `filename label` lines. Raises UserError."""
+    paths, labels = [], []
+    content = utils.read_file(file).removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(map(os.fsdecode, content.split(b"\n")), 1):
+        where = f"{file}: line {number}"
+        if match := re.fullmatch(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*", line):
+            if os.path.isabs(match[1]) or ".." in Path(match[1]).parts:
+                raise UserError(f"{where}: {match[1]} is outside the picture folder")
+            paths.append(match[1])
+            labels.append(int(match[2]))
+        elif line.strip():
+            raise UserError(f"{where}: expected 'filename label', not {line.strip()!r}")
+    if not paths:
+        raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
+    return Paths(paths), np.array(labels, np.int32)
 
 
 # --- reading and decoding a picture ---------------------------------------------------------
@@ -691,29 +641,17 @@ with contextlib.suppress(OSError, AttributeError):  # a Pillow without libtiff
 def read_picture(path: str | Path, folder: str | Path = "/") -> bytes:
     """The content of a picture's file.
 
-    Raises BrokenPicture if there is no such file, or if it is too large for a picture. Any other
-    OSError comes from the storage, and does not mean that the picture is broken. So does UserError:
-    `folder`, which holds the pictures, is missing for longer than a moment.
+    Raises BrokenPicture if there is no such file, or if it is too large for a picture. If `folder`,
+    which holds the pictures, is missing too, its disk may be unmounted for a moment: waits for it,
+    and raises UserError if it does not come back. Any other OSError comes from the storage too, and
+    does not mean that the picture is broken.
     """
 
     def read(path: str | Path) -> bytes:
-        if (size := os.path.getsize(path)) > LARGEST_FILE:
+        if (size := size_of_file(path)) > LARGEST_FILE:
             raise BrokenPicture(f"cannot be used: {utils.file_size(size)} is too large")
-        return utils.read_file(path)
-
-    return from_storage(read, path, folder)
-
-
-def from_storage(look: Callable, path: str | Path, folder: str | Path) -> Any:
-    """Returns `look(path)`, and tells a missing file from a missing `folder`.
-
-    A missing file raises BrokenPicture. If the folder is missing too, its disk may be unmounted for
-    a moment: then looks again, and raises UserError if it does not come back.
-    """
-
-    def attempt(path: str | Path) -> Any:
         try:
-            return look(path)
+            return utils.read_file(path)
         except OSError as error:
             if error.errno not in NO_FILE:
                 raise
@@ -721,7 +659,17 @@ def from_storage(look: Callable, path: str | Path, folder: str | Path) -> Any:
                 raise OSError(errno.ESTALE, "no such folder", str(folder)) from None
             raise BrokenPicture(os.strerror(error.errno).lower()) from None
 
-    return utils.patiently(attempt, path)
+    return utils.patiently(read, path)
+
+
+def size_of_file(path: str | Path) -> int:
+    """Bytes; -1 if there is no such file."""
+    try:
+        return utils.patiently(os.path.getsize, path)
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        return -1
 
 
 @contextlib.contextmanager
@@ -932,7 +880,7 @@ def claim_copies(root: Path, pictures: Pictures, wanted: list[int]) -> CopiesNot
             raise UserError(f"{reason}. Remove {root}, or use another path_to_save")
         return note
     for folder in (root / str(side) for side in wanted):
-        if any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder):
+        if os.path.lexists(folder):
             raise UserError(
                 f"{folder}: not made by preprocess.py, which would have left {root / NOTE}; use "
                 f"another path_to_save, or remove the folder"
@@ -942,35 +890,29 @@ def claim_copies(root: Path, pictures: Pictures, wanted: list[int]) -> CopiesNot
     return note
 
 
-def usable_copies(root: Path, pictures: Pictures) -> tuple[dict[int, Path], str]:
-    """The folders with copies of all these pictures, by shorter side; why others are not used."""
-    folders = {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
-    if not folders:
-        return {}, ""
-    try:
-        note = utils.read_record(CopiesNote, root / NOTE)
-    except UserError as error:
-        return {}, str(error)
-    if note is None:
-        return {}, f"{root / NOTE}: no such file, so nothing says what the copies are of"
-    if reason := note.mismatch(root, pictures):
-        return {}, reason
-    incomplete = [side for side in folders if side not in note.complete]
-    others = f" (and at {plural(len(incomplete) - 1, 'other shorter side')})"
-    reason = f"{root / str(incomplete[0])}: copies incomplete" if incomplete else ""
-    reason += others * (len(incomplete) > 1)
-    return {side: folders[side] for side in folders if side in note.complete}, reason
-
-
 def copies_for(root: Path, pictures: Pictures) -> dict[int, Path]:
     """The folders with copies of all these pictures, by shorter side. Warns if some are not used.
 
     A single copy may be missing or broken, after a power failure: then use the original.
     """
-    folders, reason = usable_copies(root, pictures)
+    folders = {side: root / str(side) for side in SIDES if (root / str(side)).is_dir()}
+    if not folders:
+        return {}
+    try:
+        note = utils.read_record(CopiesNote, root / NOTE)
+        reason = note.mismatch(root, pictures) if note else f"{root / NOTE}: no such file"
+    except UserError as error:
+        reason = str(error)
     if reason:
-        utils.warn(f"{reason}; the originals are used. preprocess.py makes copies")
-    return folders
+        utils.warn(f"{reason}; these copies are not used, the originals are")
+        return {}
+    if incomplete := [folder for side, folder in folders.items() if side not in note.complete]:
+        more = f" and at {plural(len(incomplete) - 1, 'other shorter side')}"
+        utils.warn(
+            f"{incomplete[0]}: copies here{more * (len(incomplete) > 1)} are incomplete and are "
+            f"not used; run preprocess.py --shorter_side={incomplete[0].name} to complete them"
+        )
+    return {side: folder for side, folder in folders.items() if side in note.complete}
 
 
 def missing_copies(pictures: Pictures, folders: dict[int, Path], index: int) -> Iterator:
@@ -980,13 +922,8 @@ def missing_copies(pictures: Pictures, folders: dict[int, Path], index: int) -> 
     BrokenPicture right away, not when the first copy is requested.
     """
 
-    def is_missing(folder: Path) -> bool:
-        try:
-            return not os.path.getsize(f"{folder}/{pictures.paths[index]}")
-        except FileNotFoundError:
-            return True
-
-    wanted = [side for side, folder in folders.items() if is_missing(folder)]
+    name = pictures.paths[index]
+    wanted = [s for s, folder in folders.items() if size_of_file(f"{folder}/{name}") <= 0]
     if not wanted:
         return iter(())
     image = opened(pictures.read(index))
