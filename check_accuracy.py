@@ -4,39 +4,49 @@
 
 evaluates `saved_models/mytestrun/<epoch>/`, epoch by epoch, and waits for models that training has
 yet to save. It prints top-1 and top-5, once averaged over ten crops and once for the centre crop
-alone, and the centre crop's loss. It adds them to `accuracy.csv` in the run's folder, and redraws
-`accuracy.png` and `training.png`. When started again, it skips epochs that are in the table.
+alone, and the centre crop's loss. When started again, it skips the epochs that it has evaluated.
+After each epoch it writes into the run's folder:
+
+    accuracy.csv    a row per epoch
+    accuracy.png    top-1 and top-5 by epoch
+    training.png    the loss and top-1 of training batches, and the validation loss
+    classes.csv     how often each class is recognised, and what it is most often taken for
+    mistakes.png    the most confident wrong answers
+    events/         the accuracies, for TensorBoard
+
+Sections: waiting for models, evaluation, the results, where the model errs, charts.
 """
 
+import os.path
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
+
+import utils  # first: it says which package is missing
+from utils import UserError, plural, whole
+
+# isort: split
 import argparse
+import enum
+import functools
 import math
-import os
 import time
-import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-
-import utils
-from utils import UserError, whole
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from preprocess import CROP
 from preprocess_val import Crops
 
 with utils.quiet_tensorflow():
     import tensorflow as tf
 
-    from resnet50 import epochs_in, load_model, model_recipe, runs_in, warn_of_other_classes
+    import resnet50
+    from resnet50 import CheckerPlan, TrainerPlan, epochs_in, model_recipe
 
-ACCURACIES = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre")
-COLUMNS = ("epoch", "step", *ACCURACIES, "loss_centre", "pictures", "crops", "model")
-"""Columns of accuracy.csv. Accuracies are 0…1. With --crops=1 those of ten crops are empty. The
-loss is the mean cross-entropy in nats. `crops` changes with the validation pictures or labels,
-`model` when the epoch is trained again."""
-
-LOCK = ".check_accuracy.lock"
-TRAINER_LOCK = ".train.lock"
 POLL_SECONDS = 2.0
 SAY_AGAIN_SECONDS = 600.0
 
@@ -45,43 +55,39 @@ def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
     run = config.train.path_for_saving / args.run_folder
-    print(f"evaluating on {open_device(args.gpu)}")
+    if args.gpu is not None:
+        open_device(args.gpu, run)
     crops = Crops(config.preprocess.path_to_save / "val", config.preprocess.N, args.crops)
     wait_for_run(run)
-    utils.lock(run / LOCK, f"{run}: another check_accuracy.py is evaluating this run")
-    (run / LOCK).write_text(str(args.every))  # --keep_last keeps what is still to be evaluated
-    utils.remove_leftovers(run)
-    table = run / "accuracy.csv"
+    lock = run / resnet50.CHECKER_LOCK
+    utils.lock(lock, f"{run}: another check_accuracy.py is evaluating this run")
+    plan = CheckerPlan(args.epoch_start, args.epoch_end, args.every)
+    resnet50.write_plan(lock, plan)
+    utils.remove_leftovers(run, resnet50.ACCURACY, CLASSES, "*.png")
+    results, failed = Results(run, crops), 0
     print(
-        f"{utils.plural(len(crops), 'picture')} of {utils.plural(crops.classes, 'class')}, "
-        f"{utils.plural(args.crops, 'crop')} each; results go to {table}"
+        f"{plural(len(crops), 'picture')} of {plural(crops.classes, 'class')}, "
+        f"{plural(args.crops, 'crop')} each; results go to {results.table}"
     )
-    left_out = 0
-    for epoch in wanted_epochs(args):
-        rows = read_table(table)
-        if not (row := current_row(rows, run / str(epoch), crops)):
-            exists = wait_for(run / str(epoch))
-            if exists is None:
+    for epoch in filter(plan.wants, range(args.epoch_start, args.epoch_end)):
+        if not results.is_done(epoch, plan):
+            state = wait_for(run, epoch, plan)
+            if state is Model.NEVER:
                 break
-            if exists is False:
+            if state is Model.REMOVED:
                 continue
+            open_device(args.gpu, run)
             try:
-                row = evaluate(run / str(epoch), crops, args.pictures)
+                results.add(*evaluate(run / str(epoch), crops, args.pictures))
             except UserError as error:
                 utils.warn(f"{error}; going on to the next epoch")
-                left_out += 1
+                failed += 1
                 continue
-            rows = sorted([*(r for r in rows if r.epoch != epoch), row], key=lambda r: r.epoch)
-            utils.write_csv(table, COLUMNS, [vars(r) for r in rows])
-            show(run, rows)
-        print(describe(row))
-    if rows := read_table(table):
-        show(run, rows)
-        print(f"the results are in {table}")
-    if left_out:
-        raise UserError(
-            f"{utils.plural(left_out, 'epoch')} could not be evaluated; see the warnings above"
-        )
+        print(describe(results.rows[epoch]))
+        results.show_events(epoch)
+    results.close()
+    if failed:
+        raise UserError(f"{plural(failed, 'epoch')} could not be evaluated; see the warnings above")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,11 +95,12 @@ def parse_arguments() -> argparse.Namespace:
         "Evaluates each epoch's model on the validation pictures while training runs.",
         "check_accuracy.py --run_folder=mytestrun --epoch_start=0 --epoch_end=30",
     )
-    parser.add_run()
+    parser.add("--run_folder", resnet50.run_name, "name of the run", utils.REQUIRED)
     parser.add_epochs()
     parser.add("--crops", crop_count, "10, or 1: only the centre crop, a tenth of the work", 10)
     parser.add("--every", whole(1), "evaluate every K-th epoch and the last (default: 1)", 1)
-    parser.add("--gpu", whole(0), "GPU to use (default: 1, else the CPU)")
+    gpu = "GPU to use (default: GPU 1 unless training uses it, else the CPU)"
+    parser.add("--gpu", whole(0), gpu)
     parser.add("--pictures", whole(1), "pictures evaluated at a time (default: 16)", 16)
     parser.add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
     return parser.parse()
@@ -106,22 +113,64 @@ def crop_count(text: str) -> int:
     return int(text)
 
 
-def wanted_epochs(args: argparse.Namespace) -> list[int]:
-    last = args.epoch_end - 1
-    return [e for e in range(args.epoch_start, last + 1) if (e + 1) % args.every == 0 or e == last]
+@functools.cache  # TensorFlow's devices can be chosen only once
+def open_device(gpu: int | None, run: Path) -> None:
+    """Uses the GPU asked for. Without one, uses GPU 1, or the CPU if there is no GPU 1 or training
+    uses it: train.py writes its GPUs into its lock. So this waits until a model is there.
 
-
-def open_device(gpu: int | None) -> str:
-    """Uses the GPU asked for, else GPU 1, else the CPU. Raises UserError if the GPU asked for does
-    not exist.
+    Raises UserError if the GPU asked for does not exist.
     """
-    if utils.choose_gpus([1 if gpu is None else gpu], required=gpu is not None):
-        return f"GPU {1 if gpu is None else gpu}"
-    os.nice(10)  # training and its preprocessor come first
-    return "the CPU, at low priority"
+    wanted = [1 if gpu is None else gpu]
+    training = resnet50.read_plan(TrainerPlan, run / resnet50.TRAINER_LOCK)
+    if gpu is None and training and 1 in training.gpus:
+        wanted = []
+    if utils.choose_gpus(wanted, required=gpu is not None):
+        print(f"evaluating on GPU {wanted[0]}")
+    else:
+        os.nice(10)  # training and its preprocessor come first
+        print("evaluating on the CPU, at low priority")
 
 
-# --- waiting --------------------------------------------------------------------------------
+# --- waiting for models -----------------------------------------------------------------------
+
+
+class Model(enum.Enum):
+    """What is known of an epoch's model."""
+
+    SAVED = "it is there"
+    REMOVED = "only later ones are there"  # by --keep_last, say
+    NEVER = "training has saved the last epoch that it was asked for, an earlier one"
+    TRAINING = "train.py is training this run"
+    IDLE = "no train.py is running for it"
+
+
+def state_of(run: Path, epoch: int, plan: CheckerPlan) -> Model:
+    """Looks at the epochs that are wanted. A backup, say, may have any other number for a name."""
+    training = utils.is_locked(run / resnet50.TRAINER_LOCK)  # first: it may end now
+    epochs = [e for e in epochs_in(run) if e < plan.epoch_end]
+    if epoch in epochs:
+        return Model.SAVED
+    if epochs and epochs[-1] > epoch:
+        return Model.REMOVED
+    if training:
+        return Model.TRAINING
+    wanted = model_recipe(run / str(epochs[-1])).epoch_end if epochs else None
+    return Model.NEVER if wanted is not None and wanted <= epochs[-1] + 1 else Model.IDLE
+
+
+def wait_for(run: Path, epoch: int, plan: CheckerPlan) -> Model:
+    """Waits for a model and says so. Returns SAVED, REMOVED or NEVER."""
+    said, say_again, model = None, 0.0, run / str(epoch)
+    while (state := state_of(run, epoch, plan)) in (Model.TRAINING, Model.IDLE):
+        if state is not said or time.monotonic() > say_again:
+            print(f"waiting for {model}; {state.value}")
+            said, say_again = state, time.monotonic() + SAY_AGAIN_SECONDS
+        time.sleep(POLL_SECONDS)
+    if state is Model.REMOVED:
+        print(f"{model} does not exist, but later ones do; epoch {epoch} is left out")
+    if state is Model.NEVER:
+        print(f"training ended before epoch {epoch}; there will be no more models")
+    return state
 
 
 def wait_for_run(run: Path, seconds: float = 30.0) -> None:
@@ -132,67 +181,48 @@ def wait_for_run(run: Path, seconds: float = 30.0) -> None:
     while not run.is_dir():
         if time.monotonic() > end:
             raise UserError(
-                f"{run}: no such run; {run.parent} has {runs_in(run.parent)}. Start train.py, or "
-                f"correct --run_folder"
+                f"{run}: no such run; {run.parent} has {resnet50.runs_in(run.parent)}. Start "
+                f"train.py, or correct --run_folder"
             )
         time.sleep(0.5)
 
 
-def wait_for(folder: Path) -> bool | None:
-    """Waits for a model and says so. A model's folder is complete as soon as it exists.
+# --- evaluation -------------------------------------------------------------------------------
 
-    Returns True when it exists, False if only later ones do, and None if training has ended without
-    it, after the last epoch that it was asked for.
+
+def evaluate(model: Path, crops: Crops, pictures: int) -> tuple[dict, SimpleNamespace]:
+    """Evaluates a saved model, so many pictures at a time. Returns the row of accuracy.csv, and
+    what `ask` returns. Raises UserError if the model cannot be used.
     """
-    said, say_again = None, 0.0
-    while not os.path.isdir(folder):  # False if the storage fails for a moment
-        training = utils.is_locked(folder.parent / TRAINER_LOCK)
-        if is_passed(folder):
-            print(f"{folder} does not exist, but later ones do; epoch {folder.name} is left out")
-            return False
-        if not training and not os.path.isdir(folder) and has_ended_before(folder):
-            print(f"training ended before epoch {folder.name}; there will be no more models")
-            return None
-        if training != said or time.monotonic() > say_again:
-            work = "train.py is training this run" if training else "no train.py is running for it"
-            print(f"waiting for {folder}; {work}")
-            said, say_again = training, time.monotonic() + SAY_AGAIN_SECONDS
-        time.sleep(POLL_SECONDS)
-    return True
-
-
-def is_passed(folder: Path) -> bool:
-    """Whether a model does not exist, but a later one does. So it was removed (--keep_last)."""
-    epochs, number = epochs_in(folder.parent), int(folder.name)
-    return number not in epochs and max(epochs, default=-1) > number
-
-
-def has_ended_before(folder: Path) -> bool:
-    """Whether training has saved the last epoch it was asked for, and this model is later."""
-    last = max(epochs_in(folder.parent), default=-1)
-    wanted = model_recipe(folder.parent / str(last)).get("epoch_end")
-    return wanted is not None and wanted <= last + 1 <= int(folder.name)
-
-
-# --- evaluation -----------------------------------------------------------------------------
-
-
-def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
-    """Evaluates a saved model. Raises UserError if it cannot be used.
-
-    Averages the probabilities of the ten crops, not their logits.
-    """
-    model, step = fingerprint(folder), model_recipe(folder).get("step")
-    classify, classes = load_model(folder)
+    recipe = model_recipe(model)
+    classify, classes = resnet50.load_model(model)
     if crops.classes > classes:
         raise UserError(
-            f"{folder}: a model of {classes} classes, but the validation pictures have "
-            f"{crops.classes}"
+            f"{model}: a model of {plural(classes, 'class')}, but the validation pictures have "
+            f"{crops.classes:,}"
         )
-    warn_of_other_classes(folder, crops.names, str(crops.folder))
-    progress = utils.Progress(len(crops), f"pictures, epoch {folder.name}")
-    results = []
-    groups = np.array_split(crops.indices, math.ceil(len(crops) / pictures))
+    resnet50.warn_of_other_classes(model, crops.names, str(crops.folder))
+    answers = ask(classify, crops, pictures, model)
+    ten = crops.count == 10
+    row = {
+        "epoch": int(model.name),
+        "step": recipe.step,
+        "top1_10crop": np.mean(answers.rank < 1) if ten else None,
+        "top5_10crop": np.mean(answers.rank < 5) if ten else None,
+        "top1_centre": np.mean(answers.centre_rank < 1),
+        "top5_centre": np.mean(answers.centre_rank < 5),
+        "loss_centre": np.mean(answers.loss, dtype=np.float64),
+        "pictures": len(crops),
+        "crops": crops.fingerprint,
+        "model": recipe.fingerprint,
+    }
+    return row, answers
+
+
+def ask(classify: Callable, crops: Crops, pictures: int, model: Path) -> SimpleNamespace:
+    """What a model answers to each picture, as arrays of [pictures]; see `judge`."""
+    progress = utils.Progress(len(crops), f"pictures, epoch {model.name}")
+    groups, parts = np.array_split(crops.indices, math.ceil(len(crops) / pictures)), []
     for indices, images in zip(groups, utils.map_in_order(crops.load, groups, 1), strict=True):
         try:
             probabilities = classify(images=tf.constant(images))["probabilities"].numpy()
@@ -201,26 +231,28 @@ def evaluate(folder: Path, crops: Crops, pictures: int) -> SimpleNamespace:
                 f"not enough memory for {pictures} pictures at a time; use a smaller --pictures"
             ) from None
         except tf.errors.OpError as error:
-            raise UserError(f"{folder}: cannot be evaluated: {error.message}") from None
-        probabilities = probabilities.reshape(len(indices), crops.count, classes)
-        labels, centre = crops.labels[indices], probabilities[:, crops.centre]
-        average_rank, centre_rank = rank(probabilities.mean(axis=1), labels), rank(centre, labels)
-        losses = -np.log(np.maximum(centre[np.arange(len(labels)), labels], 1e-12))
-        hits = (average_rank < 1, average_rank < 5, centre_rank < 1, centre_rank < 5)
-        results.append([*hits, losses])
+            raise UserError(f"{model}: cannot be evaluated: {error.message}") from None
+        probabilities = probabilities.reshape(len(indices), crops.count, -1)
+        parts.append(judge(probabilities, crops.labels[indices], crops.centre))
         progress.add(len(indices))
-    *accuracies, loss = np.concatenate(results, axis=1).mean(axis=1, dtype=np.float64).tolist()
-    if crops.count == 1:
-        accuracies[:2] = None, None
-    return SimpleNamespace(
-        epoch=int(folder.name),
-        step=step,
-        **dict(zip(ACCURACIES, accuracies, strict=True)),
-        loss_centre=loss,
-        pictures=len(crops),
-        crops=crops.fingerprint,
-        model=model,
-    )
+    return SimpleNamespace(**{key: np.concatenate([p[key] for p in parts]) for key in parts[0]})
+
+
+def judge(probabilities: np.ndarray, labels: np.ndarray, centre: int) -> dict[str, np.ndarray]:
+    """`probabilities`: float32 [n, crops, classes]. The probabilities of the crops are averaged,
+    not their logits. Returns arrays of [n]: the label, the most probable class (`guess`) and its
+    probability, the right class's `rank`, and its rank and loss in the centre crop alone.
+    """
+    average, alone = probabilities.mean(axis=1), probabilities[:, centre]
+    right = alone[np.arange(len(labels)), labels]
+    return {
+        "label": labels,
+        "guess": average.argmax(axis=1),
+        "probability": average.max(axis=1),
+        "rank": rank(average, labels),
+        "centre_rank": rank(alone, labels),
+        "loss": -np.log(np.where(right > 1e-12, right, 1e-12)),
+    }
 
 
 def rank(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -232,81 +264,173 @@ def rank(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (~(probabilities < right)).sum(axis=1) - 1
 
 
-def fingerprint(folder: Path) -> str:
-    """A text that changes when the epoch is trained again."""
-    if known := model_recipe(folder).get("fingerprint"):
-        return known
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    facts = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
-    newest = max((path.stat().st_mtime_ns for path in files), default=0)
-    return f"{zlib.crc32(repr((facts, newest)).encode()):08x}"
+# --- the results ------------------------------------------------------------------------------
 
 
-# --- the table ------------------------------------------------------------------------------
+class Results:
+    """accuracy.csv of a run, and what is drawn and written after each epoch."""
 
+    def __init__(self, run: Path, crops: Crops):
+        self.run, self.crops, self.table = run, crops, run / resnet50.ACCURACY
+        rows = utils.read_csv(self.table, resnet50.ACCURACY_COLUMNS)
+        self.rows = {row["epoch"]: row for row in rows}
+        self._drawn = False
+        self._events: utils.Events | None = None
+        self._shown = -1  # the last epoch that is in the events
 
-def current_row(rows: list[SimpleNamespace], folder: Path, crops: Crops) -> SimpleNamespace | None:
-    """The row of a model, if it need not or cannot be evaluated again."""
-    for row in (row for row in rows if row.epoch == int(folder.name)):
-        enough = crops.count == 1 or row.top1_10crop is not None
-        same_crops = enough and row.crops == crops.fingerprint
-        training = utils.is_locked(folder.parent / TRAINER_LOCK)
-        exists = os.path.isdir(folder)
-        if is_passed(folder) or not (training or exists):
+    def is_done(self, epoch: int, plan: CheckerPlan) -> bool:
+        """Whether an epoch has a row, and its model need not or cannot be evaluated again."""
+        if epoch not in self.rows:
+            return False
+        row, state = self.rows[epoch], state_of(self.run, epoch, plan)
+        enough = self.crops.count == 1 or row["top1_10crop"] is not None
+        same_crops = enough and row["crops"] == self.crops.fingerprint
+        if state not in (Model.SAVED, Model.TRAINING):
             if not same_crops:
-                print(f"epoch {folder.name} keeps its row of other crops: its model is gone")
-            return row
-        if same_crops and exists and row.model == fingerprint(folder):
-            return row
-        print(f"epoch {folder.name} is evaluated again: other pictures, crops or weights")
-    return None
+                print(f"epoch {epoch} keeps its row of other crops: its model is gone")
+            return True
+        if state is Model.SAVED and same_crops and row["model"] == fingerprint(self.run, epoch):
+            return True
+        print(f"epoch {epoch} is evaluated again: other pictures, crops or weights")
+        return False
 
+    def add(self, row: dict, answers: SimpleNamespace) -> None:
+        """Writes the table and draws the charts; of the newest epoch also where it errs."""
+        self.rows = dict(sorted((self.rows | {row["epoch"]: row}).items()))
+        utils.write_csv(self.table, resnet50.ACCURACY_COLUMNS, self.rows.values())
+        self._draw(answers if row["epoch"] == max(self.rows) else None)
 
-def read_table(path: Path) -> list[SimpleNamespace]:
-    """The rows of accuracy.csv; an empty cell is None. Raises UserError for a broken number."""
-    kinds = {"epoch": int, "step": int, "pictures": int, "crops": str, "model": str}
-    rows = []
-    for row in utils.read_csv(path, COLUMNS):
+    def show_events(self, epoch: int) -> None:
+        """Adds the rows up to this epoch to the events.
+
+        At each start the events begin again. Readers take a smaller step for another restart, and
+        forget what came after it, so each step is added once and in order.
+        """
         try:
-            values = [kinds.get(name, float)(row[name]) if row[name] else None for name in COLUMNS]
-        except ValueError as error:
-            raise UserError(f"{path}: {error}; correct it or remove it") from None
-        rows.append(SimpleNamespace(**dict(zip(COLUMNS, values, strict=True))))
-    return rows
+            if not self._events:
+                self._events = utils.Events(self.run / "events" / "accuracy", first_step=0)
+            for each, row in self.rows.items():
+                if self._shown < each <= epoch:
+                    step = each if row["step"] is None else row["step"]
+                    names = [name for name in SCALARS if row[name] is not None]
+                    self._events.add(step, {f"accuracy/{name}": row[name] for name in names})
+            self._shown = epoch
+            self._events.flush()
+        except (OSError, tf.errors.OpError) as error:
+            utils.warn(f"{self.run}: events could not be written: {error}")
+
+    def close(self) -> None:
+        """Shows the rows of later epochs, and draws the charts if no epoch was evaluated."""
+        if self.rows:
+            self.show_events(max(self.rows))
+            if not self._drawn:
+                self._draw(None)
+            print(f"the results are in {self.table}")
+
+    def _draw(self, answers: SimpleNamespace | None) -> None:
+        self._drawn = True
+        try:
+            draw_charts(self.run, list(self.rows.values()), self.crops.classes)
+            if answers:
+                write_classes(answers, self.crops.names, self.run / CLASSES)
+                title = f"{self.run.name}, epoch {max(self.rows)}"
+                draw_mistakes(answers, self.crops, title, self.run / "mistakes.png")
+        except (UserError, OSError) as error:
+            utils.warn(f"{self.run}: charts could not be written: {error}")
 
 
-def describe(row: SimpleNamespace) -> str:
+def fingerprint(run: Path, epoch: int) -> str:
+    """Changes when the epoch is trained again. "" for a model that is broken."""
+    try:
+        return model_recipe(run / str(epoch)).fingerprint
+    except UserError:
+        return ""  # `evaluate` says why
+
+
+SCALARS = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre", "loss_centre")
+
+
+def describe(row: dict) -> str:
     ten = ""
-    if row.top1_10crop is not None:
-        ten = f"10 crops top-1 {row.top1_10crop:.2%}, top-5 {row.top5_10crop:.2%}; "
+    if row["top1_10crop"] is not None:
+        ten = f"10 crops top-1 {row['top1_10crop']:.2%}, top-5 {row['top5_10crop']:.2%}; "
     return (
-        f"epoch {row.epoch}: {ten}centre crop top-1 {row.top1_centre:.2%}, "
-        f"top-5 {row.top5_centre:.2%}, loss {row.loss_centre:.3f}"
+        f"epoch {row['epoch']}: {ten}centre crop top-1 {row['top1_centre']:.2%}, "
+        f"top-5 {row['top5_centre']:.2%}, loss {row['loss_centre']:.3f}"
     )
 
 
-def show(run: Path, rows: list[SimpleNamespace]) -> None:
-    """Draws the charts by epoch, and writes the TensorBoard events by training step."""
-    try:
-        log = read_training_log(run / "training_log.csv")
-        draw_accuracy(rows, learning_rate_drops(log), run / "accuracy.png")
-        draw_training(log, rows, run / "training.png")
-        write_events(run, rows)
-    except (UserError, OSError, tf.errors.OpError) as error:
-        utils.warn(f"{run}: charts or events could not be written: {error}")
+# --- where the model errs ---------------------------------------------------------------------
+
+CLASSES = "classes.csv"
+CLASS_COLUMNS = ("label", "name", "pictures", "top1", "top5", "taken_for", "times")
 
 
-def write_events(run: Path, rows: list[SimpleNamespace]) -> None:
-    events = utils.new_event_file(run / "events" / "accuracy")
-    for row in rows:
-        step = row.epoch if row.step is None else row.step
-        values = {name: getattr(row, name) for name in (*ACCURACIES, "loss_centre")}
-        scalars = {f"accuracy/{name}": value for name, value in values.items() if value is not None}
-        events.write(utils.event(step, scalars))
-    events.close()
+def write_classes(answers: SimpleNamespace, names: list[str], path: Path) -> None:
+    """A row per class: how many of its pictures are recognised, and the class that most of the
+    others are taken for.
+    """
+    rows = []
+    for label, name in enumerate(names):
+        its = answers.label == label
+        row = {"label": label, "name": utils.printable(name), "pictures": int(its.sum())}
+        if its.any():
+            row |= {"top1": np.mean(answers.rank[its] < 1), "top5": np.mean(answers.rank[its] < 5)}
+        if len(wrong := answers.guess[its & (answers.guess != label)]):
+            times = np.bincount(wrong)
+            row |= {"taken_for": name_of(times.argmax(), names), "times": int(times.max())}
+        rows.append(row)
+    utils.write_csv(path, CLASS_COLUMNS, rows)
 
 
-# --- charts ---------------------------------------------------------------------------------
+def name_of(label: int, names: list[str]) -> str:
+    """The model may have more classes than the validation set."""
+    return utils.printable(names[label]) if label < len(names) else f"class {label}"
+
+
+def draw_mistakes(
+    answers: SimpleNamespace, crops: Crops, title: str, path: Path, most: int = 20
+) -> None:
+    """A contact sheet of the wrong answers that the model is most sure of."""
+    wrong = np.flatnonzero(answers.guess != answers.label)
+    shown = wrong[np.argsort(-answers.probability[wrong], kind="stable")[:most]]
+    pictures = crops.load(crops.indices[shown])[crops.centre :: crops.count]
+    captions = [
+        (
+            f"{name_of(answers.label[i], crops.names)}, taken for",
+            f"{name_of(answers.guess[i], crops.names)} ({answers.probability[i]:.0%})",
+        )
+        for i in shown
+    ]
+    title = (
+        f"{title}: {len(wrong):,} of {plural(len(crops), 'answer')} are wrong. "
+        f"The {len(shown)} most confident:"
+    )
+    sheet = contact_sheet(pictures, captions, title)
+    with utils.written_aside(path) as file:
+        sheet.save(file, format="PNG")
+
+
+def contact_sheet(pictures: np.ndarray, captions: list[tuple], title: str) -> Image.Image:
+    """`pictures`: uint8 [n, 224, 224, 3], RGB, each with two lines of text below it."""
+    gap, head, columns = 12, 40, 5
+    width, height = CROP + gap, CROP + 48 + gap
+    rows = max(1, -(-len(pictures) // columns))
+    sheet = Image.new("RGB", (gap + columns * width, head + rows * height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    pen.text((gap, 10), title, INK, font)
+    for i, (picture, lines) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = gap + i % columns * width, head + i // columns * height
+        sheet.paste(Image.fromarray(picture), (left, top))
+        for line, colour in zip(lines, (GREY, INK), strict=True):
+            while font.getlength(line) > CROP:
+                line = line.rstrip("…")[:-1] + "…"
+            pen.text((left, top + CROP + 4), line, colour, font)
+            top += 22
+    return sheet
+
+
+# --- charts -----------------------------------------------------------------------------------
 
 INK, GREY, FAINT = (40, 44, 52), (110, 115, 125), (222, 225, 230)
 BLUE, LIGHT_BLUE = (31, 99, 196), (140, 178, 232)
@@ -320,10 +444,10 @@ class Chart:
     It is drawn at twice its size and scaled down, which smooths the lines.
     """
 
-    left, top, bottom = 180, 140, 1060
+    left, right, top, bottom = 180, 1460, 140, 1060
 
     def __init__(self, title: str, x_range: tuple, y_range: tuple, percent: bool = False):
-        self.x_range, self.y_range, self.right = x_range, y_range, 1460
+        self.x_range, self.y_range = x_range, y_range
         self.image = Image.new("RGB", (2000, 1200), "white")
         self.pen = ImageDraw.Draw(self.image)
         self.legend_at = self.top
@@ -332,13 +456,13 @@ class Chart:
             _, y = self.place(x_range[0], value)
             self.pen.line([self.left, y, self.right, y], FAINT, 2)
             self.text((self.left - 24, y), f"{value:.0%}" if percent else f"{value:g}", 32, "rm")
-        for value in ticks(*x_range, whole=True):
+        for value in filter(lambda value: value >= 0, ticks(*x_range, whole=True)):
             x, _ = self.place(value, y_range[0])
             self.pen.line([x, self.bottom, x, self.bottom + 12], INK, 2)
             self.text((x, self.bottom + 24), f"{value:g}", 32, "mt")
         corners = [self.left, self.top, self.left, self.bottom, self.right, self.bottom]
         self.pen.line(corners, INK, 2)
-        self.text(((self.left + self.right) / 2, self.bottom + 84), "epoch", 36, "mt")
+        self.text(((self.left + self.right) / 2, self.bottom + 84), "epoch, at its end", 36, "mt")
 
     def text(self, at: tuple, text: str, size: int, anchor: str, colour: tuple = INK) -> None:
         """`anchor` as in Pillow: "ls" puts the left end of the text's base line `at` the pixel."""
@@ -374,8 +498,8 @@ class Chart:
         self.legend_at += 84 + 40 * len(notes)
 
     def save(self, path: Path) -> None:
-        with utils.written_aside(path) as aside:
-            self.image.resize((1000, 600), Image.Resampling.BOX).save(aside, format="PNG")
+        with utils.written_aside(path) as file:
+            self.image.resize((1000, 600), Image.Resampling.BOX).save(file, format="PNG")
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
@@ -387,78 +511,68 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def draw_accuracy(rows: list[SimpleNamespace], drops: list[float], path: Path) -> None:
-    """Top-5 and top-1 of ten crops and of the centre crop, by epoch."""
-    first, last = rows[0].epoch, rows[-1].epoch
-    x_range = (first, last) if first < last else (first - 1, first + 1)
+def draw_charts(run: Path, rows: list[dict], classes: int) -> None:
+    """accuracy.png and training.png. The end of epoch e, where its model is saved, is at x = e."""
+    log = utils.read_csv(run / resnet50.TRAINING_LOG, resnet50.LOG_COLUMNS)
+    batches = max((row["batch"] for row in log), default=0) + 1
+    for row in log:
+        row["x"] = row["epoch"] - 1 + (row["batch"] + 1) / batches
+    epochs = [row["epoch"] for row in (*rows, *log)]
+    x_range = (min(epochs) - 1, max(epochs))
+    draw_accuracy(rows, log, x_range, classes, run / "accuracy.png")
+    if len(log) > 1:
+        draw_training(rows, log, x_range, run / "training.png")
+
+
+def draw_accuracy(
+    rows: list[dict], log: list[dict], x_range: tuple, classes: int, path: Path
+) -> None:
+    """Top-5 and top-1 of ten crops and of the centre crop, by epoch. No top-5 of a few classes."""
     chart = Chart(f"{path.parent.name}: validation accuracy", x_range, (0, 1), percent=True)
-    for drop in drops:
-        if first <= drop <= last:
-            chart.mark(drop, "lower rate")
+    for x, rate in rate_drops(log):
+        chart.mark(x, f"rate {rate:g}")
     for column, name, colour in (
         ("top5_centre", "top-5, centre crop", LIGHT_BLUE),
         ("top5_10crop", "top-5, 10 crops", BLUE),
         ("top1_centre", "top-1, centre crop", LIGHT_ORANGE),
         ("top1_10crop", "top-1, 10 crops", ORANGE),
     ):
-        points = [(r.epoch, getattr(r, column)) for r in rows if getattr(r, column) is not None]
-        if points:
+        points = [(row["epoch"], row[column]) for row in rows if row[column] is not None]
+        if points and (classes > 5 or column.startswith("top1")):
             best, value = max(points, key=lambda point: point[1])
             notes = [f"last {points[-1][1]:.2%}", f"best {value:.2%} (epoch {best})"]
             chart.curve(points, colour, name, notes)
     chart.save(path)
 
 
-def read_training_log(path: Path) -> list[SimpleNamespace]:
-    """The columns of training_log.csv that the charts need. Skips rows with broken numbers."""
-    names = ("epoch", "batch", "loss", "loss_without_l2", "top1", "learning_rate")
-    rows = []
-    for row in utils.read_csv(path, names):
-        try:
-            rows.append(SimpleNamespace(**{name: float(row[name]) for name in names}))
-        except ValueError:
-            continue
-    return rows
-
-
-def learning_rate_drops(log: list[SimpleNamespace]) -> list[float]:
-    """Where a constant learning rate fell to a fifth or less and stayed there, in epochs."""
-    rates = [row.learning_rate for row in log]
-    return [
-        row.epoch - 0.5
-        for before, row in zip(rates, log[1:], strict=False)
-        if 0 < row.learning_rate <= before / 5
-        and min(rates.count(before), rates.count(row.learning_rate)) > 1
-    ]
+def rate_drops(log: list[dict]) -> Iterator[tuple[float, float]]:
+    """Where a constant learning rate was followed by a lower one: x, and the new rate."""
+    for i in range(2, len(log) - 1):
+        before, last, first, after = (row["learning_rate"] for row in log[i - 2 : i + 2])
+        if before == last > first == after:
+            yield log[i - 1]["x"], first
 
 
 def draw_training(
-    log: list[SimpleNamespace], rows: list[SimpleNamespace], path: Path, most: int = 300
+    rows: list[dict], log: list[dict], x_range: tuple, path: Path, most: int = 300
 ) -> None:
-    """Loss and top-1 of training batches, and the validation loss, by epoch. The training curves
-    are averaged to at most `most` points. Top-1 has its own scale on the right.
+    """Loss and top-1 of training batches, averaged to at most `most` points, and the validation
+    loss, by epoch. Top-1 has its own scale on the right.
     """
-    batches = max((row.batch for row in log), default=0) + 1
-    table = [(r.epoch + r.batch / batches, r.loss, r.loss_without_l2, r.top1) for r in log]
-    if len({row[0] for row in table}) < 2:
-        return
-    groups = np.array_split(np.array(table), min(len(table), most))
-    epochs, loss, plain, top1 = np.array([group.mean(axis=0) for group in groups]).T
-    # The model of epoch e is saved at the end of the epoch.
-    checked = [(row.epoch + 1, row.loss_centre) for row in rows if epochs[0] <= row.epoch + 1]
-    first, last = math.floor(epochs[0]), max(math.ceil(epochs[-1]), *(x for x, _ in checked), 0)
-    highest = max(loss.max(), *(y for _, y in checked), 0)
-    chart = Chart(f"{path.parent.name}: training", (first, last), (0, highest * 1.05))
-    for values, name, colour in ((loss, "loss", BLUE), (plain, "loss without L2", LIGHT_BLUE)):
-        points = list(zip(epochs, values, strict=True))
-        chart.curve(points, colour, name, [f"last {values[-1]:.3f}"])
-    if checked:
-        chart.curve(checked, ORANGE, "validation loss", [f"last {checked[-1][1]:.3f}"])
-    points = list(zip(epochs, top1 * highest, strict=True))
+    table = np.array([(r["x"], r["loss_without_l2"], r["loss"], r["top1"]) for r in log])
+    groups = np.array_split(table, min(len(table), most))
+    xs, plain, loss, top1 = np.array([group.mean(axis=0) for group in groups]).T
+    checked = [(row["epoch"], row["loss_centre"]) for row in rows]
+    highest = max(plain.max(), *(y for _, y in checked), 0.01)
+    chart = Chart(f"{path.parent.name}: training", x_range, (0, highest * 1.05))
+    notes = [f"last {plain[-1]:.3f}", f"L2 adds {loss[-1] - plain[-1]:.3f}"]
+    chart.curve(list(zip(xs, plain, strict=True)), BLUE, "loss of batches", notes)
+    chart.curve(checked, ORANGE, "validation loss", [f"last {checked[-1][1]:.3f}"])
+    points = list(zip(xs, top1 * highest, strict=True))
     chart.curve(points, GREEN, "top-1 of batches", [f"last {top1[-1]:.1%}"])
-    for share in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        _, y = chart.place(first, share * highest)
-        chart.text((chart.right + 84, y), f"{share:.0%}", 28, "rm", GREEN)
+    for value in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        _, y = chart.place(x_range[0], value * highest)
+        chart.text((chart.right + 84, y), f"{value:.0%}", 28, "rm", GREEN)
     chart.save(path)
 
 

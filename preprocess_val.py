@@ -8,22 +8,36 @@ mirror image. It also writes `<path_to_save>/val/y.npy`, int64 [N]: the labels, 
 that cannot be decoded. If started again, it continues where it stopped.
 """
 
-import contextlib
-import os
+import os.path
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
+
+import utils  # first: it says which package is missing
+from utils import UserError, plural
+
+# isort: split
 import re
 import zlib
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import utils
-from utils import CROP, UserError, plural
 
 import numpy as np
 from PIL import Image
 
-from preprocess import Failures, Pictures, map_pictures, resized_size, validation_pictures
+from preprocess import (
+    CROP,
+    SHORTER_SIDE,
+    Failures,
+    Pictures,
+    map_pictures,
+    output_root,
+    resized_size,
+    validation_pictures,
+)
 
-SHORTER_SIDE = 256
+LABELS = "y.npy"
+OURS = re.compile(r"X10_\d+\.npy|y\.npy")
 CROP_FILE_BYTES = utils.array_file_size(np.uint8, (10, CROP, CROP, 3))
 
 
@@ -31,111 +45,80 @@ def main() -> None:
     parser = utils.Parser("Cuts the ten crops of each validation picture.", "preprocess_val.py")
     config = utils.load_config(parser.parse().config)
     pictures = validation_pictures(config)
-    folder = utils.make_folder(config.preprocess.path_to_save / "val")
-    jobs = missing(pictures, folder)
-    needed = len(jobs) * CROP_FILE_BYTES
     print(
         f"{plural(len(pictures), 'validation picture')} of "
-        f"{plural(len(pictures.class_names), 'class')}, {pictures.layout}; "
-        f"the crops of {len(jobs):,} are still to be cut ({utils.file_size(needed)})"
+        f"{plural(len(pictures.class_names), 'class')} in {pictures.folder}, {pictures.layout}"
     )
-    utils.check_room(folder, needed, "the crops need")
-    labels = pictures.labels.astype(np.int64)
-    failures = write_all(pictures, folder, jobs, labels)
+    folder = utils.make_folder(output_root(config) / "val")
+    jobs = claim(folder, pictures)
     if jobs:
-        os.sync()  # after a power failure, y.npy must not exist without the crops
-    utils.write_lines(folder / utils.CLASS_NAMES, pictures.class_names)
-    utils.save_array(folder / "y.npy", labels)
+        needed = len(jobs) * CROP_FILE_BYTES
+        print(f"the crops of {len(jobs):,} are still to be cut ({utils.file_size(needed)})")
+        utils.check_room(folder, needed, "the crops need")
+    failures = write_crops(pictures, folder, jobs)
     print(
         f"ten crops of {plural(len(pictures) - len(failures), 'picture')} are in {folder}; "
         f"{failures}. check_accuracy.py will find them there"
     )
 
 
+# --- the folder of the crops ------------------------------------------------------------------
+
+NOTE = "crops.json"
 LOCK = ".preprocess_val.lock"
-LISTING = "pictures.txt"
-"""File next to the crops: size and name of each original picture, one per line."""
 
 
-def missing(pictures: Pictures, folder: Path) -> list[int]:
-    """Indices of the pictures whose crops are still to be cut. Locks the folder if there are any.
+@dataclass
+class Note:
+    """crops.json: of which pictures the crops are."""
 
-    Removes the crops if the dataset has changed, and half-written files of killed processes. Raises
-    UserError if the folder has the crops of another dataset, or files with these names that the
-    toolkit did not write.
+    originals: str
+    """The folder of the pictures."""
+    fingerprint: str
+    """Of the pictures and their labels: see `Pictures.fingerprint`."""
+    complete: bool
+    """Whether every picture that can be decoded has its crops, and y.npy is there."""
+    class_names: list[str]
+
+
+def claim(folder: Path, pictures: Pictures) -> list[int]:
+    """Locks the folder. Returns the indices of the pictures whose crops are still to be cut.
+
+    Removes the crops of pictures that have changed. Raises UserError if the folder holds the crops
+    of another dataset, or files of these names that preprocess_val.py did not write.
     """
-    listing = folder / LISTING
-    old = [n for n in os.listdir(folder) if re.fullmatch(r"X10_\d+\.npy|y\.npy", n)]
-    check_own(folder, [*old, utils.CLASS_NAMES, LISTING])
-    utils.remove_leftovers(folder)
-    lines = [f"{_size(pictures.path(i))} {path!r}\n" for i, path in enumerate(pictures.paths)]
-    before = listing.read_bytes().decode(errors="replace") if listing.is_file() else ""
-    with os.scandir(folder) as entries:
-        done = {entry.name for entry in entries if entry.stat().st_size == CROP_FILE_BYTES}
-    if changed := before != "".join(lines):
-        done = set()
-    jobs = [index for index in range(len(pictures)) if f"X10_{index}.npy" not in done]
-    if jobs:
-        hold(
-            folder, f"{folder}: check_accuracy.py or preprocess_val.py uses it; wait until it ends"
-        )
-    if changed:
-        if old:
-            check_same_dataset(folder, before.splitlines(), lines)
-            print(f"{folder}: removing {plural(len(old), 'file')} made from other pictures")
-        for name in old:
-            (folder / name).unlink(missing_ok=True)
-        utils.write_text(listing, "".join(lines))
-    return jobs
-
-
-def hold(folder: Path, refusal: str, shared: bool = False) -> None:
-    """Locks the folder's crops, if its file system supports locks."""
-    with contextlib.suppress(utils.NoLocks):
-        utils.lock(folder / LOCK, refusal, shared)
-
-
-def check_own(folder: Path, names: list[str]) -> None:
-    """Raises UserError if one of these files exists but preprocess_val.py did not write it."""
-    listing = folder / LISTING
-    if listing.is_file():
-        with open(listing, "rb") as file:
-            if re.fullmatch(rb"-?\d+ ['\"].*['\"]\n", file.readline()):
-                return
-    for name in names:
-        if os.path.lexists(folder / name):
-            raise UserError(
-                f"{folder / name}: preprocess_val.py did not write this file and would overwrite "
-                f"it; use another path_to_save, or move the file"
-            )
-
-
-def check_same_dataset(folder: Path, before: list[str], now: list[str]) -> None:
-    """Raises UserError if none of the pictures listed before is listed now.
-
-    Pictures may have been moved to other folders, or replaced under their old names.
-    """
-
-    def keys(lines: list[str]) -> Iterator[object]:
-        for line in lines:
-            size, _, path = line.strip().partition(" ")
-            yield path
-            yield size, path.strip("'\"").split("/")[-1]
-
-    if set(keys(before)).isdisjoint(keys(now)):
+    note = utils.read_record(Note, folder / NOTE)
+    old = sorted(path for path in folder.iterdir() if OURS.fullmatch(path.name))
+    if old and not note:
         raise UserError(
-            f"{folder} holds the crops of another dataset, such as those of "
-            f"{before[0].partition(' ')[2]}; give each dataset its own [preprocess] path_to_save, "
-            f"or remove that folder"
+            f"{old[0]}: preprocess_val.py did not write this file and would overwrite it; use "
+            f"another path_to_save, or move the file"
         )
+    changed = note and note.fingerprint != pictures.fingerprint
+    if changed and note.originals != str(pictures.folder):
+        raise UserError(
+            f"{folder} holds the crops of another dataset, the pictures in {note.originals}; give "
+            f"each dataset its own [preprocess] path_to_save, or remove that folder"
+        )
+    refusal = f"{folder}: check_accuracy.py or preprocess_val.py uses it; wait until it ends"
+    utils.lock(folder / LOCK, refusal)
+    utils.remove_leftovers(folder)
+    if changed:
+        print(f"{folder}: removing {plural(len(old), 'file')} made from other pictures")
+        for path in old:
+            path.unlink(missing_ok=True)
+    write_note(folder, pictures, complete=False)
+    with os.scandir(folder) as entries:
+        sizes = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
+    return [i for i in range(len(pictures)) if sizes.get(f"X10_{i}.npy") != CROP_FILE_BYTES]
 
 
-def _size(path: str) -> int:
-    """File size in bytes; -1 if there is no such file. Distinguishes pictures of the same name."""
-    try:
-        return utils.patiently(os.stat, path).st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return -1
+def write_note(folder: Path, pictures: Pictures, complete: bool) -> None:
+    originals, names = str(pictures.folder), list(pictures.class_names)
+    utils.write_record(folder / NOTE, Note(originals, pictures.fingerprint, complete, names))
+
+
+# --- cutting the crops ------------------------------------------------------------------------
 
 
 def ten_crops(image: Image.Image) -> np.ndarray:
@@ -154,9 +137,9 @@ def ten_crops(image: Image.Image) -> np.ndarray:
     return crops
 
 
-def write_all(pictures: Pictures, folder: Path, jobs: list[int], labels: np.ndarray) -> Failures:
-    """Cuts the crops of the pictures in `jobs`. Sets the labels of those that fail to -1."""
-    failures = Failures(len(pictures))
+def write_crops(pictures: Pictures, folder: Path, jobs: list[int]) -> Failures:
+    """Cuts the crops of the pictures in `jobs`, then writes the labels: -1 for those that fail."""
+    failures, labels = Failures(len(pictures)), pictures.labels.astype(np.int64)
 
     def write(index: int, image: Image.Image) -> bool:
         utils.save_array(folder / f"X10_{index}.npy", ten_crops(image))
@@ -166,10 +149,13 @@ def write_all(pictures: Pictures, folder: Path, jobs: list[int], labels: np.ndar
     for index, is_written in zip(jobs, written, strict=True):
         if not is_written:
             labels[index] = -1
+    os.sync()  # after a power failure, the labels must not exist without the crops
+    utils.save_array(folder / LABELS, labels)
+    write_note(folder, pictures, complete=True)
     return failures
 
 
-# --- reading the crops -----------------------------------------------------------------------
+# --- reading the crops ------------------------------------------------------------------------
 
 
 class Crops:
@@ -178,40 +164,26 @@ class Crops:
     def __init__(self, folder: Path, expected: int, count: int = 10):
         """`count`: 10, or 1 for the centre crop alone.
 
-        Raises UserError if files are missing, or if their number is not `expected` (0: any number).
+        Raises UserError if crops are missing, or if their number is not `expected` (0: any number).
         """
         self.folder, self.count = folder, count
-        file = folder / "y.npy"
-        if (folder / LOCK).exists():
-            hold(folder, f"{folder}: preprocess_val.py is at work; wait until it ends", shared=True)
-        try:
-            with open(file, "rb") as content:
-                self.labels = np.lib.format.read_array(content, allow_pickle=False)
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file; run preprocess_val.py first") from None
-        except ValueError as error:
-            raise UserError(f"{file}: {error}; run preprocess_val.py again") from None
-        if self.labels.dtype != np.int64 or self.labels.ndim != 1:
-            raise UserError(f"{file}: holds no labels; run preprocess_val.py again")
+        if os.access(folder / LOCK, os.W_OK):  # False if the crops are somebody else's
+            refusal = f"{folder}: preprocess_val.py is at work; wait until it ends"
+            utils.lock(folder / LOCK, refusal, shared=True)
+        note = utils.read_record(Note, folder / NOTE)
+        if not (note and note.complete):
+            raise UserError(f"{folder}: crops missing or incomplete; run preprocess_val.py first")
+        self.names, self.classes = note.class_names, len(note.class_names)
+        self.labels = read_labels(folder / LABELS, self.classes)
+        """int64 [pictures]: -1 for a picture that could not be decoded."""
         if expected not in (0, len(self.labels)):
             raise UserError(
                 f"[preprocess] N is {expected}, but {folder} holds the crops of "
-                f"{len(self.labels)} pictures"
+                f"{plural(len(self.labels), 'picture')}"
             )
         self.indices = np.flatnonzero(self.labels >= 0)
-        there = set(os.listdir(folder))
-        if absent := [i for i in self.indices if f"X10_{i}.npy" not in there]:
-            raise UserError(
-                f"{folder / f'X10_{absent[0]}.npy'}: no such file; the crops of "
-                f"{plural(len(absent), 'picture')} are missing; run preprocess_val.py again"
-            )
-        if not len(self.indices):
-            raise UserError(f"{folder}: no pictures to evaluate; run preprocess_val.py")
-        self.classes = int(self.labels.max()) + 1
-        self.names = utils.read_lines(folder / utils.CLASS_NAMES)
-        listing = folder / LISTING
-        pictures = utils.read_file(listing) if listing.is_file() else b""
-        self.fingerprint = f"{zlib.crc32(pictures, zlib.crc32(self.labels.tobytes())):08x}"
+        checksum = zlib.crc32(self.labels.tobytes(), zlib.crc32(note.fingerprint.encode()))
+        self.fingerprint = f"{checksum:08x}"
         """Changes with the pictures and their labels."""
 
     def __len__(self) -> int:
@@ -231,10 +203,22 @@ class Crops:
                 ten = utils.load_array(path, np.uint8, (10, CROP, CROP, 3))
             except (ValueError, FileNotFoundError):
                 raise UserError(
-                    f"{path}: broken; remove it and run preprocess_val.py again"
+                    f"{path}: missing or broken; remove it and run preprocess_val.py again"
                 ) from None
             crops[slot] = ten if self.count == 10 else ten[8:9]
         return crops.reshape(-1, CROP, CROP, 3)
+
+
+def read_labels(path: Path, classes: int) -> np.ndarray:
+    """int64 [pictures], each label in [-1, classes). Raises UserError for any other content."""
+    try:
+        size = path.stat().st_size - utils.array_file_size(np.int64, (0,))
+        labels = utils.load_array(path, np.int64, (max(size, 0) // 8,))
+    except (ValueError, FileNotFoundError):
+        labels = np.empty(0, np.int64)
+    if not (labels.min(initial=-1) == -1 and 0 <= labels.max(initial=-1) < classes):
+        raise UserError(f"{path}: holds no labels; run preprocess_val.py again")
+    return labels
 
 
 if __name__ == "__main__":

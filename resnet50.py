@@ -245,8 +245,8 @@ ACCURACY = "accuracy.csv"
 ACCURACY_COLUMNS = {
     "epoch": whole(0), "step": or_empty(whole(0)),
     "top1_10crop": or_empty(number(0, 1)), "top5_10crop": or_empty(number(0, 1)),
-    "top1_centre": or_empty(number(0, 1)), "top5_centre": or_empty(number(0, 1)),
-    "loss_centre": or_empty(number(0)), "pictures": or_empty(whole(0)), "crops": str, "model": str,
+    "top1_centre": number(0, 1), "top5_centre": number(0, 1), "loss_centre": number(0),
+    "pictures": whole(0), "crops": str, "model": str,
 }  # fmt: skip
 """The columns of the table of accuracies. Accuracies are 0…1. With --crops=1 those of ten crops are
 empty. The loss is the mean cross-entropy in nats. `crops` changes with the validation pictures or
