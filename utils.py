@@ -636,8 +636,10 @@ def read_file(path: str | Path) -> bytes:
 
 
 def _read_once(path: str | Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
-    with open(descriptor, "rb", buffering=0) as file:
+    def not_blocking(name: str | Path, flags: int) -> int:  # a pipe must not block
+        return os.open(name, flags | os.O_NONBLOCK)
+
+    with open(path, "rb", buffering=0, opener=not_blocking) as file:
         return file.read() or b""
 
 
