@@ -12,6 +12,31 @@ events. Nothing here knows about pictures or training. The scripts import this m
 packages, so that a missing package, and Ctrl-C meanwhile, are one line.
 """
 
+import os
+import signal
+import sys
+
+# --- Ctrl-C is one line, from the first statement on ----------------------------------------
+
+_messages = 2
+"""Descriptor of the terminal's messages. `quiet_tensorflow` changes it for a while."""
+
+
+def script_name() -> str:
+    return os.path.basename(sys.argv[0])
+
+
+def _leave(_number: int, _frame: object) -> None:
+    """Ctrl-C before `run`: nothing has begun yet. Packages do not expect exceptions on import."""
+    os.write(_messages, f"{script_name()}: stopped\n".encode())
+    os._exit(130)
+
+
+_folders = [os.path.dirname(os.path.realpath(path)) for path in (sys.argv[0], __file__)]
+if _folders[0] == _folders[1] and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, _leave)
+
+# isort: split
 import argparse
 import atexit
 import contextlib
@@ -24,14 +49,11 @@ import functools
 import io
 import json
 import math
-import os
 import platform
 import queue
 import re
 import shutil
-import signal
 import stat
-import sys
 import threading
 import time
 import types
@@ -44,10 +66,6 @@ from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, NoReturn
 
 # --- what a script needs --------------------------------------------------------------------
-
-
-def script_name() -> str:
-    return Path(sys.argv[0]).name
 
 
 def printable(text: object) -> str:
@@ -83,20 +101,6 @@ def _die_without(error: ModuleNotFoundError) -> None:
     raise error
 
 
-_messages = 2
-"""Descriptor of the terminal's messages. `quiet_tensorflow` changes it for a while."""
-
-
-def _leave(_number: int, _frame: object) -> None:
-    """Ctrl-C before `run`: nothing has begun yet. Packages do not expect exceptions on import."""
-    os.write(_messages, f"{script_name()}: stopped\n".encode())
-    os._exit(130)
-
-
-_folders = [os.path.dirname(os.path.realpath(path)) for path in (sys.argv[0], __file__)]
-if _folders[0] == _folders[1] and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, _leave)
-
 # Everything above this line must also run on older versions of Python.
 try:
     import fcntl
@@ -123,11 +127,25 @@ class _Writer(threading.Thread):
     a pipe that nobody reads) or a full disk costs lines, never a step.
     """
 
-    MOST = 1000  # lines that wait; later ones are dropped
-
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.lines: queue.SimpleQueue = queue.SimpleQueue()
+        self.lines: queue.Queue = queue.Queue(1000)
+        self.is_held = False
+
+    def put(self, line: tuple[int, bytes] | None) -> None:
+        """Waits a second for room, once. Until the terminal takes lines again, others are lost."""
+        try:
+            self.lines.put(line, timeout=0 if self.is_held else 1)
+            self.is_held = False
+        except queue.Full:
+            self.is_held = True
+
+    def drain(self) -> None:
+        """Ends the thread once it has written all, or when it is held for a second."""
+        self.put(None)
+        left = None
+        while self.is_alive() and left != (left := self.lines.qsize()):
+            self.join(1)
 
     def run(self) -> None:
         while line := self.lines.get():
@@ -141,32 +159,37 @@ class _Writer(threading.Thread):
 
 
 _writer: _Writer | None = None
+_is_forked = False
 
 
 def _put(descriptor: int, text: str) -> None:
     global _writer
     try:
-        if _writer is None:
+        if _writer is None and not _is_forked:
             _writer = _Writer()
             _writer.start()
     except RuntimeError:  # no more threads, or Python is ending
         _writer = None
+    if _writer is None:
         _Writer.write(descriptor, text.encode())
     else:
-        if _writer.lines.qsize() < _Writer.MOST:
-            _writer.lines.put((descriptor, text.encode()))
+        _writer.put((descriptor, text.encode()))
 
 
 def _drain() -> None:
-    """Ends the thread once it has written all, or leaves it alone after a second."""
     global _writer
     if _writer is not None:
-        _writer.lines.put(None)
-        _writer.join(1.0)
+        _writer.drain()
         _writer = None
 
 
-os.register_at_fork(before=_drain)  # a thread does not live on in the forked process
+def _after_fork() -> None:
+    """A forked process may end without `atexit`: it writes at once."""
+    global _is_forked
+    _is_forked = True
+
+
+os.register_at_fork(before=_drain, after_in_child=_after_fork)  # only one thread goes into a fork
 
 
 class _Output(io.TextIOBase):
