@@ -7,97 +7,92 @@ batches ahead of `training_progress.txt`. It removes the batches that training h
 when training does. `--benchmark` measures pictures per second instead, and `--preview=sheet.png`
 draws a batch as the network will see it.
 
-Each picture goes through six steps: draw a shorter side s from 256, 263, … 480; resize the picture
-so that its shorter side is s; cut out a random 224x224 crop; normalise; flip half of the time;
-shift the colours a little. The first three happen together: only the crop's window is decoded and
-resized.
+The sections follow a batch on its way: what the buffer holds; the folder; the loop that keeps it
+full, and its workers; one batch; `augment`, the six steps; and train.py's side, which reads it.
 """
 
+import os.path
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
+
+import utils  # first: it says which package is missing
+from utils import UserError, plural
+
+# isort: split
+import argparse
 import contextlib
+import ctypes
 import dataclasses
-import difflib
 import functools
 import gc
-import json
+import itertools
 import math
 import mmap
 import multiprocessing
 import os
 import random
 import re
-import select
 import shlex
 import shutil
 import signal
-import sys
 import threading
 import time
-import traceback
 import unicodedata
 import weakref
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_origin
-
-import utils
-from utils import CROP, UserError, plural
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from preprocess import (
+    CROP,
     SIDES,
     BrokenPicture,
     Failures,
     Pictures,
-    crop_file,
-    resized_folders,
+    Window,
+    area_window,
+    copies_for,
+    crop,
+    read_picture,
+    side_window,
     training_pictures,
-    unless_gone,
 )
-
-REFILL_BELOW = 0.8
-"""The buffer is refilled when it falls below this share of buffer_size."""
 
 
 def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
-    folder, settings = config.train.buffer_folder, config.runtime_preprocessing
-    before = read_position(folder)
-    pictures = training_pictures(config)
-    copies = resized_folders(config.preprocess.path_to_save, pictures)
-    recipe = Recipe(spec_of(config, pictures, copies, args), pictures, copies)
-    print(describe(recipe))
+    folder = config.train.buffer_folder
+    if not args.preview:
+        utils.make_folder(folder, private=True)
+        utils.lock(folder / LOCK, ANOTHER.format(folder))
+    if not (args.preview or args.benchmark):
+        set_aside_older_run(folder, args)
+    batches = batches_for(config, args)
+    print(describe(batches))
     if args.preview:
-        draw_preview(recipe, args.preview)
-        return
-    utils.make_folder(folder)
-    # The system releases the lock when the process ends, even if it is killed.
-    utils.lock(
-        folder / LOCK,
-        f"{folder}: another runtime_preprocessing.py uses this folder; give each its own",
-    )
-    if args.benchmark:
-        benchmark(recipe, folder)
-        utils.remove_lock(folder / LOCK)
-        return
-    buffer = Buffer(folder, recipe, config.train.buffer_size)
-    buffer.check_room()
-    with last_words(folder):
-        buffer.claim(before)
-        made = keep_full(buffer, settings.num_of_threads, settings.sleep_time)
-        buffer.leave()
-    print(
-        f"training has passed epoch {args.epoch_end - 1}; {folder} is empty again. "
-        f"Batches made: {made:,}; {recipe.failures}"
-    )
+        draw_preview(batches, args.preview)
+    elif args.benchmark:
+        benchmark(batches, folder)
+    else:
+        fill(Buffer(folder, batches, config.train.buffer_size), config.runtime_preprocessing)
 
 
 def parse_arguments() -> Namespace:
@@ -107,69 +102,58 @@ def parse_arguments() -> Namespace:
     )
     parser.add_epochs()
     parser.add("--batch_size", utils.whole(1), "pictures per batch", utils.REQUIRED)
-    parser.add("--preview", Path, "draw a contact sheet of a batch and exit")
+    parser.add("--preview", sheet_path, "draw a contact sheet of a batch and exit")
     parser.add("--benchmark", None, "measure pictures per second and exit")
     return parser.parse()
 
 
-def describe(recipe: "Recipe") -> str:
+def describe(batches: "Batches") -> str:
     """Says what will be made, and from what."""
-    spec, source = recipe.spec, "the originals"
-    if sides := len(recipe.copies):
+    spec, source = batches.spec, "the originals"
+    if sides := len(batches.copies):
         source = f"resized copies for {sides} of the {len(SIDES)} shorter sides, else {source}"
+    if spec.crop == "area":
+        source += ', crop = "area"'
     if spec.workers > 1:
         part = plural(spec.N // spec.workers, "picture")
         source += f"; worker {spec.worker} of {spec.workers} takes {part} of each epoch"
     epochs = spec.epochs[1] - spec.epochs[0]
     return (
         f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}, "
-        f"{recipe.pictures.layout}; {plural(spec.batches_per_epoch, 'batch')} of "
+        f"{batches.pictures.layout}; {plural(spec.batches_per_epoch, 'batch')} of "
         f"{spec.batch_size} per epoch, {epochs * spec.batches_per_epoch:,} in "
         f"{plural(epochs, 'epoch')}, from {source}"
     )
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that ask the script to stop: Ctrl-C, kill, a closed terminal."""
-
-
-@contextlib.contextmanager
-def last_words(folder: Path) -> Iterator[None]:
-    """On a signal to stop, prints how much room the buffer takes and how to free it.
-
-    A second signal ends the process at once. Raises UserError if the folder was removed.
-    """
-    caught = [each for each in STOPPING if signal.getsignal(each) != signal.SIG_IGN]  # nohup
-
-    def stop(number: int, _frame: object) -> None:
-        for each in caught:
-            # Not SIG_DFL: Python prints a traceback if the second signal is just coming in.
-            signal.signal(each, lambda number, _frame: os._exit(128 + number))
-        sys.exit(128 + number)
-
-    for each in caught:
-        signal.signal(each, stop)
-    try:
-        yield
-    except SystemExit:
-        with os.scandir(folder) as entries:
-            size = sum(_size(entry) for entry in entries if BATCH_FILE.fullmatch(entry.name))
-        if size:
-            print(
-                f"{utils.file_size(size)} of batches stay in {folder} for the next run; to delete "
-                f"them: rm {shlex.quote(str(folder))}/[XY]_[0-9]*.npy"
-            )
+def fill(buffer: "Buffer", settings: SimpleNamespace) -> None:
+    """Keeps the buffer full until training has ended, or until a signal to stop."""
+    buffer.check_room()
+    with utils.stop_on_signals() as stop:
+        buffer.claim()
+        made = keep_full(buffer, settings.num_of_threads, settings.sleep_time, stop)
+    if stop.is_set():
+        buffer.say_what_stays()
         print(f"{utils.script_name()}: stopped", file=sys.stderr)
-        raise
-    except FileNotFoundError:
-        if folder.is_dir():
-            raise
-        raise UserError(f"{folder}: was removed; start again to recreate it") from None
+        sys.exit(128 + stop.number)
+    buffer.leave()
+    print(
+        f"training has passed epoch {buffer.spec.epochs[1] - 1}; {buffer.folder} is empty again. "
+        f"Batches made: {made:,}; {buffer.batches.failures}"
+    )
 
 
-# --- what a buffer holds ---------------------------------------------------------------------
+# --- what the buffer holds -------------------------------------------------------------------
 
 BATCH_FILE = re.compile(r"([XY])_(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.npy")
+BUFFER_JSON = "buffer.json"
+OLDER_JSON = ".buffer.json.older"
+"""The buffer.json of an older run, while a preprocessor starts and looks for the pictures."""
+PROGRESS = "training_progress.txt"
+BENCHMARK = ".benchmark-batches"
+LOCK = ".preprocessor.lock"
+TRAINER_LOCK = ".trainer.lock"
+ANOTHER = "{}: another runtime_preprocessing.py uses this folder; give each its own"
 
 
 @dataclass(frozen=True)
@@ -194,9 +178,28 @@ class BatchSpec:
     workers: int
     batches_per_epoch: int
     epochs: list[int] = field(compare=False)  # the first, and one past the last
+    crop: str = "side"  # or "area": how crops are chosen
     dtype: str = "float16"  # of the pictures
     layout: str = "NHWC, RGB, normalised; labels int32"
     format: int = 1  # version of the files; other versions are never read
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a value is out of range."""
+        fits = {
+            "batch_size": 1 <= self.batch_size <= self.N,
+            "classes": 1 <= self.classes == len(self.class_names),
+            "mu": len(self.mu) == 3,
+            "sigma": len(self.sigma) == 3 and min(self.sigma) > 0,
+            "worker": 0 <= self.worker < self.workers,
+            "batches_per_epoch": 1 <= self.batches_per_epoch <= self.N // self.batch_size,
+            "epochs": len(self.epochs) == 2 and 0 <= self.epochs[0] < self.epochs[1],
+            "crop": self.crop in ("side", "area"),
+            "dtype": self.dtype == BatchSpec.dtype,
+            "format": self.format == BatchSpec.format,
+        }
+        for name, good in fits.items():
+            if not good:
+                raise ValueError(f"{name} cannot be {str(getattr(self, name))[:60]}")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -237,30 +240,15 @@ class BatchSpec:
                 words.append(f"{name} was {getattr(self, name)}, now {getattr(new, name)}")
         return "; ".join(words)
 
-    def write(self, folder: Path) -> None:
-        utils.write_text(folder / BUFFER_JSON, json.dumps(dataclasses.asdict(self), indent=1))
-
-    @classmethod
-    def read(cls, folder: Path) -> "BatchSpec | None":
-        """The content of buffer.json; None if it is missing or has another version."""
-        content = utils.read_json(folder / BUFFER_JSON) or {}
-        types = {each.name: get_origin(each.type) or each.type for each in dataclasses.fields(cls)}
-        if {name: type(value) for name, value in content.items()} != types:
-            return None
-        return cls(**content) if content["format"] == cls.format else None
-
-
-BUFFER_JSON = "buffer.json"
-PROGRESS = "training_progress.txt"
-LOCK = ".preprocessor.lock"
-TRAINER_LOCK = ".trainer.lock"
 
 IN_WORDS = {"class_names": "class names", "pictures": "pictures", "resized": "resized copies"}
 """Fields of BatchSpec whose values are too long for a message."""
 
 
-def spec_of(config: SimpleNamespace, pictures: Pictures, copies: Iterable[int], args) -> BatchSpec:
+def batches_for(config: SimpleNamespace, args: Namespace) -> "Batches":
     """The batches that the settings and the command line ask for. Raises UserError."""
+    pictures, how = training_pictures(config), config.runtime_preprocessing.crop
+    copies = copies_for(config.preprocess.path_to_save, pictures) if how == "side" else {}
     worker, workers = worker_of_workers()
     share = len(pictures) // workers
     if args.batch_size > share:
@@ -268,7 +256,7 @@ def spec_of(config: SimpleNamespace, pictures: Pictures, copies: Iterable[int], 
         raise UserError(
             f"--batch_size={args.batch_size} is too large: {has} {len(pictures)} training pictures"
         )
-    return BatchSpec(
+    spec = BatchSpec(
         batch_size=args.batch_size,
         seed=config.train.seed,
         dataset=str(pictures.folder),
@@ -283,7 +271,28 @@ def spec_of(config: SimpleNamespace, pictures: Pictures, copies: Iterable[int], 
         workers=workers,
         batches_per_epoch=share // args.batch_size,
         epochs=[args.epoch_start, args.epoch_end],
+        crop=how,
     )
+    return Batches(spec, pictures, copies)
+
+
+@dataclass
+class TFConfig:
+    """What the environment variable TF_CONFIG holds, on each of the machines that train together:
+    the addresses of all, by job, and which of them this is.
+    """
+
+    cluster: dict[str, list[str]]
+    task: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        chiefs, others = (len(self.cluster.get(job, [])) for job in ("chief", "worker"))
+        job, index = self.task.get("type"), self.task.get("index")
+        first, count = {"chief": (0, chiefs), "worker": (chiefs, others)}.get(str(job), (0, 0))
+        self.workers = chiefs + others
+        if type(index) is not int or not 0 <= index < count:
+            raise ValueError(f"task {self.task} is not one of the cluster's {self.workers}")
+        self.worker = first + index
 
 
 def worker_of_workers() -> tuple[int, int]:
@@ -294,19 +303,12 @@ def worker_of_workers() -> tuple[int, int]:
     text = os.environ.get("TF_CONFIG", "")
     if not text.strip():
         return 0, 1
-    try:
-        settings = json.loads(text)
-        cluster, task = settings["cluster"], settings["task"]
-        chiefs, others = len(cluster.get("chief", [])), len(cluster.get("worker", []))
-        index = int(task["index"]) + (chiefs if task["type"] == "worker" else 0)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            'TF_CONFIG: expected {"cluster": {"worker": ["host:port", …]}, '
-            f'"task": {{"type": "worker", "index": 0}}}}, not {utils.one_line(text)[:80]}'
-        ) from None
-    if task["type"] not in ("chief", "worker") or not 0 <= index < chiefs + others:
-        raise UserError(f"TF_CONFIG: task {task} is not one of the cluster's {chiefs + others}")
-    return index, chiefs + others
+    expected = (
+        'TF_CONFIG: expected {"cluster": {"worker": ["host:port", …]}, '
+        '"task": {"type": "worker", "index": 0}}'
+    )
+    tf_config = utils.as_record(TFConfig, text, expected)
+    return tf_config.worker, tf_config.workers
 
 
 POSITION = re.compile(rb"\s*(\d{1,9})\s+(\d{1,9})\s*")
@@ -336,224 +338,38 @@ def read_position(folder: Path) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def is_own(path: Path) -> bool:
-    """Whether this toolkit wrote the file, judging by its first bytes.
+def set_aside_older_run(folder: Path, args: Namespace) -> None:
+    """Finding the pictures can take minutes. Until then, nothing of an older run may be taken for
+    this one's: neither its buffer.json, nor a position outside this run's epochs.
 
-    Empty files and files of zeros count as its own. A power failure leaves them, and removing them
-    loses nothing.
+    Raises UserError if buffer.json is not ours.
     """
-
-    def read_start(path: Path) -> bytes:
-        with open(path, "rb") as file:
-            return file.read(4096)
-
-    start = utils.patiently(read_start, path)
-    if not start.strip(b"\0"):
-        return True
-    if path.name == BUFFER_JSON:
-        return b'"batch_size"' in start
-    if path.name == PROGRESS:
-        return POSITION.fullmatch(start) is not None
-    dtype, shape = ("<f2", f", {CROP}, {CROP}, 3)") if path.name[0] == "X" else ("<i4", ",)")
-    return start.startswith(b"\x93NUMPY") and dtype.encode() in start and shape.encode() in start
+    if utils.read_record(BatchSpec, folder / BUFFER_JSON):
+        os.rename(folder / BUFFER_JSON, folder / OLDER_JSON)
+    position = read_position(folder)
+    if position and not args.epoch_start <= position[0] < args.epoch_end:
+        (folder / PROGRESS).unlink(missing_ok=True)
 
 
-# --- what a batch is made of ----------------------------------------------------------------
-
-
-@dataclass
-class Choices:
-    """The random choices for a batch, one row per picture."""
-
-    side: np.ndarray  # int64 [n]: shorter side in pixels
-    corner: np.ndarray  # float64 [n, 2] in [0, 1): the crop's position, from the left, from the top
-    flip: np.ndarray  # bool [n]
-    alpha: np.ndarray  # float64 [n, 3], standard deviation 0.1: strength of the three colour shifts
-
-
-def draw_choices(generator: np.random.Generator, count: int) -> Choices:
-    """The choices for `count` pictures."""
-    return Choices(
-        generator.choice(np.array(SIDES), count),
-        generator.random((count, 2)),
-        generator.random(count) < 0.5,
-        generator.normal(0, 0.1, (count, 3)),
-    )
-
-
-class Recipe:
-    """Makes any batch. A batch depends only on the arguments below and on its step.
-
-    Several threads may use it at the same time.
-    """
-
-    def __init__(self, spec: BatchSpec, pictures: Pictures, copies: dict[int, Path]):
-        """`copies`: the folders of resized copies, by shorter side."""
-        self.spec, self.pictures, self.copies = spec, pictures, copies
-        self.failures = Failures(len(pictures))
-        self.report: Callable[[str, BrokenPicture], None] = self.failures.add
-        """Called for each picture that cannot be decoded."""
-        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
-        self._one_at_a_time = threading.Lock()
-
-    def _generator(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence(self.spec.seed, spawn_key=key))
-
-    def order(self, epoch: int) -> np.ndarray:
-        """int32 [N / workers]: this worker's part of the epoch's permutation of all pictures."""
-        with self._one_at_a_time:  # otherwise every thread would shuffle
-            return self._order(epoch)
-
-    def _draw_order(self, epoch: int) -> np.ndarray:
-        order = np.arange(len(self.pictures), dtype=np.int32)
-        self._generator(0, epoch).shuffle(order)
-        return order[self.spec.worker :: self.spec.workers]
-
-    def make(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """X: float16 [batch_size, 224, 224, 3], Y: int32 [batch_size]; see `parts`."""
-        x, y = zip(*((x.copy(), y) for x, y in self.parts(step)), strict=True)
-        return np.concatenate(x), np.concatenate(y)
-
-    def parts(self, step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields the batch in parts of GROUP pictures. Use each part before asking for the next.
-
-        X: float16 [n, 224, 224, 3], overwritten by the next part. Y: int32 [n]. Raises UserError
-        if too many pictures are broken.
-        """
-        spec, size = self.spec, self.spec.batch_size
-        epoch, batch = divmod(step, spec.batches_per_epoch)
-        chosen = self.order(epoch)[batch * size : (batch + 1) * size].tolist()
-        choices = draw_choices(self._generator(1, epoch, batch, spec.worker), size)
-        # Python numbers: arithmetic with NumPy scalars takes ten times as long.
-        sides, corners = choices.side.tolist(), choices.corner.tolist()
-        x = np.empty((min(GROUP, size), CROP, CROP, 3), np.float16)
-        for start in range(0, size, GROUP):
-            part, crops = slice(start, min(start + GROUP, size)), []
-            for slot in range(part.start, part.stop):
-                crop = self._crop(chosen[slot], sides[slot], corners[slot])
-                if crop is None:
-                    substitutes = self._generator(2, epoch, batch, spec.worker, slot)
-                    while crop is None:
-                        chosen[slot] = int(substitutes.choice(self.order(epoch)))
-                        crop = self._crop(chosen[slot], sides[slot], corners[slot])
-                if choices.flip[slot]:
-                    crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-                crops.append(np.frombuffer(crop.tobytes(), np.uint8).reshape(CROP, CROP, 3))
-            finish(crops, choices.alpha[part], spec.mu, spec.sigma, out=x[: len(crops)])
-            yield x[: len(crops)], self.pictures.labels[chosen[part]]
-
-    def _crop(self, index: int, side: int, corner: list[float]) -> Image.Image | None:
-        """The crop of a picture, from its resized copy if there is one. None if it is broken."""
-        path, folders = self.pictures.paths[index], [self.pictures.folder]
-        if side in self.copies:
-            folders.insert(0, self.copies[side])  # if the copy is broken, the original is used
-        for folder in folders:
-            try:
-                return unless_gone(
-                    lambda path: crop_file(path, side, corner), folder, f"{folder}/{path}"
-                )
-            except BrokenPicture as error:
-                why = error
-        self.report(path, why)
-        return None
-
-
-# --- the six steps --------------------------------------------------------------------------
-
-
-GROUP = 32
-"""Pictures finished together. A larger group makes colour shifts cheaper but takes more memory."""
-
-
-def finish(
-    crops: Sequence[np.ndarray], alpha: np.ndarray, mu: list, sigma: list, out: np.ndarray
-) -> None:
-    """Steps 4 and 6: normalises n crops and shifts their colours.
-
-    `crops`: uint8 [224, 224, 3] each. `out`: float16 [n, 224, 224, 3]. A result depends only on the
-    8-bit value, its channel and its crop. So looking it up in a table of 256 entries per channel
-    scales, normalises, shifts and converts to float16 at once.
-    """
-    shifts = colour_shifts(crops, alpha, sigma)
-    levels = (np.arange(256) / 255 - np.array(mu)[:, None]) / np.array(sigma)[:, None]
-    tables = (levels + shifts[:, :, None]).astype(np.float16).reshape(len(crops), 3 * 256)
-    # NumPy is faster with rows of 3 * 224 values than with pixels of 3. All crops share `index`:
-    # allocating it for each would take as long as everything else.
-    row = 3 * CROP
-    channel = np.tile(np.arange(0, 3 * 256, 256, np.uint16), CROP)  # start of each channel's table
-    index = np.empty((CROP, row), np.intp)
-    for crop, table, x in zip(crops, tables, out, strict=True):
-        np.add(crop.reshape(CROP, row), channel, out=index, dtype=np.uint16)
-        # Every index is inside the table. "wrap" is NumPy's fastest way of checking that.
-        table.take(index, out=x.reshape(CROP, row), mode="wrap")
-
-
-def colour_shifts(crops: Sequence[np.ndarray], alpha: np.ndarray, sigma: list) -> np.ndarray:
-    """Colour shifts as in Krizhevsky et al. 2012, section 4.1, but per crop: float64 [n, 3].
-
-    shift = Σ αᵢ λᵢ vᵢ, where λᵢ and vᵢ are the eigenvalues and eigenvectors of the covariance of
-    the crop's normalised pixels. The covariance is estimated from every 4th pixel in both
-    directions. On photographs this changes the shifts by 1%, 0.04 levels of 256. Every 8th pixel
-    would save a fiftieth of the time per batch, but is far off on regular patterns.
-    """
-    grid = np.empty((len(crops), 3, CROP // 4, CROP // 4), np.float32)
-    for crop, its_grid in zip(crops, grid, strict=True):
-        its_grid[:] = crop[::4, ::4].transpose(2, 0, 1)
-    grid = grid.reshape(len(crops), 3, -1)
-    grid -= grid.mean(axis=2, keepdims=True)
-    # For matrices this small, matmul is slower and blocks other threads.
-    covariance = np.einsum("nck,ndk->ncd", grid, grid).astype(np.float64) / grid.shape[2]
-    covariance /= 255.0**2 * np.outer(sigma, sigma)
-    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
-    return np.einsum("nck,nk->nc", eigenvectors, alpha * eigenvalues)
-
-
-# --- the buffer -----------------------------------------------------------------------------
+# --- the folder -------------------------------------------------------------------------------
 
 
 class Buffer:
-    """The folder of batches: knows which are needed and which are there, makes the missing ones.
+    """The folder of batches: which are needed, which are ready, and what the others need room for.
 
     It reads and removes only files with the toolkit's own names.
     """
 
+    held: tuple[int, int] | None = None
+    """The lock file that this process holds; see `lock_file`."""
     _said_too_early = _said_no_room = False
 
-    def __init__(self, folder: Path, recipe: Recipe, size: int):
-        self.folder, self.recipe, self.spec = folder, recipe, recipe.spec
+    def __init__(self, folder: Path, batches: "Batches", size: int):
+        self.folder, self.batches, self.spec = folder, batches, batches.spec
         self.start, self.end = (self.spec.step(epoch) for epoch in self.spec.epochs)
         self.size = min(size, self.end - self.start)
         self.x_bytes = utils.array_file_size(np.float16, self.spec.shape)
         self.y_bytes = utils.array_file_size(np.int32, self.spec.shape[:1])
-
-    def claim(self, before: tuple[int, int] | None = None) -> None:
-        """Prepares the folder for this recipe: removes leftovers and batches of other recipes.
-
-        `before`: the epoch and batch in the progress file when this script started. Raises
-        UserError if a file has one of the toolkit's names but was not written by it.
-        """
-        names, old = self._batch_names(), BatchSpec.read(self.folder)
-        if old != self.spec:
-            for path in (self.folder / name for name in (*names, BUFFER_JSON, PROGRESS)):
-                if path.exists() and not is_own(path):
-                    raise UserError(
-                        f"{path}: not written by this toolkit, and would be overwritten; give the "
-                        f"buffer a folder of its own ([train] buffer_folder)"
-                    )
-            if names:
-                making = old.changes(self.spec) if old else "it is not known how they were made"
-                print(f"{self.folder}: removing {plural(len(names), 'file')}: {making}")
-            self._remove(names)
-        utils.remove_leftovers(self.folder)
-        self.spec.write(self.folder)
-        # A position outside this run's epochs was left by an older run. But if it is new, training
-        # has ended while this script was starting.
-        step, is_new = read_progress(self.folder, self.spec), read_position(self.folder) != before
-        if step is not None and not is_new and not self.start <= step < self.end:
-            self._remove([PROGRESS])
-        first = self.wanted_first()
-        if ready := [n for n in self.ready() if first <= n < first + self.size]:
-            print(f"{self.folder}: {plural(len(ready), 'batch')} ready from an earlier run")
 
     def check_room(self) -> None:
         """Prints how much room the buffer needs and how much there is. Raises UserError if too
@@ -572,11 +388,6 @@ class Buffer:
             f"{', a RAM disk' if in_memory else ''}: needs {size_of(needed)}, has room for "
             f"{size_of(room)}{memory}"
         )
-        if not in_memory and looks_like_a_ram_disk(folder):
-            utils.warn(
-                f"[train] buffer_folder {folder} looks like a RAM disk, but is on a disk; "
-                f"training may have to wait for it. Is the RAM disk mounted?"
-            )
         limits = [(room, f"{folder} has room for {size_of(room)}")]
         if free is not None:
             # Leave a tenth of the free memory for training, but at least 1 GB and at most half.
@@ -593,6 +404,55 @@ class Buffer:
                 f"buffer_folder {why}; {way_out}"
             )
 
+    def claim(self) -> None:
+        """Prepares the folder: removes leftovers, and batches of another making.
+
+        Raises UserError if nothing says how the batches there were made.
+        """
+        names, old = self._batch_names(), utils.read_record(BatchSpec, self.folder / OLDER_JSON)
+        if names and old is None:
+            raise UserError(
+                f"{self.folder / names[0]}: there is no {BUFFER_JSON} that says how it was made. "
+                f"Remove it (rm {self.pattern}), or give the buffer a folder of its own "
+                f"([train] buffer_folder)"
+            )
+        if names and old != self.spec:
+            making = old.changes(self.spec)
+            print(f"{self.folder}: removing {plural(len(names), 'file')}: {making}")
+            self._remove(names)
+        self.remove_leftovers()
+        utils.write_record(self.folder / BUFFER_JSON, self.spec)
+        self._remove([OLDER_JSON])
+        window = self.window(self.wanted_first())
+        if ready := self.ready().intersection(window):
+            print(f"{self.folder}: {plural(len(ready), 'batch')} ready from an earlier run")
+
+    def look(self) -> set[int]:
+        """Returns the steps of the batches that are ready. Makes again what somebody has removed:
+        the folder, the lock, buffer.json.
+
+        Raises UserError if another preprocessor has taken the folder.
+        """
+        utils.make_folder(self.folder, private=True)
+        with contextlib.suppress(FileNotFoundError):  # removed just now; the next look makes it
+            utils.keep_lock(self.folder / LOCK, ANOTHER.format(self.folder))
+            self.held = lock_file(self.folder)
+            if not (self.folder / BUFFER_JSON).exists():
+                utils.write_record(self.folder / BUFFER_JSON, self.spec)
+            return self.ready()
+        return set()
+
+    def ready(self) -> set[int]:
+        """Steps of the batches whose two files both exist and are complete."""
+        sizes = {"X": self.x_bytes, "Y": self.y_bytes}
+        complete: dict[str, set[int]] = {"X": set(), "Y": set()}
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                step, kind = self.spec.step_of(entry.name), entry.name[0]
+                if step is not None and _size(entry) == sizes[kind]:
+                    complete[kind].add(step)
+        return complete["X"] & complete["Y"]
+
     def wanted_first(self) -> int:
         """The step that training needs next. Warns once if it is before this run's epochs."""
         step = read_progress(self.folder, self.spec)
@@ -607,16 +467,10 @@ class Buffer:
         self._said_too_early = step < self.start
         return step
 
-    def ready(self) -> set[int]:
-        """Steps of the batches whose two files both exist and are complete."""
-        sizes = {"X": self.x_bytes, "Y": self.y_bytes}
-        complete: dict[str, set[int]] = {"X": set(), "Y": set()}
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                step, kind = self.spec.step_of(entry.name), entry.name[0]
-                if step is not None and _size(entry) == sizes[kind]:
-                    complete[kind].add(step)
-        return complete["X"] & complete["Y"]
+    def window(self, first: int) -> range:
+        """The steps that the buffer should hold when training needs `first`."""
+        first = max(first, self.start)
+        return range(first, min(first + self.size, self.end))
 
     def remove_all_but(self, window: range) -> None:
         """Removes all batches outside the window, no matter which run made them."""
@@ -627,36 +481,38 @@ class Buffer:
         for step in steps:
             self._remove(path.name for path in self.spec.files(self.folder, step))
 
-    def make(self, step: int) -> bool:
-        """Makes a batch, labels first. If there is no room, waits a moment and returns False."""
-        x_path, y_path = self.spec.files(self.folder, step)
-        labels = []
-        try:
-            with utils.array_written_aside(x_path, np.float16, self.spec.shape) as file:
-                for x, y in self.recipe.parts(step):
-                    file.write(x.data)
-                    labels.append(y)
-                utils.save_array(y_path, np.concatenate(labels))
-        except OSError as error:
-            if not utils.is_no_room(error):
-                raise
-            time.sleep(1)
-            return False
-        return True
-
     def no_room(self) -> None:
         """Warns once that there is no room for a batch."""
         if not self._said_no_room:
             utils.warn(f"{self.folder}: no room for another batch; waiting for room")
         self._said_no_room = True
 
+    def remove_leftovers(self) -> None:
+        """Removes what a killed process left half-written. The lock makes this process the only
+        writer of these names.
+        """
+        if self.folder.is_dir():
+            utils.remove_leftovers(self.folder, "[XY]_*", BUFFER_JSON)
+        shutil.rmtree(self.folder / BENCHMARK, ignore_errors=True)
+
     def leave(self) -> None:
-        """Removes all of the toolkit's files from the folder."""
+        """Removes everything but the empty lock files."""
         self.remove_all_but(range(0))
-        utils.remove_leftovers(self.folder)
         self._remove([PROGRESS, BUFFER_JSON])
-        for name in (TRAINER_LOCK, LOCK):
-            utils.remove_lock(self.folder / name)
+
+    def say_what_stays(self) -> None:
+        """Prints how much memory the batches take, and how to free it."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            if size := sum(_size(entry) for entry in entries if BATCH_FILE.fullmatch(entry.name)):
+                print(
+                    f"{utils.file_size(size)} of batches stay in {self.folder} for the next run; "
+                    f"to delete them: rm {self.pattern}"
+                )
+
+    @property
+    def pattern(self) -> str:
+        """What the shell calls the batches."""
+        return f"{shlex.quote(str(self.folder))}/[XY]_[0-9]*.npy"
 
     def _batch_names(self) -> list[str]:
         return [name for name in os.listdir(self.folder) if BATCH_FILE.fullmatch(name)]
@@ -675,15 +531,6 @@ def is_ram_disk(folder: Path) -> bool:
     return mount is not None and mount[1] in (b"tmpfs", b"ramfs", b"devtmpfs")
 
 
-def looks_like_a_ram_disk(folder: Path) -> bool:
-    """Whether part of the path is named, or almost named, like a RAM disk."""
-    words = [re.sub("[^a-z]", "", part.lower()) for part in folder.parts]
-    names = ("ramdisk", "ramfs", "tmpfs")
-    close = any(difflib.get_close_matches(word, names, 1, 0.8) for word in words)
-    meant = close or {"shm", "ram"} & {*words} or words[1:2] == ["run"]
-    return sys.platform == "linux" and bool(meant)
-
-
 def on_disk(size: int) -> int:
     """Bytes that a file of this size takes on a RAM disk, in whole pages."""
     return -(-size // 4096) * 4096
@@ -691,292 +538,441 @@ def on_disk(size: int) -> int:
 
 def _size(entry: os.DirEntry) -> int:
     try:
-        return entry.stat().st_size
+        return entry.stat(follow_symlinks=False).st_size
     except FileNotFoundError:  # removed after the folder was listed
         return 0
 
 
-# --- keeping it full ------------------------------------------------------------------------
+# --- keeping it full --------------------------------------------------------------------------
+
+REFILL_BELOW = 0.8
+"""The buffer is refilled when it falls below this share of buffer_size."""
 
 POLL = 0.01
 """Seconds between two checks of training's progress. A check takes 20 µs."""
-
-SAY_FILLING = 30.0
-"""At least this many seconds between two lines while the buffer is not full."""
 
 LOOK_AGAIN = 1.0
 """Seconds between two listings of the folder, in case someone else has changed it. Listing 1,000
 batches takes 6 ms."""
 
+SAY_FILLING = 30.0
+"""At least this many seconds between two lines while the buffer is not full."""
 
-def keep_full(buffer: Buffer, threads: int, sleep_time: float, quiet: bool = False) -> int:
-    """Keeps the buffer full until training has passed the last epoch. Returns the number of batches
-    made. If `quiet`, it does not print what it makes.
+STUCK = 60.0
+"""Seconds after which a worker hangs, if none has made a batch."""
 
-    It always makes the missing batch that training needs first, whatever happens to the progress
-    file or the folder.
+
+def keep_full(buffer: Buffer, threads: int, sleep_time: float, stop: utils.Stop) -> int:
+    """Keeps the batches that training needs next in the folder, until training has passed the last
+    epoch or `stop` is set. Returns the number of batches made.
+
+    The missing batch that training needs first is made first, whatever happens to the progress file
+    or the folder.
     """
-    stock = Stock(buffer, min(LOOK_AGAIN, sleep_time))
-    diary, filling = Diary(buffer.spec.batch_size, sleep_time), False
-    with Workers(buffer, threads) as workers:
-        while (first := buffer.wanted_first()) < buffer.end:
-            window = stock.follow(first)
-            enough = min(window.start + REFILL_BELOW * buffer.size, window.stop)
-            if not filling and stock.nearest_missing() < enough:
+    ready: set[int] = set()
+    under_way: dict[int, Future] = {}
+    diary, filling, look_at = Diary(buffer, sleep_time), False, 0.0
+    with workers(buffer, threads) as pool:
+        while (first := buffer.wanted_first()) < buffer.end and not stop.is_set():
+            window = buffer.window(first)
+            if is_due := time.monotonic() >= look_at:
+                ready, look_at = buffer.look(), time.monotonic() + LOOK_AGAIN
+            missing = [step for step in window if step not in ready and step not in under_way]
+            if missing and missing[0] < window.start + REFILL_BELOW * buffer.size:
                 filling = True
-                diary.begin()
             if filling:
-                stock.remove_used()
+                if is_due:
+                    buffer.remove_all_but(window)
+                buffer.remove(ready.difference(window))
+                ready.intersection_update(window)
                 # Two jobs per thread, so that no thread waits for this loop.
-                while (
-                    len(stock.under_way) < 2 * threads
-                    and (step := stock.nearest_missing()) < window.stop
-                ):
-                    stock.under_way.add(step)
-                    workers.submit(step)
-                filling = bool(stock.under_way)
-                if not quiet and (not filling or diary.is_due()):
-                    ready = plural(len(stock.ready.intersection(window)), "batch")
-                    diary.tell(f"{buffer.spec.position(first)}: {ready}")
-            for step, done in workers.results(min(POLL, sleep_time)):
-                stock.made(step, done)
-                diary.made += done
+                for step in missing[: 2 * threads - len(under_way)]:
+                    under_way[step] = pool.submit(make, step, buffer.held)
+                filling = bool(under_way)
+            wait(under_way.values(), POLL, FIRST_COMPLETED) if under_way else stop.wait(POLL)
+            done = [step for step in under_way if under_way[step].done()]
+            made = [step for step in done if is_made(buffer, under_way.pop(step))]
+            if made != done:
+                look_at = 0.0  # the folder may have been removed
+            ready.update(made)
+            diary.note(first, len(ready), len(made), len(done), filling)
     return diary.made
 
 
-class Stock:
-    """Tracks which batches of the window are ready, so that the folder is rarely listed."""
+def is_made(buffer: Buffer, job: Future) -> bool:
+    """Whether a job has made its batch. False if there was no room, or if the folder was removed.
 
-    def __init__(self, buffer: Buffer, look_again: float):
-        self.buffer, self.look_again = buffer, look_again
-        self.window = range(0)
-        self.ready: set[int] = set()
-        self.under_way: set[int] = set()
-        self._look_at = 0.0  # when to list the folder again
-        self._next = 0  # all batches before this step are ready or under way
-        self._used: list[int] = []
-        self._sweep = False
-
-    def follow(self, first: int) -> range:
-        """Moves the window to where training is, and returns it.
-
-        Lists the folder if that is due, if training has jumped, or if the batch it needs was
-        removed.
-        """
-        buffer, old = self.buffer, self.window
-        first = max(first, buffer.start)
-        self.window = range(first, min(first + buffer.size, buffer.end))
-        jumped = not old.start <= first <= old.stop
-        lost = first in self.ready and not buffer.spec.files(buffer.folder, first)[0].exists()
-        if jumped or lost or time.monotonic() >= self._look_at:
-            self._look()
-        else:
-            self._used += range(old.start, first)
-            self._next = max(self._next, first)
-        return self.window
-
-    def _look(self) -> None:
-        start = time.thread_time()
-        self.ready = self.buffer.ready().intersection(self.window)
-        self._next, self._used, self._sweep = self.window.start, [], True
-        # Listing takes at most a hundredth of the time, however many batches there are.
-        pause = max(self.look_again, 100 * (time.thread_time() - start))
-        self._look_at = time.monotonic() + pause
-
-    def nearest_missing(self) -> int:
-        """The first step that is neither ready nor under way; the window's end if there is none."""
-        while self._next < self.window.stop and (
-            self._next in self.ready or self._next in self.under_way
-        ):
-            self._next += 1
-        return self._next
-
-    def made(self, step: int, done: bool) -> None:
-        """Records that a job has ended. `done` is False if there was no room."""
-        self.under_way.discard(step)
-        if not done:
-            self._next = self.window.start
-            self.buffer.no_room()
-        elif step in self.window:
-            self.ready.add(step)
-        else:
-            self._used.append(step)
-
-    def remove_used(self) -> None:
-        """Removes used batches. After a listing, removes every batch outside the window."""
-        if self._sweep:
-            self.buffer.remove_all_but(self.window)
-        self.buffer.remove(self._used)
-        self._used, self._sweep = [], False
+    Raises the exception of a worker, and UserError if too many pictures are broken.
+    """
+    try:
+        broken = job.result()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if not utils.is_no_room(error):
+            raise
+        buffer.no_room()
+        return False
+    for path, error in broken:
+        buffer.batches.failures.add(path, error)
+    buffer.batches.failures.check()
+    return True
 
 
 class Diary:
-    """Counts the batches made and prints the count when the buffer is full, and now and then while
-    it is not.
+    """Counts the batches made. Says so when the buffer is full, now and then while it is not, and
+    when a worker hangs.
     """
 
-    def __init__(self, batch_size: int, pause: float):
-        """`pause`: minimum number of seconds between two lines."""
-        self.batch_size, self.pause = batch_size, pause
+    def __init__(self, buffer: Buffer, pause: float):
+        """`pause`: at least this many seconds between two lines."""
+        self.buffer, self.pause = buffer, pause
         self.made = self._told = 0
-        self._seconds, self._told_at = 0.0, -math.inf
+        self._busy = self._say_at = 0.0
+        self._now = self._alive_at = time.monotonic()
 
-    def begin(self) -> None:
-        self._since = time.monotonic()
-
-    def is_due(self) -> bool:
-        """Whether it is time for a line although the buffer is not full yet."""
-        return time.monotonic() >= self._since + max(self.pause, SAY_FILLING)
-
-    def tell(self, what: str) -> None:
-        """Prints a line, unless there is nothing new or the last line is less than `pause` ago.
-
-        `what`: where training is, and how many batches are ready.
+    def note(self, first: int, ready: int, made: int, done: int, filling: bool) -> None:
+        """Called in each round: where training is, how many batches are ready, how many were just
+        made, by how many jobs, and whether more are wanted.
         """
-        now, new = time.monotonic(), self.made - self._told
-        self._seconds, self._since = self._seconds + now - self._since, now
-        if new and now >= self._told_at + self.pause:
-            rate = new * self.batch_size / max(self._seconds, 1e-9)
-            print(f"{what} ready ahead of training, {new:,} just made at {rate:,.0f} pictures/s")
-            self._told, self._seconds, self._told_at = self.made, 0.0, now
+        last, self._now = self._now, time.monotonic()
+        self.made += made
+        if filling or made:
+            self._busy += self._now - last
+        if done or not filling:
+            self._alive_at = self._now
+        elif self._now >= self._alive_at + STUCK:
+            self._alive_at = self._now
+            utils.warn(
+                f"no batch was made for {STUCK:.0f} s, although training needs some: a process "
+                f"hangs, or the storage of {self.buffer.batches.pictures.folder} does"
+            )
+        new, is_due = self.made - self._told, self._busy >= max(self.pause, SAY_FILLING)
+        if new and self._now >= self._say_at and (is_due or not filling):
+            rate = new * self.buffer.spec.batch_size / max(self._busy, 1e-9)
+            print(
+                f"{self.buffer.spec.position(first)}: {plural(ready, 'batch')} ready ahead of "
+                f"training, {new:,} just made at {rate:,.0f} pictures/s"
+            )
+            self._told, self._busy, self._say_at = self.made, 0.0, self._now + self.pause
 
 
 FORK = sys.platform == "linux"
-"""Whether to make batches in forked processes. On macOS the system libraries break after a fork, so
-all threads run in this process."""
+"""Whether to make batches in processes, because of Python's global lock. On macOS the system
+libraries break after a fork, so all threads run in this process."""
+
+PR_SET_PDEATHSIG = 1
+"""Linux: which signal a process gets when its parent ends."""
 
 
-class Workers:
-    """Threads that make batches, spread over processes because of Python's global lock.
+@contextlib.contextmanager
+def workers(buffer: Buffer, threads: int) -> Iterator[Executor]:
+    """A pool that runs `make`. Ends at once, whatever its workers are doing."""
+    gc.freeze()  # garbage collection would copy the shared memory into each process
+    if FORK:
+        # Forks all processes at the first job, before it starts any thread.
+        fork = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(threads, fork, begin_work, [buffer])
+    else:
+        pool = ThreadPoolExecutor(threads, initializer=begin_work, initargs=[buffer])
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that made batches was killed, perhaps for lack of memory; start again; if "
+            "it happens again, use a smaller num_of_threads"
+        ) from None
+    finally:
+        if FORK:
+            for process in multiprocessing.active_children():
+                process.kill()  # it may hang
+        pool.shutdown(cancel_futures=True)
+        buffer.remove_leftovers()
 
-    A context manager. All threads read their jobs from one pipe. The batch needed first comes
-    first. A job is a step in 8 bytes, which a pipe never splits. When this process ends, even if it
-    is killed, the pipe closes and the other processes end at once.
+
+_buffer: Buffer
+"""What a worker makes batches for."""
+
+
+def begin_work(buffer: Buffer) -> None:
+    """Runs first in each worker."""
+    global _buffer
+    _buffer = buffer
+    if parent := multiprocessing.parent_process():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the main process decides
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # it has ended before
+            os._exit(1)
+
+
+def make(step: int, held: tuple[int, int] | None) -> list[tuple[str, BrokenPicture]]:
+    """Runs in a worker; see `write_batch`."""
+    return write_batch(_buffer, step, held)
+
+
+# --- one batch --------------------------------------------------------------------------------
+
+GROUP = 32
+"""Pictures augmented together. A larger group makes colour shifts cheaper but takes more memory."""
+
+TRIES = 100
+"""Substitutes that are tried for a broken picture."""
+
+
+class Batches:
+    """Makes any batch. A batch depends only on the arguments below and on its step.
+
+    Several threads may use it at the same time.
     """
 
-    def __init__(self, buffer: Buffer, threads: int):
-        self.buffer = buffer
-        self._jobs, self._submit = os.pipe()
-        self._lock, self._stopped = threading.Lock(), threading.Event()
-        self._results, self._running = [], []
-        gc.freeze()  # garbage collection would copy the shared memory into each process
-        count = min(threads, utils.cores()) if FORK else 1
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # only this process handles them
-        for share in [len(range(i, threads, count)) for i in range(count)]:
-            ours, theirs = multiprocessing.Pipe(duplex=False)
-            self._results.append(ours)
-            if FORK:
-                fork = multiprocessing.get_context("fork")
-                process = fork.Process(target=self._process, args=(share, theirs), daemon=True)
-                process.start()
-                self._running.append(process)
-                theirs.close()
-            else:
-                self._running += self._threads(share, theirs)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    def __init__(self, spec: BatchSpec, pictures: Pictures, copies: dict[int, Path]):
+        """`copies`: the folders of resized copies, by shorter side."""
+        self.spec, self.pictures, self.copies = spec, pictures, copies
+        self.failures = Failures(len(pictures))
+        # 5 MB for ImageNet, in each process: the last one is kept.
+        self.order = functools.lru_cache(maxsize=1)(self._draw_order)
 
-    def __enter__(self) -> "Workers":
-        return self
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.spec.seed, spawn_key=key))
 
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        os.close(self._submit)
-        for each in self._running:
-            each.join()
-        os.close(self._jobs)
-        for connection in self._results:
-            connection.close()
-        utils.remove_leftovers(self.buffer.folder)
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        """int32 [N / workers]: this worker's part of the epoch's permutation of all pictures."""
+        order = np.arange(len(self.pictures), dtype=np.int32)
+        self._generator(0, epoch).shuffle(order)
+        return order[self.spec.worker :: self.spec.workers]
 
-    def submit(self, step: int) -> None:
-        os.write(self._submit, step.to_bytes(8))
-
-    def results(self, timeout: float) -> list[tuple[int, bool]]:
-        """Steps whose jobs have ended, each with whether there was room for the batch.
-
-        Raises the exception of a thread, and UserError if too many pictures are broken.
+    def make(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """X: float16 [batch_size, 224, 224, 3], Y: int32 [batch_size]. Raises as `parts`, and if
+        too many pictures are broken.
         """
-        done = []
-        for connection in multiprocessing.connection.wait(self._results, timeout):
-            try:
-                message = connection.recv()
-            except EOFError:
-                raise UserError(
-                    "a process that made batches was killed, perhaps for lack of memory; start "
-                    "again; if it happens again, use a smaller num_of_threads"
-                ) from None
-            if isinstance(message, Exception):
-                raise message
-            if isinstance(message[1], BrokenPicture):
-                self.buffer.recipe.failures.add(*message)
-            else:
-                done.append(message)
-        return done
+        broken: list[tuple[str, BrokenPicture]] = []
+        parts = [(x.copy(), y) for x, y in self.parts(step, broken)]
+        for path, error in broken:
+            self.failures.add(path, error)
+        self.failures.check()
+        x, y = zip(*parts, strict=True)
+        return np.concatenate(x), np.concatenate(y)
 
-    def _process(self, threads: int, results: Connection) -> None:
-        """Runs in each forked process, until the job pipe closes."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        kept = (0, 1, 2, self._jobs, results.fileno())
-        for descriptor in {*map(int, os.listdir("/dev/fd"))}.difference(kept):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)  # a lock is held while any process has its file open
-        self.buffer.recipe.report = lambda *broken: self._send(results, broken)
-        self._threads(threads, results)
-        hung_up = select.poll()
-        hung_up.register(self._jobs, 0)
-        hung_up.poll()
-        os._exit(0)
+    def parts(self, step: int, broken: list) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the batch in parts of GROUP pictures. Use each part before asking for the next.
 
-    def _threads(self, count: int, results: Connection) -> list[threading.Thread]:
-        threads = [
-            threading.Thread(target=self._make, args=[results], daemon=True) for _ in range(count)
-        ]
-        for thread in threads:
-            thread.start()
-        return threads
-
-    def _make(self, results: Connection) -> None:
-        """Runs in each thread: one job after another. The main process raises its exceptions."""
-        try:
-            while not self._stopped.is_set() and (job := os.read(self._jobs, 8)):
-                step = int.from_bytes(job)
-                self._send(results, (step, self.buffer.make(step)))
-        except Exception as error:
-            error.add_note(traceback.format_exc())
-            self._send(results, error)
-
-    def _send(self, results: Connection, message: object) -> None:
-        """`message`: a step and whether there was room, a path and why it is broken, or an
-        exception.
+        X: float16 [n, 224, 224, 3], overwritten by the next part. Y: int32 [n]. Adds the path and
+        the error of each broken picture to `broken`. Raises UserError if no substitute is found.
         """
-        with self._lock:
-            results.send(message)
+        spec, size = self.spec, self.spec.batch_size
+        epoch, batch = divmod(step, spec.batches_per_epoch)
+        chosen = self.order(epoch)[batch * size : (batch + 1) * size].tolist()
+        choices = draw_choices(self._generator(1, epoch, batch, spec.worker), size, spec.crop)
+
+        def cut_out(slot: int, choice: Choice) -> Image.Image:
+            for index in itertools.islice(self._candidates(epoch, batch, slot), TRIES):
+                chosen[slot] = index
+                try:
+                    return self._crop(index, choice)
+                except BrokenPicture as error:
+                    broken.append((self.pictures.paths[index], error))
+            path, error = broken[-1]
+            raise UserError(f"{path}: {error}; and so were {TRIES - 1} that were tried before it")
+
+        x = np.empty((min(GROUP, size), CROP, CROP, 3), np.float16)
+        for start in range(0, size, GROUP):
+            group = slice(start, min(start + GROUP, size))
+            pictures = [functools.partial(cut_out, slot) for slot in range(group.start, group.stop)]
+            augment(pictures, choices[group], spec.mu, spec.sigma, out=x)
+            yield x[: len(pictures)], self.pictures.labels[chosen[group]]
+
+    def _candidates(self, epoch: int, batch: int, slot: int) -> Iterator[int]:
+        """The picture at this place of a batch, and then, in case it is broken, substitutes."""
+        order = self.order(epoch)
+        yield int(order[batch * self.spec.batch_size + slot])
+        generator = self._generator(2, epoch, batch, self.spec.worker, slot)
+        while True:
+            yield int(generator.choice(order))
+
+    def _crop(self, index: int, choice: "Choice") -> Image.Image:
+        """The crop of a picture, from its resized copy if there is one. Raises BrokenPicture."""
+        path = self.pictures.paths[index]
+        if choice.side in self.copies:
+            folder = self.copies[choice.side]
+            with contextlib.suppress(BrokenPicture):  # then the original is used
+                return crop(read_picture(f"{folder}/{path}", folder), choice.window)
+        return crop(self.pictures.read(index), choice.window)
 
 
-# --- taking batches from the buffer ----------------------------------------------------------
+# --- the six steps ----------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """The random choices for a picture."""
+
+    side: int  # shorter side in pixels; 0 with crop = "area"
+    window: Window  # where the crop is
+    flip: bool
+    alpha: np.ndarray  # float64 [3], standard deviation 0.1: strength of the three colour shifts
+
+
+def draw_choices(generator: np.random.Generator, count: int, how: str) -> list[Choice]:
+    """The choices for `count` pictures. `how`: "side" or "area", as in config.txt."""
+    # Python numbers: arithmetic with NumPy scalars takes ten times as long.
+    if how == "side":
+        sides = generator.choice(np.array(SIDES), count).tolist()
+        corners = generator.random((count, 2)).tolist()
+        windows = list(map(side_window, sides, corners))
+    else:
+        sides = [0] * count
+        windows = list(map(area_window, generator.random((count, 10, 4)).tolist()))
+    flips = (generator.random(count) < 0.5).tolist()
+    alphas = generator.normal(0, 0.1, (count, 3))
+    return list(map(Choice, sides, windows, flips, alphas))
+
+
+def augment(
+    pictures: Sequence[Callable[[Choice], Image.Image]],
+    choices: Sequence[Choice],
+    mu: list[float],
+    sigma: list[float],
+    out: np.ndarray,
+) -> None:
+    """The six steps, for n pictures at a time. Each time a picture is used:
+
+    1. draw a shorter side from 256, 263, … 480;
+    2. resize the picture so that its shorter side has this length;
+    3. cut out a random 224x224 crop (with crop = "area", 8 to 100% of the picture, in place of
+       steps 1 to 3);
+    4. normalise: subtract `mu` and divide by `sigma`;
+    5. flip it half of the time;
+    6. shift its colours a little.
+
+    `pictures`: functions that return a picture's crop, 8-bit RGB, 224x224. `out`: float16
+    [at least n, 224, 224, 3].
+    """
+    crops = []
+    for cut_out, choice in zip(pictures, choices, strict=True):
+        picture = cut_out(
+            choice
+        )  # steps 1 to 3 at once: no more is decoded and resized than the crop
+        if choice.flip:  # step 5, which is fastest now
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        crops.append(np.frombuffer(picture.tobytes(), np.uint8).reshape(CROP, CROP, 3))
+    # Steps 4 and 6. A result depends only on the 8-bit value, its channel and its picture. So
+    # looking it up in a table of 256 entries per channel scales, normalises, shifts and converts to
+    # float16 at once.
+    levels = (np.arange(256) / 255 - np.array(mu)[:, None]) / np.array(sigma)[:, None]
+    shifts = colour_shifts(crops, np.stack([choice.alpha for choice in choices]), sigma)
+    tables = (levels + shifts[:, :, None]).astype(np.float16).reshape(len(crops), 3 * 256)
+    # NumPy is faster with rows of 3 * 224 values than with pixels of 3. All crops share `index`:
+    # allocating it for each would take as long as everything else.
+    row = 3 * CROP
+    channel = np.tile(np.arange(0, 3 * 256, 256, np.uint16), CROP)  # start of each channel's table
+    index = np.empty((CROP, row), np.intp)
+    for pixels, table, x in zip(crops, tables, out, strict=False):
+        np.add(pixels.reshape(CROP, row), channel, out=index, dtype=np.uint16)
+        # Every index is inside the table. "wrap" is NumPy's fastest way of checking that.
+        table.take(index, out=x.reshape(CROP, row), mode="wrap")
+
+
+def colour_shifts(crops: Sequence[np.ndarray], alpha: np.ndarray, sigma: list) -> np.ndarray:
+    """Colour shifts as in Krizhevsky et al. 2012, section 4.1, but per crop: float64 [n, 3].
+
+    shift = Σ αᵢ λᵢ vᵢ, where λᵢ and vᵢ are the eigenvalues and eigenvectors of the covariance of
+    the crop's normalised pixels. The covariance is estimated from every 4th pixel in both
+    directions. On photographs this changes the shifts by 1%, 0.04 levels of 256. Every 8th pixel
+    would save a fiftieth of the time per batch, but is far off on regular patterns.
+    """
+    grid = np.empty((len(crops), 3, CROP // 4, CROP // 4), np.float32)
+    for pixels, its_grid in zip(crops, grid, strict=True):
+        its_grid[:] = pixels[::4, ::4].transpose(2, 0, 1)
+    grid = grid.reshape(len(crops), 3, -1)
+    grid -= grid.mean(axis=2, keepdims=True)
+    # For matrices this small, matmul is slower and blocks other threads.
+    covariance = np.einsum("nck,ndk->ncd", grid, grid).astype(np.float64) / grid.shape[2]
+    covariance /= 255.0**2 * np.outer(sigma, sigma)
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    return np.einsum("nck,nk->nc", eigenvectors, alpha * eigenvalues)
+
+
+# --- the two files of a batch -------------------------------------------------------------------
+
+
+def write_batch(
+    buffer: Buffer, step: int, held: tuple[int, int] | None
+) -> list[tuple[str, BrokenPicture]]:
+    """Makes a batch and writes its two files, labels first: a batch with pictures is whole.
+
+    `held`: the lock file that the preprocessor holds. Returns the broken pictures. Raises
+    FileNotFoundError if the folder or the lock file has been removed: another preprocessor may have
+    taken the folder. Waits a moment before it raises OSError for want of room.
+    """
+    x_path, y_path = buffer.spec.files(buffer.folder, step)
+    labels, broken = [], []
+    try:
+        with utils.written_aside(x_path) as file:
+            file.write(utils.npy_header(np.float16, buffer.spec.shape))
+            for x, y in buffer.batches.parts(step, broken):
+                file.write(x.data)
+                labels.append(y)
+            if lock_file(buffer.folder) != held:
+                raise FileNotFoundError(f"{buffer.folder / LOCK}: was removed")
+            utils.save_array(y_path, np.concatenate(labels))
+    except OSError as error:
+        if utils.is_no_room(error):
+            time.sleep(1)
+        raise
+    return broken
+
+
+def lock_file(folder: Path) -> tuple[int, int] | None:
+    """Tells lock files apart; None if there is none."""
+    try:
+        status = os.stat(folder / LOCK)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+# --- train.py's side ----------------------------------------------------------------------------
+
+LOOK = 0.02
+"""Seconds between two checks while training waits for a file."""
+
+OTHER_TRAINER = "{}: another train.py uses this buffer"
 
 
 def take_buffer(config: SimpleNamespace) -> Path:
     """Locks the buffer's folder. Raises UserError if another train.py holds the lock."""
-    folder = utils.make_folder(config.train.buffer_folder)
-    utils.lock(folder / TRAINER_LOCK, f"{folder}: another train.py uses this buffer")
+    folder = utils.make_folder(config.train.buffer_folder, private=True)
+    utils.lock(folder / TRAINER_LOCK, OTHER_TRAINER.format(folder))
+    utils.remove_leftovers(folder, PROGRESS)
     return folder
 
 
-def end_preprocessing(folder: Path, epoch_end: int) -> None:
-    """Tells runtime_preprocessing.py that training has passed its last epoch, and releases the
-    buffer.
+def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
+    """Locks the buffer, waits for its buffer.json, and returns what that says.
+
+    `args`: the trainer's epoch_start, epoch_end, batch_size and config. Raises UserError if another
+    train.py uses the buffer, or if a preprocessor is making batches that do not fit this training.
     """
-    if spec := BatchSpec.read(folder):
-        for path in spec.files(folder, spec.step(epoch_end) - 1):
-            path.unlink(missing_ok=True)  # makes room, in case there is none
-        write_progress(folder, spec, spec.step(epoch_end))
-    utils.remove_lock(folder / TRAINER_LOCK)
+    folder, say_at, before = take_buffer(config), 0.0, ""
+    while True:
+        spec = utils.read_record(BatchSpec, folder / BUFFER_JSON)
+        wrong = misfit(spec, config, args.batch_size) if spec else ""
+        if spec and not wrong:
+            return spec
+        state = f"start {preprocessor_command(args)}"
+        if utils.is_locked(folder / LOCK):
+            state = "runtime_preprocessing.py is starting"
+            if wrong and wrong == before:  # it is not about to replace buffer.json
+                raise UserError(f"{folder}: {wrong}; start both scripts with the same value")
+        if time.monotonic() >= say_at:
+            print(f"no batches in {folder} yet; {wrong}{'; ' if wrong else ''}{state}")
+            say_at = time.monotonic() + config.train.sleep_time
+        before = wrong
+        time.sleep(LOOK)
 
 
-def check_spec(spec: BatchSpec, config: SimpleNamespace, batch_size: int, folder: Path) -> None:
-    """Raises UserError if the buffer's batches do not fit this training, and says why."""
+def misfit(spec: BatchSpec, config: SimpleNamespace, batch_size: int) -> str:
+    """Why the buffer's batches do not fit a training; "" if they do."""
     worker, workers = worker_of_workers()
     ours = {
         "batch_size": batch_size,
@@ -984,37 +980,16 @@ def check_spec(spec: BatchSpec, config: SimpleNamespace, batch_size: int, folder
         "N": config.train.N or spec.N,
         "mu": config.utils.mu,
         "sigma": config.utils.sigma,
+        "crop": config.runtime_preprocessing.crop,
         "worker": worker,
         "workers": workers,
     }
     for key in spec.differences(ours):
-        raise UserError(
-            f"{folder}: its batches were made with {key} = {getattr(spec, key)}, this training "
-            f"has {key} = {ours[key]}; start both scripts with the same value"
+        return (
+            f"its batches were made with {key} = {getattr(spec, key)}, this training has {key} = "
+            f"{ours[key]}"
         )
-
-
-LOOK = 0.02
-"""Seconds between two checks while training waits for a file."""
-
-
-def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
-    """Locks the buffer, waits for its buffer.json, and returns what that says.
-
-    `args`: the trainer's epoch_start, epoch_end, batch_size and config. Raises UserError if another
-    train.py uses the buffer, or if its batches do not fit this training.
-    """
-    folder, say_at = take_buffer(config), 0.0
-    while (spec := BatchSpec.read(folder)) is None:
-        if time.monotonic() >= say_at:
-            state = "runtime_preprocessing.py is starting"
-            if not utils.is_locked(folder / LOCK):
-                state = f"start {preprocessor_command(args)}"
-            print(f"no batches in {folder} yet; {state}")
-            say_at = time.monotonic() + config.train.sleep_time
-        time.sleep(LOOK)
-    check_spec(spec, config, args.batch_size, folder)
-    return spec
+    return ""
 
 
 def preprocessor_command(args: Namespace) -> str:
@@ -1024,6 +999,30 @@ def preprocessor_command(args: Namespace) -> str:
         f"--epoch_end={args.epoch_end} --batch_size={args.batch_size} "
         f"--config={shlex.quote(str(args.config))}"
     )
+
+
+def end_preprocessing(
+    config: SimpleNamespace, args: Namespace, spec: BatchSpec | None = None
+) -> None:
+    """Tells runtime_preprocessing.py that training has passed its last epoch.
+
+    `spec`: describes the batches that this training has read. None for a run that had finished
+    before: then the buffer is told only if it stands at the last batch of such a run. Otherwise it
+    belongs to another run. `args`: as in `wait_for_buffer`.
+    """
+    folder = config.train.buffer_folder
+    found = utils.read_record(BatchSpec, folder / BUFFER_JSON)
+    if found is None:
+        return
+    end = found.step(args.epoch_end)
+    if spec is None:
+        fits = not misfit(found, config, args.batch_size)
+        if not fits or read_progress(folder, found) != end - 1:
+            return
+    elif found != spec:
+        return
+    remove_batches_before(folder, found, end)  # makes room, in case there is none
+    write_progress(folder, found, end)
 
 
 class BatchReader:
@@ -1039,15 +1038,15 @@ class BatchReader:
         config: SimpleNamespace,
         spec: BatchSpec,
         steps: range,
-        put: Callable[[np.ndarray, np.ndarray], object],
+        to_device: Callable[[np.ndarray, np.ndarray], object],
         args: Namespace,
     ):
-        """`put` moves a batch's images and labels to the training device. It need not copy the
-        images: their memory is not reused while anything refers to it. `args`: as in
+        """`to_device` moves a batch's images and labels to the training device. It need not copy
+        the images: their memory is not reused while anything refers to it. `args`: as in
         `wait_for_buffer`.
         """
         self.folder, self.sleep_time = config.train.buffer_folder, config.train.sleep_time
-        self.spec, self.steps, self.put, self.args = spec, steps, put, args
+        self.spec, self.steps, self.to_device, self.args = spec, steps, to_device, args
         self._to_read = iter(steps)
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(1)
@@ -1068,8 +1067,9 @@ class BatchReader:
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def next(self, stop: threading.Event) -> object:
-        """Returns what `put` returned for the next batch, or None if `stop` is set while waiting.
+    def next(self, stop: utils.Stop) -> object:
+        """Returns what `to_device` returned for the next batch, or None if `stop` is set while
+        waiting.
 
         With several machines `stop` counts only if the preprocessor has ended, because all machines
         must take the same steps. Raises UserError or OSError.
@@ -1087,13 +1087,14 @@ class BatchReader:
             self._ahead.append(self._pool.submit(self._read, step))
 
     def _read(self, step: int) -> object:
-        """Waits for the batch and returns what `put` makes of it. None if the reader is closed."""
-        say_at = time.monotonic() + min(1, self.sleep_time)
+        """Waits for the batch and moves it to the device. None if the reader is closed."""
+        say_at = time.monotonic() + min(SAY_WAITING, self.sleep_time)
         self._tell(step)
         while not self._closed.is_set():
             try:
                 self._check()
-                return self.put(*read_batch(self.folder, self.spec, step, self._free_memory()))
+                batch = read_batch(self.folder, self.spec, step, self._free_memory())
+                return self.to_device(*batch)
             except FileNotFoundError:
                 pass  # not made yet
             except ValueError as error:
@@ -1120,13 +1121,15 @@ class BatchReader:
 
     def _check(self) -> None:
         """Raises UserError if the buffer's batches are not those that training began with."""
-        status = utils.patiently(os.stat, self.folder / BUFFER_JSON)
+        path = self.folder / BUFFER_JSON
+        try:
+            status = utils.patiently(os.stat, path)
+        except FileNotFoundError:
+            return  # a preprocessor is starting; it removes batches of another making first
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if version == self._checked:  # reading 1,000 class names for every batch takes too long
             return
-        spec = BatchSpec.read(self.folder)
-        if spec is None:
-            raise FileNotFoundError
+        spec = utils.read_record(BatchSpec, path) or self.spec
         for key in self.spec.differences(dataclasses.asdict(spec)):
             if key not in ("epochs", "resized"):
                 raise UserError(
@@ -1136,19 +1139,40 @@ class BatchReader:
         self._checked = version
 
     def _tell(self, step: int) -> None:
-        """Writes which batch is needed next. If there is no room, `_read` tries again later."""
+        """Writes which batch is needed next, in a folder that may have been removed.
+
+        If there is no room, removes the batches that training has used: the preprocessor cannot
+        know them. `_read` tries again.
+        """
         try:
+            utils.make_folder(self.folder, private=True)
+            utils.keep_lock(self.folder / TRAINER_LOCK, OTHER_TRAINER.format(self.folder))
             write_progress(self.folder, self.spec, step)
+        except FileNotFoundError:
+            pass  # removed just now
         except OSError as error:
             if not utils.is_no_room(error):
                 raise
+            remove_batches_before(self.folder, self.spec, step)
+
+
+SAY_WAITING = 3.0
+"""Seconds after which a missing batch is worth a line. Within one, a preprocessor makes its lock
+and its buffer.json again."""
+
+
+def remove_batches_before(folder: Path, spec: BatchSpec, step: int) -> None:
+    for name in os.listdir(folder):
+        found = spec.step_of(name)
+        if found is not None and found < step:
+            (folder / name).unlink(missing_ok=True)
 
 
 def why_missing(folder: Path, step: int, args: Namespace) -> str:
     """Why a batch is missing, judging by the buffer's files, and what to do about it."""
     if not utils.is_locked(folder / LOCK):
         return f"no runtime_preprocessing.py is running; start {preprocessor_command(args)}"
-    spec = BatchSpec.read(folder)
+    spec = utils.read_record(BatchSpec, folder / BUFFER_JSON)
     if spec is None:
         return "runtime_preprocessing.py is starting"
     if line := out_of_reach(spec, step):
@@ -1181,46 +1205,38 @@ def read_batch(
     UserError if the storage keeps failing.
     """
     x_path, y_path = spec.files(folder, step)
+    labels = np.empty(spec.batch_size, np.int32)
     utils.patiently(lambda path: read_array(path, images), x_path)
-    labels = utils.load_array(y_path, np.int32, spec.shape[:1])
+    utils.patiently(lambda path: read_array(path, labels), y_path)
     if labels.min() < 0 or labels.max() >= spec.classes:
         raise ValueError(f"{y_path}: labels outside 0 … {spec.classes - 1}")
     return images, labels
 
 
 def read_array(path: Path, array: np.ndarray) -> None:
-    """Fills a contiguous array from a .npy file. Raises ValueError as `utils.load_array` does."""
+    """Fills an array from a .npy file. Raises ValueError if the file holds anything else."""
     header = utils.npy_header(array.dtype, array.shape)
-    start, content = bytearray(len(header)), array.reshape(-1).view(np.uint8).data
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
-    try:
-        if os.fstat(descriptor).st_size != len(header) + len(content):
-            raise ValueError(f"{path}: is cut off, or longer than its array")
-        count = os.readv(descriptor, [start, content]) - len(start)
-        while 0 <= count < len(content) and (more := os.readv(descriptor, [content[count:]])):
-            count += more
-    finally:
-        os.close(descriptor)
-    if start != header or count < len(content):
-        raise ValueError(f"{path}: does not hold {array.dtype} {list(array.shape)}")
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe must not block
+        begins = file.read(len(header)) == header
+        if not begins or file.readinto(array.data) != array.nbytes or file.read(1):
+            raise ValueError(f"{path}: does not hold {array.dtype} {list(array.shape)} whole")
 
 
-# --- benchmark and preview ------------------------------------------------------------------
+# --- benchmark and preview ----------------------------------------------------------------------
 
 
-def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
-    """Prints pictures per second for 1, 2, 4 … threads. They fill a buffer just as for training.
+def benchmark(batches: Batches, folder: Path, seconds: float = 8.0) -> None:
+    """Prints pictures per second for 1, 2, 4 … threads.
 
     With slow storage, more threads than cores can help, so it continues as long as they do. Raises
     UserError if there is no room.
     """
-    utils.remove_leftovers(folder)
     threads, most, rates = 1, max(4 * utils.cores(), 8), {}
     # The system caches files, so every benchmark and every number of threads reads new pictures.
-    step = recipe.spec.step(random.randrange(1000, 1_000_000))
+    step = batches.spec.step(random.randrange(1000, 1_000_000))
     while threads <= most or rates[threads // 2] > 1.1 * rates[threads // 4]:
-        rates[threads], made = measure(recipe, folder, threads, step, seconds)
-        step += made + 3 * threads  # beyond every batch that was begun
+        rates[threads], begun = measure(batches, folder, threads, step, seconds)
+        step += begun
         print(
             f"{plural(threads, 'thread'):>10} {rates[threads]:8,.0f} pictures/s "
             f"{rates[threads] / threads:8,.0f} per thread   x{rates[threads] / rates[1]:.2f}"
@@ -1234,54 +1250,57 @@ def benchmark(recipe: Recipe, folder: Path, seconds: float = 8.0) -> None:
 
 
 def measure(
-    recipe: Recipe, folder: Path, threads: int, step: int, seconds: float
+    batches: Batches, folder: Path, threads: int, step: int, seconds: float
 ) -> tuple[float, int]:
-    """Makes batches from `step` on. Returns pictures per second and the number of batches made."""
-    aside = utils.aside_name(folder / "benchmark")
-    aside.mkdir()
+    """Makes batches from `step` on, and removes each. Returns pictures per second and the number of
+    batches begun.
+
+    All threads finish their batches at about the same time. So only whole rounds count, one batch
+    per thread, and the first round is left out.
+    """
+    buffer = Buffer(folder / BENCHMARK, batches, threads)
+    shutil.rmtree(buffer.folder, ignore_errors=True)  # of a benchmark that was killed
+    buffer.folder.mkdir()
+    under_way: dict[Future, int] = {}
+    begun = made = 0
     try:
-        buffer = TakenBuffer(aside, recipe, threads, step, seconds)
-        made = keep_full(buffer, threads, POLL, quiet=True)
+        with workers(buffer, threads) as pool:
+            while True:
+                for _ in range(2 * threads - len(under_way)):  # as in `keep_full`
+                    under_way[pool.submit(make, step + begun, None)] = step + begun
+                    begun += 1
+                for job in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    if not is_made(buffer, job):
+                        raise UserError(f"{folder}: no room for two batches per thread")
+                    buffer.remove([under_way.pop(job)])
+                    made += 1
+                    if made == threads:
+                        start = time.perf_counter()
+                    elif made % threads == 0 and (passed := time.perf_counter() - start) >= seconds:
+                        return (made - threads) * batches.spec.batch_size / passed, begun
     finally:
-        shutil.rmtree(aside)
-    return buffer.rate, made
+        shutil.rmtree(buffer.folder)
 
 
-class TakenBuffer(Buffer):
-    """A buffer with a stand-in for training, which takes each batch as soon as it is ready."""
-
-    def __init__(self, folder: Path, recipe: Recipe, threads: int, step: int, seconds: float):
-        super().__init__(folder, recipe, 3 * threads)
-        self.start, self.end, self.size = step, sys.maxsize, 3 * threads
-        self.first, self.threads, self.seconds = step, threads, seconds
-        self._began = self.rate = 0.0
-
-    def wanted_first(self) -> int:
-        """The next step to take, or the end when the time is up.
-
-        All threads finish their batches at about the same time. So only whole rounds count, one
-        batch per thread, and the first round is left out.
-        """
-        while self.spec.files(self.folder, self.first)[0].exists():
-            self.first += 1
-            taken, now = self.first - self.start - self.threads, time.perf_counter()
-            if taken == 0:
-                self._began = now
-            elif taken > 0 and taken % self.threads == 0:
-                self.rate = taken * self.spec.batch_size / (now - self._began)
-                if now >= self._began + self.seconds:
-                    return self.end
-        return self.first
-
-    def no_room(self) -> None:
-        raise UserError(f"{self.folder.parent}: no room for three batches per thread")
+SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""Formats of --preview, by suffix."""
 
 
-def draw_preview(recipe: Recipe, file: Path, most: int = 32) -> None:
+def sheet_path(text: str) -> Path:
+    """Argument type: a picture to draw."""
+    if Path(text).suffix.lower() not in SHEETS:
+        raise argparse.ArgumentTypeError(f"expected a name with {' or '.join(SHEETS)}, not {text}")
+    return Path(text)
+
+
+utils.METAVARS[sheet_path] = "FILE"
+
+
+def draw_preview(batches: Batches, file: Path, most: int = 32) -> None:
     """Draws a contact sheet of the first batch as the network will see it, with class names."""
-    spec = recipe.spec
+    spec = batches.spec
     step = spec.step(spec.epochs[0])
-    x, y = recipe.make(step)
+    x, y = batches.make(step)
     pixels = x[:most].astype(np.float32) * np.float32(spec.sigma) + np.float32(spec.mu)
     pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
     gap, head, columns = 12, 40, min(8, len(pixels))
@@ -1302,7 +1321,7 @@ def draw_preview(recipe: Recipe, file: Path, most: int = 32) -> None:
         raise UserError(f"--preview={file} is a folder, not a file")
     try:
         with utils.written_aside(file.absolute()) as aside:
-            sheet.save(aside, format="PNG")
+            sheet.save(aside, SHEETS[file.suffix.lower()], quality=95)
     except FileNotFoundError:
         raise UserError(f"--preview={file}: no such folder") from None
     print(f"wrote {file}")
@@ -1310,7 +1329,7 @@ def draw_preview(recipe: Recipe, file: Path, most: int = 32) -> None:
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """`text` in ASCII, cut to at most `width` pixels. Pillow's own font has only ASCII."""
-    text = unicodedata.normalize("NFKD", utils.one_line(text).replace("ß", "ss"))
+    text = unicodedata.normalize("NFKD", utils.printable(text).replace("ß", "ss"))
     text = "".join(c for c in text if not unicodedata.combining(c))
     text = text.encode("ascii", "backslashreplace").decode()
     while font.getlength(text) > width:
