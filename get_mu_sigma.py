@@ -27,11 +27,11 @@ from preprocess import (
     BrokenPicture,
     Failures,
     Pictures,
+    copies_for,
     decode,
     map_pictures,
     read_picture,
     training_pictures,
-    usable_copies,
 )
 
 
@@ -68,13 +68,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def folder_of_copies(root: Path, pictures: Pictures, side: int) -> Path:
     """The folder with the copies at this shorter side. Raises UserError if they are unusable."""
-    folders, reason = usable_copies(root, pictures)
-    if side not in folders:
+    folder = copies_for(root, pictures).get(side)
+    if folder is None:
         raise UserError(
-            f"{root / str(side)}: {reason or 'no such folder'}; run "
+            f"{root / str(side)}: no copies of all pictures at shorter side {side}; run "
             f"preprocess.py --shorter_side={side} first (256, 263, … 480)"
         )
-    return folders[side]
+    return folder
 
 
 def copy_loader(folder: Path, pictures: Pictures) -> Callable[[int], Image.Image]:

@@ -20,7 +20,6 @@ import utils  # first: it says which package is missing
 from utils import UserError, plural
 
 # isort: split
-import argparse
 import codecs
 import contextlib
 import csv
@@ -57,45 +56,32 @@ SIDES = range(256, 481, 7)
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = utils.Parser(
+        "Makes resized copies of all training pictures.", "preprocess.py --shorter_side=256"
+    )
+    text = "shorter side in pixels: 256, 263, … 480, or all"
+    parser.add("--shorter_side", ("all", *map(str, SIDES)), text, utils.REQUIRED)
+    args = parser.parse()
     config = utils.load_config(args.config)
     pictures = training_pictures(config)
     root = output_root(config)
     refusal = f"{root}: another preprocess.py is adding copies there; wait until it ends"
     utils.lock(root / ".preprocess.lock", refusal)
-    note = claim_copies(root, pictures, args.shorter_side)
-    folders = {side: root / str(side) for side in args.shorter_side}
+    sides = SIDES if args.shorter_side == "all" else [int(args.shorter_side)]
+    folders = {side: root / str(side) for side in sides}
+    note = claim_copies(root, pictures, folders)
     print(f"{plural(len(pictures), 'training picture')}, {pictures.layout}")
     say_room(pictures, folders)
     failures = Failures(len(pictures))
     make_copies(pictures, folders, failures)
     os.sync()  # after a power failure, the note below must not exist without the copies
-    note.complete = sorted({*note.complete, *folders})
+    note.complete = sorted({*note.complete, *sides})
     utils.write_record(root / NOTE, note)
     print(
         f"resized copies of {plural(len(pictures) - len(failures), 'picture')} at "
         f"{plural(len(folders), 'shorter side')} are in {root}; {failures}. "
         f"Next: run runtime_preprocessing.py, which will find them there"
     )
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = utils.Parser(
-        "Makes resized copies of all training pictures.", "preprocess.py --shorter_side=256"
-    )
-    text = "shorter side in pixels, one of 256, 263, … 480, or all"
-    parser.add("--shorter_side", sides, text, utils.REQUIRED)
-    return parser.parse()
-
-
-def sides(text: str) -> list[int]:
-    """Argument type: one side, or "all"."""
-    if text == "all":
-        return list(SIDES)
-    side = utils.whole(1)(text)
-    if side not in SIDES:
-        raise argparse.ArgumentTypeError(f"expected all or one of {', '.join(map(str, SIDES))}")
-    return [side]
 
 
 def output_root(config: SimpleNamespace) -> Path:
@@ -408,20 +394,19 @@ def _is_folder(entry: os.DirEntry) -> bool:
     return not entry.is_file(follow_symlinks=False) and os.path.isdir(entry.path)
 
 
-def _subfolders(folder: Path) -> list[str]:
-    """Sorted names of the visible folders in `folder`; empty if `folder` is not a folder."""
+def _subfolders(folder: Path, strict: bool = False) -> list[str]:
+    """Sorted names of the visible folders in `folder`; empty if `folder` is not a folder.
+
+    If `strict`, raises UserError for a link that leads nowhere: without a class, the labels of the
+    classes behind it would be others.
+    """
     if not folder.is_dir():
         return []
-    return sorted(entry.name for entry in _visible(folder) if _is_folder(entry))
-
-
-def _classes(folder: Path) -> list[str]:
-    """Sorted names of the class folders. Raises UserError if a link leads nowhere: without that
-    class, the labels of those behind it would be others.
-    """
-    for entry in _visible(folder):
-        _refuse_broken_link(entry)
-    return _subfolders(folder)
+    entries = list(_visible(folder))
+    if strict:
+        for entry in entries:
+            _refuse_broken_link(entry)
+    return sorted(entry.name for entry in entries if _is_folder(entry))
 
 
 def _refuse_broken_link(entry: os.DirEntry) -> None:
@@ -466,9 +451,9 @@ def _mapping(root: Path) -> list[list[str]]:
     return [line.split(maxsplit=1) for line in lines if line.strip()]
 
 
-def _labels(root: Path) -> dict[str, int]:
+def _ranks(root: Path) -> dict[str, int]:
     """The label of each class folder: its rank among the folders of the training set."""
-    return {name: rank for rank, name in enumerate(_classes(root / "train"))}
+    return {name: rank for rank, name in enumerate(_subfolders(root / "train", strict=True))}
 
 
 def _readable(root: Path, classes: Iterable[str]) -> list[str]:
@@ -479,8 +464,8 @@ def _readable(root: Path, classes: Iterable[str]) -> list[str]:
 
 def _in_class_folders(root: Path, part: str) -> Pictures:
     """The pictures in `root/part/<class>/**`. The label is the class's rank in the training set."""
-    folder, rank, others = root / part, _labels(root), []
-    found = _classes(folder)
+    folder, rank, others = root / part, _ranks(root), []
+    found = _subfolders(folder, strict=True)
     if unknown := sorted(set(found).difference(rank)):
         raise UserError(f"{folder / unknown[0]}: {_why_unknown(unknown, list(rank), root)}")
     paths, labels = [], []
@@ -524,7 +509,7 @@ def _warn_of_unused(folder: Path, others: list[str]) -> None:
 
 def _flat_validation(home: Path, root: Path, part: str) -> Pictures:
     """All pictures directly in val/, with their classes from Kaggle's LOC_val_solution.csv."""
-    folder, classes = root / part, _labels(root)
+    folder, classes = root / part, _ranks(root)
     names = sorted(e.name for e in _visible(folder) if _is_picture_name(e.name))
     solution = _near(root, "LOC_val_solution.csv")
     if solution is None:
@@ -706,22 +691,19 @@ def decode(content: bytes) -> Image.Image:
 
     Raises BrokenPicture if it is not a picture, is too large, or is too long and thin.
     """
-    image = opened(content)
-    with pillow_decodes():
-        image.load()
-    return as_rgb(image)
+    return as_rgb(opened(content))
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Converts a decoded picture to 8-bit RGB, also if grey, palette, CMYK, 16-bit, transparent."""
-    if image.mode == "RGB":
-        return image
+    """Decodes the pixels, 8-bit RGB, also if grey, palette, CMYK, 16-bit or transparent."""
+    with pillow_decodes():
+        image.load()
     if image.mode.startswith("I"):  # grey of up to 16 bits, which Pillow would clip, not scale
         bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
         grey = np.clip(np.asarray(image).astype(np.int64) >> min(bits, 16) - 8, 0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
     with pillow_decodes():
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 BITS_PER_SAMPLE = 258
@@ -794,11 +776,7 @@ def crop(content: bytes, window: Window) -> Image.Image:
     image = opened(content)
     box = window(*image.size)
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
-        part = top_of_jpeg(content, image, box)
-        if part:
-            return cut(*part)
-    with pillow_decodes():
-        image.load()
+        image, box = top_of_jpeg(content, image, box) or (image, box)
     return cut(as_rgb(image), box)
 
 
@@ -821,13 +799,9 @@ def top_of_jpeg(content: bytes, image: Image.Image, box: Box) -> tuple[Image.Ima
     try:
         part.frombytes(content, "jpeg", (image.mode, "", factor, 0))
     except ValueError:
-        if rows == height or is_black(part, rows - 1):
+        if rows == height or part.crop((0, rows - 1, width, rows)).getbbox() is None:
             return None
-    return as_rgb(part), box
-
-
-def is_black(image: Image.Image, row: int) -> bool:
-    return image.crop((0, row, image.width, row + 1)).getbbox() is None
+    return part, box
 
 
 def cut(image: Image.Image, box: Box) -> Image.Image:
@@ -857,36 +831,35 @@ class CopiesNote:
     complete: list[int]
     """The shorter sides at which every picture that can be decoded has a copy."""
 
-    def mismatch(self, root: Path, pictures: Pictures) -> str:
-        """Why the copies in `root` cannot stand for these pictures; "" if they can."""
-        if self.originals != str(pictures.folder):
-            way = "; if the pictures have only moved, correct it in that file"
-            same = self.fingerprint == pictures.fingerprint
-            return f"{root / NOTE}: copies of pictures in {self.originals}{way * same}"
-        if self.fingerprint != pictures.fingerprint:
-            return f"{root / NOTE}: pictures were added, removed or replaced after these copies"
-        return ""
+
+def note_about(root: Path, pictures: Pictures) -> CopiesNote | None:
+    """The note in `root`; None if there is none. Raises UserError if it is about other pictures."""
+    note = utils.read_record(CopiesNote, root / NOTE)
+    if note and (note.originals, note.fingerprint) != (str(pictures.folder), pictures.fingerprint):
+        what = f"these are copies of the pictures in {note.originals}, not in {pictures.folder}"
+        if note.originals == str(pictures.folder):
+            what = "pictures were added, removed or replaced after these copies were made"
+        elif note.fingerprint == pictures.fingerprint:
+            what += " (if they have only moved, correct that file)"
+        raise UserError(f"{root / NOTE}: {what}; remove {root}, or use another path_to_save")
+    return note
 
 
-def claim_copies(root: Path, pictures: Pictures, wanted: list[int]) -> CopiesNote:
+def claim_copies(root: Path, pictures: Pictures, folders: dict[int, Path]) -> CopiesNote:
     """The note about the copies in `root`, which is written if it is missing.
 
-    Raises UserError if `root` holds copies of other pictures, or files that preprocess.py did not
+    Raises UserError if `root` holds copies of other pictures, or folders that preprocess.py did not
     make.
     """
-    note = utils.read_record(CopiesNote, root / NOTE)
-    if note:
-        if reason := note.mismatch(root, pictures):
-            raise UserError(f"{reason}. Remove {root}, or use another path_to_save")
-        return note
-    for folder in (root / str(side) for side in wanted):
-        if os.path.lexists(folder):
+    note = note_about(root, pictures)
+    if note is None:
+        if strange := next(filter(os.path.lexists, folders.values()), None):
             raise UserError(
-                f"{folder}: not made by preprocess.py, which would have left {root / NOTE}; use "
-                f"another path_to_save, or remove the folder"
+                f"{strange}: not made by preprocess.py, which would have left {root / NOTE}; use "
+                f"another path_to_save, or remove it"
             )
-    note = CopiesNote(str(pictures.folder), pictures.fingerprint, [])
-    utils.write_record(root / NOTE, note)
+        note = CopiesNote(str(pictures.folder), pictures.fingerprint, [])
+        utils.write_record(root / NOTE, note)
     return note
 
 
@@ -899,20 +872,18 @@ def copies_for(root: Path, pictures: Pictures) -> dict[int, Path]:
     if not folders:
         return {}
     try:
-        note = utils.read_record(CopiesNote, root / NOTE)
-        reason = note.mismatch(root, pictures) if note else f"{root / NOTE}: no such file"
+        note = note_about(root, pictures)
     except UserError as error:
-        reason = str(error)
-    if reason:
-        utils.warn(f"{reason}; these copies are not used, the originals are")
+        utils.warn(f"{error}. Until then, the originals are used")
         return {}
-    if incomplete := [folder for side, folder in folders.items() if side not in note.complete]:
-        more = f" and at {plural(len(incomplete) - 1, 'other shorter side')}"
+    complete = note.complete if note else []
+    if unused := [side for side in folders if side not in complete]:
+        more = f" (and those at {plural(len(unused) - 1, 'other shorter side')})"
         utils.warn(
-            f"{incomplete[0]}: copies here{more * (len(incomplete) > 1)} are incomplete and are "
-            f"not used; run preprocess.py --shorter_side={incomplete[0].name} to complete them"
+            f"{folders[unused[0]]}: copies incomplete{more * (len(unused) > 1)}; the originals are "
+            f"used. Run preprocess.py --shorter_side={unused[0]} to make the copies"
         )
-    return {side: folder for side, folder in folders.items() if side in note.complete}
+    return {side: folder for side, folder in folders.items() if side in complete}
 
 
 def missing_copies(pictures: Pictures, folders: dict[int, Path], index: int) -> Iterator:
@@ -930,7 +901,6 @@ def missing_copies(pictures: Pictures, folders: dict[int, Path], index: int) -> 
     size = image.size
     with pillow_decodes():
         reduced = image.draft(image.mode, resized_size(*size, 2 * max(wanted)))
-        image.load()
     picture, box = as_rgb(image), reduced[1] if reduced else None
     bilinear = Image.Resampling.BILINEAR
     return ((side, picture.resize(resized_size(*size, side), bilinear, box)) for side in wanted)
