@@ -3,6 +3,7 @@
 python3 -m pytest tests/test_crops.py
 """
 
+import json
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from test_prepare import (
     picture,
     run_well,
     save_picture,
+    tree,
     truncate,
     wait_until,
 )
@@ -48,7 +50,7 @@ def settings(tmp_path, mixed) -> Path:
     return toolkit.write_config(tmp_path, mixed, tmp_path / "buffer")
 
 
-# --- the crops ---------------------------------------------------------------
+# --- cutting the crops ------------------------------------------------------------------------
 
 
 def ten_crops(image: Image.Image) -> np.ndarray:
@@ -104,33 +106,82 @@ def test_a_restart_of_the_crops_keeps_what_is_finished(settings, mixed, tmp_path
     run_well("preprocess_val.py", settings)
     assert_crops_are_right(folder, mixed)
     changed = {path.name for path, at in mtimes(folder).items() if times[path] != at}
-    assert changed == {"X10_4.npy", "X10_7.npy", "class_names.txt", "y.npy"}
+    assert changed == {"X10_4.npy", "X10_7.npy", "crops.json", "y.npy"}
     assert not (folder / ".X10_3.npy.aside-0123456789abcdef").exists()
 
 
 def test_labels_are_written_when_the_crops_are_on_the_disk(settings, tmp_path, monkeypatch):
-    folder, there = tmp_path / "preprocessed/val", []
-    monkeypatch.setattr(os, "sync", lambda: there.extend(path.name for path in folder.iterdir()))
+    folder, there, complete = tmp_path / "preprocessed/val", [], []
+
+    def sync() -> None:
+        there.extend(path.name for path in folder.iterdir())
+        complete.append(note_of(folder)["complete"])
+
+    monkeypatch.setattr(os, "sync", sync)
     in_process(preprocess_val, monkeypatch, settings)
     assert {f"X10_{i}.npy" for i in range(9)} <= set(there)
     assert "y.npy" not in there and (folder / "y.npy").exists()
+    assert complete == [False] and note_of(folder)["complete"]
+    utils._forget_locks()
 
 
-def test_old_crops_are_gone_before_the_new_list_is_written(settings, tmp_path, monkeypatch):
+def note_of(folder: Path) -> dict:
+    return json.loads((folder / "crops.json").read_text())
+
+
+def change_note(folder: Path, **values: object) -> None:
+    (folder / "crops.json").write_text(json.dumps(note_of(folder) | values))
+
+
+def test_old_crops_are_gone_before_the_new_note_is_written(settings, tmp_path, monkeypatch):
     """Or a kill between the two would make them crops of the new pictures."""
     in_process(preprocess_val, monkeypatch, settings)
-    folder, write_text = tmp_path / "preprocessed/val", utils.write_text
-    utils.remove_lock(folder / ".preprocess_val.lock")
-    listing = folder / "pictures.txt"
-    listing.write_text("1 " + listing.read_text().partition(" ")[2])  # the size of the first
+    utils._forget_locks()  # as when the process ends
+    folder, write_record, seen = tmp_path / "preprocessed/val", utils.write_record, []
+    change_note(folder, fingerprint="of pictures that were replaced since")
 
-    def write(path: Path, text: str) -> None:
-        assert path != listing or not list(folder.glob("X10_*"))
-        write_text(path, text)
+    def write(path: Path, note: preprocess_val.Note) -> None:
+        seen.append((note.complete, len(list(folder.glob("*.npy")))))
+        write_record(path, note)
 
-    monkeypatch.setattr(utils, "write_text", write)
+    monkeypatch.setattr(utils, "write_record", write)
     in_process(preprocess_val, monkeypatch, settings)
-    assert len(list(folder.glob("X10_*"))) == 9
+    utils._forget_locks()
+    assert seen == [(False, 0), (True, 10)]
+
+
+def test_the_note_says_of_which_pictures_the_crops_are(settings, mixed, tmp_path):
+    result = run_well("preprocess_val.py", settings)
+    assert f"9 validation pictures of 2 classes in {mixed / 'val'}, class folders" in result.stdout
+    note = note_of(tmp_path / "preprocessed/val")
+    assert sorted(note) == ["class_names", "complete", "fingerprint", "originals"]
+    assert note["originals"] == str(mixed / "val") and note["class_names"] == ["a", "b"]
+
+
+def test_a_second_time_nothing_is_to_be_cut(config):
+    first, second = (run_well("preprocess_val.py", config).stdout for _ in range(2))
+    assert "the crops of 8 are still to be cut" in first
+    assert "still to be cut" not in second and "0 B" not in second
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "test"])
+def test_it_names_the_folder_that_it_used(name, toy, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train").symlink_to(toy / "train")
+    (tmp_path / "data" / name).symlink_to(toy / "val")
+    config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+    assert f"in {tmp_path / 'data' / name}, class" in run_well("preprocess_val.py", config).stdout
+
+
+def test_crops_do_not_go_into_the_dataset(toy, tmp_path):
+    dataset = copied(toy, tmp_path / "data")
+    before = tree(dataset)
+    config = toolkit.write_config(
+        tmp_path, dataset, tmp_path / "buffer", preprocess__path_to_save=str(dataset)
+    )
+    result = toolkit.run("preprocess_val.py", config)
+    toolkit.assert_one_line_error(result, "preprocess_val.py", "path_to_save", str(dataset))
+    assert tree(dataset) == before
 
 
 def test_killed_and_started_again_it_cuts_the_same(tmp_path, toy):
@@ -174,23 +225,27 @@ def test_crops_of_a_changed_dataset_are_cut_again(change, tmp_path, toy):
     assert_crops_are_right(tmp_path / "preprocessed/val", dataset)
 
 
-def test_crops_of_another_dataset_with_the_same_names_are_cut_again(tmp_path, toy):
+def test_a_dataset_that_has_moved_is_the_same(tmp_path, toy):
+    config = toolkit.write_config(tmp_path, toy, tmp_path / "buffer")
+    run_well("preprocess_val.py", config)
+    folder = tmp_path / "preprocessed/val"
+    times = mtimes(folder)
+    moved = copied(toy, tmp_path / "moved")
+    config = toolkit.write_config(tmp_path, moved, tmp_path / "buffer")
+    run_well("preprocess_val.py", config)
+    changed = {path.name for path, at in mtimes(folder).items() if times[path] != at}
+    assert changed == {"crops.json", "y.npy"}
+    assert note_of(folder)["originals"] == str(moved / "val")
+
+
+def test_crops_of_another_dataset_with_the_same_names_are_kept(tmp_path, toy):
     toy_dataset.make(tmp_path / "other", train=1, val=2, seed=9)
-    for dataset in (toy, tmp_path / "other"):
-        config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
-        run_well("preprocess_val.py", config)
-        assert_crops_are_right(tmp_path / "preprocessed/val", dataset)
-
-
-def test_pictures_that_were_sorted_into_folders_are_the_same_dataset(tmp_path, toy):
-    other = copied(toy, tmp_path / "other")
-    config = toolkit.write_config(tmp_path, other, tmp_path / "buffer")
+    config = toolkit.write_config(tmp_path, toy, tmp_path / "buffer")
     run_well("preprocess_val.py", config)
-    listing = tmp_path / "preprocessed/val/pictures.txt"
-    lines = [f"{p.stat().st_size} 'x/{p.name}'\n" for p in sorted((toy / "val").glob("*/*"))]
-    listing.write_text("".join(lines))
-    run_well("preprocess_val.py", config)
-    assert_crops_are_right(tmp_path / "preprocessed/val", other)
+    config = toolkit.write_config(tmp_path, tmp_path / "other", tmp_path / "buffer")
+    result = toolkit.run("preprocess_val.py", config)
+    toolkit.assert_one_line_error(result, "preprocess_val.py", "another dataset", str(toy / "val"))
+    assert_crops_are_right(tmp_path / "preprocessed/val", toy)
 
 
 def test_crops_of_another_dataset_with_other_names_are_kept(tmp_path, toy):
@@ -212,9 +267,10 @@ def test_the_crops_need_room(settings, mixed, tmp_path, monkeypatch):
         in_process(preprocess_val, monkeypatch, settings)
     folder = tmp_path / "preprocessed/val"
     assert not list(folder.glob("*.npy"))
-    utils.remove_lock(folder / ".preprocess_val.lock")  # as when the process ends
+    utils._forget_locks()  # as when the process ends
     monkeypatch.setattr(shutil, "disk_usage", disk_with(needed))
     in_process(preprocess_val, monkeypatch, settings)
+    utils._forget_locks()
     assert_crops_are_right(folder, mixed)
 
 
@@ -231,3 +287,162 @@ def test_a_broken_validation_picture_has_no_label(tmp_path, toy):
         labels = np.load(tmp_path / "preprocessed/val/y.npy")
         assert labels.tolist() == [0, 0, 1, -1, 2, 2, 3, 3]
     assert len(list((tmp_path / "preprocessed/val").glob("X10_*"))) == 7
+
+
+def test_all_broken_pictures_are_named_in_one_pass(tmp_path, toy):
+    dataset = copied(toy, tmp_path / "data")
+    for name in ("discs/discs_0", "stars/stars_1", "tiles/tiles_1"):
+        truncate(dataset / f"val/{name}.JPEG")
+    config = toolkit.write_config(tmp_path, dataset, tmp_path / "buffer")
+    result = toolkit.run("preprocess_val.py", config)
+    toolkit.assert_one_line_error(result, "preprocess_val.py", "3 of 8 pictures")
+    for name in ("discs_0.JPEG", "stars_1.JPEG", "tiles_1.JPEG"):
+        assert result.stderr.count(name) == 1
+    folder = tmp_path / "preprocessed/val"
+    assert not note_of(folder)["complete"]
+    with pytest.raises(UserError, match="crops missing or incomplete; run preprocess_val.py"):
+        preprocess_val.Crops(folder, 0)
+
+
+STRANGERS = ["y.npy", "X10_0.npy", "X10_123456.npy", "crops.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"key": 1}'])
+@pytest.mark.parametrize("name", STRANGERS)
+def test_files_of_strangers_are_kept_and_named(name, content, config, tmp_path):
+    folder = tmp_path / "preprocessed/val"
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(content)
+    result = toolkit.run("preprocess_val.py", config)
+    toolkit.assert_one_line_error(result, "preprocess_val.py", str(folder / name))
+    assert tree(folder) == {name: content}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_folder_of_a_files_name_is_named(name, config, tmp_path):
+    (tmp_path / "preprocessed/val" / name / "within").mkdir(parents=True)
+    result = toolkit.run("preprocess_val.py", config)
+    toolkit.assert_one_line_error(result, "preprocess_val.py", name)
+
+
+def test_no_file_is_written_through_a_link(config, tmp_path):
+    folder, keys = tmp_path / "preprocessed/val", tmp_path / "keys"
+    run_well("preprocess_val.py", config)
+    keys.write_text("secret")
+    for name in ("y.npy", "X10_3.npy", "crops.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        if name == "crops.json":
+            (tmp_path / "note").write_bytes(content)
+        (folder / name).symlink_to(tmp_path / "note" if name == "crops.json" else keys)
+    run_well("preprocess_val.py", config)
+    assert keys.read_text() == "secret"
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    (folder / ".preprocess_val.lock").unlink()
+    (folder / ".preprocess_val.lock").symlink_to(keys)
+    result = toolkit.run("preprocess_val.py", config)
+    toolkit.assert_one_line_error(result, "preprocess_val.py", ".preprocess_val.lock", "link")
+    assert keys.read_text() == "secret"
+
+
+# --- reading the crops ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """Crops of three pictures of two classes."""
+    note = preprocess_val.Note("/pictures", "1-2", True, ["cat", "dog"])
+    utils.write_record(tmp_path / "crops.json", note)
+    np.save(tmp_path / "y.npy", np.array([1, -1, 0]))
+    for index in (0, 2):
+        crops = np.arange(10, dtype=np.uint8)[:, None, None, None] + 10 * np.uint8(index)
+        np.save(tmp_path / f"X10_{index}.npy", np.broadcast_to(crops, (10, 224, 224, 3)))
+    return tmp_path
+
+
+def test_crops_are_read_back(written):
+    crops = preprocess_val.Crops(written, 3)
+    assert (len(crops), crops.classes, crops.names) == (2, 2, ["cat", "dog"])
+    assert crops.indices.tolist() == [0, 2] and crops.labels.tolist() == [1, -1, 0]
+    ten = crops.load(crops.indices)
+    assert ten.shape == (20, 224, 224, 3) and ten[:, 0, 0, 0].tolist()[8:12] == [8, 9, 20, 21]
+    assert crops.load(crops.indices)[crops.centre :: crops.count][:, 5, 5, 1].tolist() == [8, 28]
+    one = preprocess_val.Crops(written, 0, count=1)
+    assert one.load(one.indices)[one.centre :: one.count][:, 5, 5, 1].tolist() == [8, 28]
+    assert one.load(one.indices[:0]).shape == (0, 224, 224, 3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "null", "[]", "{}", "[" * 100_000, '{"complete": true}', "\x00",
+        '{"originals": 1, "fingerprint": "", "complete": true, "class_names": ["a"]}',
+        '{"originals": "", "fingerprint": "", "complete": 1, "class_names": ["a"]}',
+        '{"originals": "", "fingerprint": "", "complete": true, "class_names": [0]}',
+        '{"originals": "", "fingerprint": "", "complete": true, "class_names": null}',
+        '{"originals": "", "fingerprint": "", "complete": false, "class_names": ["a", "b"]}',
+        '{"originals": "", "fingerprint": "", "complete": true, "class_names": []}',
+    ],
+)  # fmt: skip
+def test_a_note_of_any_content_is_one_line(content, written):
+    (written / "crops.json").write_text(content)
+    with pytest.raises(UserError, match="crops.json|preprocess_val.py"):
+        preprocess_val.Crops(written, 0)
+
+
+def header(text: str) -> bytes:
+    """A .npy file of this header alone."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"PK\3\4", b"\x93NUMPY", header("{}"), header("__import__('os')"),
+        header("{'descr': '<i8', 'fortran_order': False, 'shape': (100000000000,)}\n"),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}\n"),
+        np.array([0.0, 1.0]), np.array([0, 1], np.int32), np.array([[0, 1]]), np.array(1),
+        np.array([], np.int64), np.array([-1, -1]), np.array([0, 2]), np.array([0, -2]),
+        np.array([0, 10**12]),
+    ],
+)  # fmt: skip
+def test_labels_of_any_content_are_one_line(content, written):
+    if isinstance(content, bytes):
+        (written / "y.npy").write_bytes(content)
+    else:
+        np.save(written / "y.npy", content)
+    with pytest.raises(UserError, match="y.npy: holds no labels; run preprocess_val.py again"):
+        preprocess_val.Crops(written, 0)
+
+
+def test_a_fifo_in_place_of_the_labels_does_not_hang(written):
+    (written / "y.npy").unlink()
+    os.mkfifo(written / "y.npy")
+    with pytest.raises(UserError, match="y.npy"):
+        preprocess_val.Crops(written, 0)
+
+
+def test_crops_that_belong_to_another_user_can_be_read(written, monkeypatch):
+    (written / ".preprocess_val.lock").touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    open_ = os.open
+
+    def refused(path, flags, *rest):
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refused)
+    assert len(preprocess_val.Crops(written, 0)) == 2
+
+
+def test_class_names_of_any_kind_come_back(tmp_path, toy):
+    names = ["a\nb", "käfer", "\x1b[31mred", "c\udcff", 'x,"y"']
+    for name in names:
+        for part in ("train", "val"):
+            save_picture(tmp_path / "data" / part / name / "1.jpg", picture(0, (300, 256)))
+    config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+    result = run_well("preprocess_val.py", config)
+    assert "\x1b" not in result.stdout
+    assert preprocess_val.Crops(tmp_path / "preprocessed/val", 0).names == sorted(names)
