@@ -43,14 +43,7 @@ import weakref
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,6 +194,11 @@ class BatchSpec:
             if not good:
                 raise ValueError(f"{name} cannot be {str(getattr(self, name))[:60]}")
 
+    @classmethod
+    def read(cls, folder: Path) -> "BatchSpec | None":
+        """What buffer.json says; None if there is none. Raises UserError if it is not ours."""
+        return utils.read_record(cls, folder / BUFFER_JSON)
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """The shape of a batch's pictures."""
@@ -229,20 +227,6 @@ class BatchSpec:
     def differences(self, expected: Mapping[str, object]) -> list[str]:
         """Names of the fields that differ from `expected`."""
         return [name for name, value in expected.items() if getattr(self, name) != value]
-
-    def changes(self, new: "BatchSpec") -> str:
-        """Says in words what differs in `new`. Ignores the epochs."""
-        words = []
-        for name in self.differences(dataclasses.asdict(new)):
-            if name in IN_WORDS:
-                words.append(f"other {IN_WORDS[name]}")
-            elif name != "epochs":
-                words.append(f"{name} was {getattr(self, name)}, now {getattr(new, name)}")
-        return "; ".join(words)
-
-
-IN_WORDS = {"class_names": "class names", "pictures": "pictures", "resized": "resized copies"}
-"""Fields of BatchSpec whose values are too long for a message."""
 
 
 def batches_for(config: SimpleNamespace, args: Namespace) -> "Batches":
@@ -278,18 +262,15 @@ def batches_for(config: SimpleNamespace, args: Namespace) -> "Batches":
 
 @dataclass
 class TFConfig:
-    """What the environment variable TF_CONFIG holds, on each of the machines that train together:
-    the addresses of all, by job, and which of them this is.
-    """
+    """What the environment variable TF_CONFIG says of several machines that train together."""
 
-    cluster: dict[str, list[str]]
-    task: dict[str, Any]
+    cluster: dict[str, list[str]]  # their addresses, by job
+    task: dict[str, Any]  # job and index of this machine
 
     def __post_init__(self) -> None:
         chiefs, others = (len(self.cluster.get(job, [])) for job in ("chief", "worker"))
-        job, index = self.task.get("type"), self.task.get("index")
+        job, index, self.workers = self.task.get("type"), self.task.get("index"), chiefs + others
         first, count = {"chief": (0, chiefs), "worker": (chiefs, others)}.get(str(job), (0, 0))
-        self.workers = chiefs + others
         if type(index) is not int or not 0 <= index < count:
             raise ValueError(f"task {self.task} is not one of the cluster's {self.workers}")
         self.worker = first + index
@@ -300,15 +281,10 @@ def worker_of_workers() -> tuple[int, int]:
 
     (0, 1) if the variable is not set. The chief is worker 0. Raises UserError.
     """
-    text = os.environ.get("TF_CONFIG", "")
-    if not text.strip():
-        return 0, 1
-    expected = (
-        'TF_CONFIG: expected {"cluster": {"worker": ["host:port", …]}, '
-        '"task": {"type": "worker", "index": 0}}'
-    )
-    tf_config = utils.as_record(TFConfig, text, expected)
-    return tf_config.worker, tf_config.workers
+    text = os.environ.get("TF_CONFIG", "").strip()
+    example = '{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}}'
+    machines = utils.as_record(TFConfig, text, f"TF_CONFIG: expected {example}") if text else None
+    return (machines.worker, machines.workers) if machines else (0, 1)
 
 
 POSITION = re.compile(rb"\s*(\d{1,9})\s+(\d{1,9})\s*")
@@ -344,7 +320,7 @@ def set_aside_older_run(folder: Path, args: Namespace) -> None:
 
     Raises UserError if buffer.json is not ours.
     """
-    if utils.read_record(BatchSpec, folder / BUFFER_JSON):
+    if BatchSpec.read(folder):
         os.rename(folder / BUFFER_JSON, folder / OLDER_JSON)
     position = read_position(folder)
     if position and not args.epoch_start <= position[0] < args.epoch_end:
@@ -362,7 +338,7 @@ class Buffer:
 
     held: tuple[int, int] | None = None
     """The lock file that this process holds; see `lock_file`."""
-    _said_too_early = _said_no_room = False
+    said_no_room = False
 
     def __init__(self, folder: Path, batches: "Batches", size: int):
         self.folder, self.batches, self.spec = folder, batches, batches.spec
@@ -372,37 +348,24 @@ class Buffer:
         self.y_bytes = utils.array_file_size(np.int32, self.spec.shape[:1])
 
     def check_room(self) -> None:
-        """Prints how much room the buffer needs and how much there is. Raises UserError if too
-        little.
-        """
+        """Prints how much room the buffer needs and has. Raises UserError if it has too little."""
         folder, size_of = self.folder, utils.file_size
         own = sum(on_disk((folder / name).stat().st_size) for name in self._batch_names())
-        room = shutil.disk_usage(folder).free + own
-        room = max(room - 4096, 0)  # replacing training_progress.txt takes a page
         batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
-        needed, in_memory = batch * self.size, is_ram_disk(folder)
-        free = utils.available_memory() if in_memory else None
-        memory = "" if free is None else f"; free memory: {size_of(free)}"
-        print(
-            f"buffer: {plural(self.size, 'batch')} of {size_of(batch)} in {folder}"
-            f"{', a RAM disk' if in_memory else ''}: needs {size_of(needed)}, has room for "
-            f"{size_of(room)}{memory}"
-        )
-        limits = [(room, f"{folder} has room for {size_of(room)}")]
+        room = shutil.disk_usage(folder).free + own - on_disk(1)  # a page for the progress file
+        there = f"{folder} has room for {size_of(max(room, 0))}"
+        free = utils.available_memory() if is_ram_disk(folder) else None
         if free is not None:
+            there += f"; it is a RAM disk, and {size_of(free)} of memory is free"
             # Leave a tenth of the free memory for training, but at least 1 GB and at most half.
-            limit = free + own - min(max(10**9, free // 10), free // 2)
-            why = f"{folder} is a RAM disk and may take {size_of(limit)} of memory"
-            limits.append((limit, f"{why}: {size_of(free)} is free, and training needs some"))
-        room, why = min(limits)
-        if needed > room:
+            room = min(room, free + own - min(max(10**9, free // 10), free // 2))
+        needs = f"{plural(self.size, 'batch')} of {size_of(batch)}"
+        if batch * self.size > room:
             way_out = f"the largest buffer_size that fits is {room // batch}"
             if room < batch:
                 way_out = "not even one batch fits: use another folder or a smaller --batch_size"
-            raise UserError(
-                f"[train] buffer_size = {self.size} needs {size_of(needed)}, but "
-                f"buffer_folder {why}; {way_out}"
-            )
+            raise UserError(f"[train] buffer_size: no room for {needs}: {there}; {way_out}")
+        print(f"buffer: {needs}, together {size_of(batch * self.size)}; {there}")
 
     def claim(self) -> None:
         """Prepares the folder: removes leftovers, and batches of another making.
@@ -417,8 +380,8 @@ class Buffer:
                 f"([train] buffer_folder)"
             )
         if names and old != self.spec:
-            making = old.changes(self.spec)
-            print(f"{self.folder}: removing {plural(len(names), 'file')}: {making}")
+            others = ", ".join(old.differences(dataclasses.asdict(self.spec)))
+            print(f"{self.folder}: removing {plural(len(names), 'file')}, made with other {others}")
             self._remove(names)
         self.remove_leftovers()
         utils.write_record(self.folder / BUFFER_JSON, self.spec)
@@ -454,22 +417,12 @@ class Buffer:
         return complete["X"] & complete["Y"]
 
     def wanted_first(self) -> int:
-        """The step that training needs next. Warns once if it is before this run's epochs."""
+        """The step that training needs next, or this run's first."""
         step = read_progress(self.folder, self.spec)
-        if step is None:
-            return self.start
-        if step < self.start and not self._said_too_early:
-            utils.warn(
-                f"training needs {self.spec.position(step)}, before --epoch_start="
-                f"{self.spec.epochs[0]}; start this script again with "
-                f"--epoch_start={step // self.spec.batches_per_epoch}"
-            )
-        self._said_too_early = step < self.start
-        return step
+        return self.start if step is None else max(step, self.start)
 
     def window(self, first: int) -> range:
         """The steps that the buffer should hold when training needs `first`."""
-        first = max(first, self.start)
         return range(first, min(first + self.size, self.end))
 
     def remove_all_but(self, window: range) -> None:
@@ -480,12 +433,6 @@ class Buffer:
         """Removes these batches if they exist."""
         for step in steps:
             self._remove(path.name for path in self.spec.files(self.folder, step))
-
-    def no_room(self) -> None:
-        """Warns once that there is no room for a batch."""
-        if not self._said_no_room:
-            utils.warn(f"{self.folder}: no room for another batch; waiting for room")
-        self._said_no_room = True
 
     def remove_leftovers(self) -> None:
         """Removes what a killed process left half-written. The lock makes this process the only
@@ -589,13 +536,13 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float, stop: utils.Stop)
                 for step in missing[: 2 * threads - len(under_way)]:
                     under_way[step] = pool.submit(make, step, buffer.held)
                 filling = bool(under_way)
-            wait(under_way.values(), POLL, FIRST_COMPLETED) if under_way else stop.wait(POLL)
+            wait(under_way.values(), POLL, "FIRST_COMPLETED") if under_way else stop.wait(POLL)
             done = [step for step in under_way if under_way[step].done()]
             made = [step for step in done if is_made(buffer, under_way.pop(step))]
             if made != done:
                 look_at = 0.0  # the folder may have been removed
             ready.update(made)
-            diary.note(first, len(ready), len(made), len(done), filling)
+            diary.note(first, len(ready), len(made), filling)
     return diary.made
 
 
@@ -611,7 +558,9 @@ def is_made(buffer: Buffer, job: Future) -> bool:
     except OSError as error:
         if not utils.is_no_room(error):
             raise
-        buffer.no_room()
+        if not buffer.said_no_room:
+            utils.warn(f"{buffer.folder}: no room for another batch; waiting for room")
+        buffer.said_no_room = True
         return False
     for path, error in broken:
         buffer.batches.failures.add(path, error)
@@ -620,9 +569,7 @@ def is_made(buffer: Buffer, job: Future) -> bool:
 
 
 class Diary:
-    """Counts the batches made. Says so when the buffer is full, now and then while it is not, and
-    when a worker hangs.
-    """
+    """Says how many batches were made, when the buffer is full and now and then while it is not."""
 
     def __init__(self, buffer: Buffer, pause: float):
         """`pause`: at least this many seconds between two lines."""
@@ -631,22 +578,13 @@ class Diary:
         self._busy = self._say_at = 0.0
         self._now = self._alive_at = time.monotonic()
 
-    def note(self, first: int, ready: int, made: int, done: int, filling: bool) -> None:
+    def note(self, first: int, ready: int, made: int, filling: bool) -> None:
         """Called in each round: where training is, how many batches are ready, how many were just
-        made, by how many jobs, and whether more are wanted.
+        made, and whether more are wanted.
         """
         last, self._now = self._now, time.monotonic()
         self.made += made
-        if filling or made:
-            self._busy += self._now - last
-        if done or not filling:
-            self._alive_at = self._now
-        elif self._now >= self._alive_at + STUCK:
-            self._alive_at = self._now
-            utils.warn(
-                f"no batch was made for {STUCK:.0f} s, although training needs some: a process "
-                f"hangs, or the storage of {self.buffer.batches.pictures.folder} does"
-            )
+        self._busy += self._now - last if filling or made else 0
         new, is_due = self.made - self._told, self._busy >= max(self.pause, SAY_FILLING)
         if new and self._now >= self._say_at and (is_due or not filling):
             rate = new * self.buffer.spec.batch_size / max(self._busy, 1e-9)
@@ -655,6 +593,14 @@ class Diary:
                 f"training, {new:,} just made at {rate:,.0f} pictures/s"
             )
             self._told, self._busy, self._say_at = self.made, 0.0, self._now + self.pause
+        if made or not filling:
+            self._alive_at = self._now
+        elif self._now >= self._alive_at + STUCK:
+            self._alive_at = self._now
+            utils.warn(
+                f"no batch was made for {STUCK:.0f} s, although training needs some: a process "
+                f"hangs, or the storage of {self.buffer.batches.pictures.folder} does"
+            )
 
 
 FORK = sys.platform == "linux"
@@ -955,7 +901,7 @@ def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
     """
     folder, say_at, before = take_buffer(config), 0.0, ""
     while True:
-        spec = utils.read_record(BatchSpec, folder / BUFFER_JSON)
+        spec = BatchSpec.read(folder)
         wrong = misfit(spec, config, args.batch_size) if spec else ""
         if spec and not wrong:
             return spec
@@ -1001,28 +947,15 @@ def preprocessor_command(args: Namespace) -> str:
     )
 
 
-def end_preprocessing(
-    config: SimpleNamespace, args: Namespace, spec: BatchSpec | None = None
-) -> None:
+def end_preprocessing(folder: Path, epoch_end: int) -> None:
     """Tells runtime_preprocessing.py that training has passed its last epoch.
 
-    `spec`: describes the batches that this training has read. None for a run that had finished
-    before: then the buffer is told only if it stands at the last batch of such a run. Otherwise it
-    belongs to another run. `args`: as in `wait_for_buffer`.
+    Only for a training that holds the lock, and that has used the batches of this buffer.
     """
-    folder = config.train.buffer_folder
-    found = utils.read_record(BatchSpec, folder / BUFFER_JSON)
-    if found is None:
-        return
-    end = found.step(args.epoch_end)
-    if spec is None:
-        fits = not misfit(found, config, args.batch_size)
-        if not fits or read_progress(folder, found) != end - 1:
-            return
-    elif found != spec:
-        return
-    remove_batches_before(folder, found, end)  # makes room, in case there is none
-    write_progress(folder, found, end)
+    if spec := BatchSpec.read(folder):
+        end = spec.step(epoch_end)
+        remove_batches_before(folder, spec, end)  # makes room, in case there is none
+        write_progress(folder, spec, end)
 
 
 class BatchReader:
@@ -1057,9 +990,10 @@ class BatchReader:
 
     def __enter__(self) -> "BatchReader":
         self._tell(self.steps.start)
-        first, last = self.steps.start, self.steps.stop - 1
-        if line := out_of_reach(self.spec, first) or out_of_reach(self.spec, last):
-            utils.warn(line)
+        for step in (self.steps.start, self.steps.stop - 1):
+            if line := out_of_reach(self.spec, step, self.args):
+                utils.warn(line)
+                break
         self._read_ahead()
         return self
 
@@ -1129,7 +1063,7 @@ class BatchReader:
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if version == self._checked:  # reading 1,000 class names for every batch takes too long
             return
-        spec = utils.read_record(BatchSpec, path) or self.spec
+        spec = BatchSpec.read(self.folder) or self.spec
         for key in self.spec.differences(dataclasses.asdict(spec)):
             if key not in ("epochs", "resized"):
                 raise UserError(
@@ -1172,26 +1106,24 @@ def why_missing(folder: Path, step: int, args: Namespace) -> str:
     """Why a batch is missing, judging by the buffer's files, and what to do about it."""
     if not utils.is_locked(folder / LOCK):
         return f"no runtime_preprocessing.py is running; start {preprocessor_command(args)}"
-    spec = utils.read_record(BatchSpec, folder / BUFFER_JSON)
+    spec = BatchSpec.read(folder)
     if spec is None:
         return "runtime_preprocessing.py is starting"
-    if line := out_of_reach(spec, step):
+    if line := out_of_reach(spec, step, args):
         return line
     if read_progress(folder, spec) != step:
         return f"there is no room for {PROGRESS}, which says what to make; free some space"
     return "runtime_preprocessing.py is at work; its output says why this takes so long"
 
 
-def out_of_reach(spec: BatchSpec, step: int) -> str | None:
-    """What to do if the preprocessor was started with epochs that lack this step, else None."""
+def out_of_reach(spec: BatchSpec, step: int, args: Namespace) -> str:
+    """What to do if the preprocessor was started with epochs that lack this step, else ""."""
     epoch, (start, end) = step // spec.batches_per_epoch, spec.epochs
     if start <= epoch < end:
-        return None
-    flag = f"--epoch_start={start}" if epoch < start else f"--epoch_end={end}"
-    better = f"--epoch_start={epoch}" if epoch < start else f"--epoch_end={epoch + 1} or more"
+        return ""
     return (
-        f"runtime_preprocessing.py was started with {flag}, but this training needs epoch {epoch}; "
-        f"stop it and start it again with {better}"
+        f"runtime_preprocessing.py was started with --epoch_start={start} --epoch_end={end}, but "
+        f"this training needs epoch {epoch}; stop it and start {preprocessor_command(args)}"
     )
 
 
@@ -1269,7 +1201,7 @@ def measure(
                 for _ in range(2 * threads - len(under_way)):  # as in `keep_full`
                     under_way[pool.submit(make, step + begun, None)] = step + begun
                     begun += 1
-                for job in wait(under_way, return_when=FIRST_COMPLETED).done:
+                for job in wait(under_way, return_when="FIRST_COMPLETED").done:
                     if not is_made(buffer, job):
                         raise UserError(f"{folder}: no room for two batches per thread")
                     buffer.remove([under_way.pop(job)])
@@ -1303,20 +1235,10 @@ def draw_preview(batches: Batches, file: Path, most: int = 32) -> None:
     x, y = batches.make(step)
     pixels = x[:most].astype(np.float32) * np.float32(spec.sigma) + np.float32(spec.mu)
     pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
-    gap, head, columns = 12, 40, min(8, len(pixels))
-    width, height = CROP + gap, CROP + 26 + gap  # of a picture with its caption
-    font, small = ImageFont.load_default(18), ImageFont.load_default(16)
-    size = (gap + columns * width, head + -(-len(pixels) // columns) * height)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
     shown = f"first {len(pixels)} of {len(x)} pictures" if len(x) > most else f"{len(x)} pictures"
     title = f"{spec.position(step)}: {shown}, as the network sees them"
-    pen.text((gap, 10), title, "black", font)
-    for i, (picture, label) in enumerate(zip(pixels, y, strict=False)):
-        left, top = gap + i % columns * width, head + i // columns * height
-        sheet.paste(Image.fromarray(picture), (left, top))
-        name = shortened(spec.class_names[label], small, CROP)
-        pen.text((left, top + CROP + 4), name, "black", small)
+    captions = [[spec.class_names[label]] for label in y[:most]]
+    sheet = contact_sheet(pixels, captions, title, columns=8)
     if file.is_dir():
         raise UserError(f"--preview={file} is a folder, not a file")
     try:
@@ -1325,6 +1247,26 @@ def draw_preview(batches: Batches, file: Path, most: int = 32) -> None:
     except FileNotFoundError:
         raise UserError(f"--preview={file}: no such folder") from None
     print(f"wrote {file}")
+
+
+def contact_sheet(
+    pictures: np.ndarray, captions: Sequence[Sequence[str]], title: str, columns: int
+) -> Image.Image:
+    """Pictures in rows, with lines of text below each. pictures: uint8 [n, 224, 224, 3], RGB."""
+    gap, line, head, lines = 12, 20, 40, max(map(len, captions), default=1)
+    width, height = CROP + gap, CROP + line * lines + gap  # of a picture with its caption
+    font, small = ImageFont.load_default(18), ImageFont.load_default(16)
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (gap + columns * width, head + rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((gap, 10), shortened(title, font, sheet.width - gap), "black", font)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = gap + i % columns * width, head + i // columns * height
+        sheet.paste(Image.fromarray(picture), (left, top))
+        for number, text in enumerate(caption):
+            at = (left, top + CROP + 4 + line * number)
+            pen.text(at, shortened(text, small, CROP), "black", small)
+    return sheet
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
