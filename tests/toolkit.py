@@ -48,21 +48,18 @@ def write_config(folder: Path, dataset: Path, buffer: Path, **values: object) ->
     return config
 
 
-def recipe_of(config: Path, batch_size: int = 4, **changes: object):
-    """The runtime_preprocessing.Recipe that the command has with this config.txt."""
+def batches_of(config: Path, batch_size: int = 4, **changes: object):
+    """The runtime_preprocessing.Batches that the command makes with this config.txt."""
     import utils
 
-    import preprocess
     import runtime_preprocessing
 
-    settings = utils.load_config(config)
-    pictures = preprocess.training_pictures(settings)
-    copies = preprocess.resized_folders(settings.preprocess.path_to_save, pictures)
     args = SimpleNamespace(batch_size=batch_size, epoch_start=0, epoch_end=3)
-    spec = runtime_preprocessing.spec_of(settings, pictures, copies, args)
-    share = len(pictures) // changes.get("workers", 1)
+    batches = runtime_preprocessing.batches_for(utils.load_config(config), args)
+    share = len(batches.pictures) // changes.get("workers", 1)
     changes["batches_per_epoch"] = share // batch_size
-    return runtime_preprocessing.Recipe(dataclasses.replace(spec, **changes), pictures, copies)
+    spec = dataclasses.replace(batches.spec, **changes)
+    return runtime_preprocessing.Batches(spec, batches.pictures, batches.copies)
 
 
 def command(script: str, config: Path | None, *arguments: str) -> list[str]:
