@@ -62,6 +62,9 @@ def batches_of(config: Path, batch_size: int = 4, **changes: object):
     return runtime_preprocessing.Batches(spec, batches.pictures, batches.copies)
 
 
+recipe_of = batches_of
+
+
 def command(script: str, config: Path | None, *arguments: str) -> list[str]:
     settings = [f"--config={config}"] if config else []
     return [sys.executable, str(ROOT / script), *settings, *arguments]
