@@ -12,44 +12,46 @@ After epoch e it saves `saved_models/mytestrun/<e>/`, a TensorFlow SavedModel. I
 it is stopped, training also saves a state within the epoch, `state_<epoch>_<batch>/`, which
 replaces the previous one. The same command with `--resume` loads the latest model or state and
 continues at the exact batch, however training stopped. `--epoch_start=E` alone continues from the
-model of epoch E - 1. The log lines also go to `training_log.csv` and, for TensorBoard, to
-`events/`.
+model of epoch E - 1. The log goes to `training_log.csv` and, for TensorBoard, to `events/`.
 
-This file holds, in order: main and the loop, the learning rate, the step, the command line, devices
-and signals, the run's folder and what is saved there, the log.
+This file holds, in order: main and the loop, the learning rate, the step, the command line, the
+plan, devices and machines, the run's folder, what is saved there and loaded, the log.
 """
 
+import os.path
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
+
+import utils  # first: it says which package is missing
+from utils import REQUIRED, Events, Stop, UserError, number, plural, whole
+
+# isort: split
 import argparse
-import atexit
 import contextlib
 import csv
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import sys
 import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-
-import utils
-from utils import CROP, REQUIRED, UserError, number, plural, whole
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from preprocess import CROP
 from runtime_preprocessing import (
     BatchReader,
     BatchSpec,
     end_preprocessing,
-    take_buffer,
     wait_for_buffer,
     worker_of_workers,
 )
@@ -57,16 +59,9 @@ from runtime_preprocessing import (
 with utils.quiet_tensorflow():
     import tensorflow as tf
 
-    from batch_renorm import limits_at, momentum_at
-    from resnet50 import (
-        ResNet50,
-        epochs_in,
-        export_model,
-        model_recipe,
-        read_weights,
-        runs_in,
-        warn_of_other_classes,
-    )
+    import resnet50
+    from batch_renorm import in_updates, limits_at, momentum_at
+    from resnet50 import LOG_COLUMNS, STATE, TRAINING_LOG, ResNet50, epochs_in, model_recipe
 
 
 def main() -> None:
@@ -74,31 +69,35 @@ def main() -> None:
     config = utils.load_config(args.config)
     strategy = open_devices(args)
     if args.synthetic:
-        measure_speed(Trainer(strategy, config, 1000, args))
+        measure_speed(Trainer(strategy, config, 1000, 1000, args))
         return
-    run = Run(config.train.path_for_saving / args.run_folder, chief=worker_of_workers()[0] == 0)
-    run.claim(args)
-    if args.resume and run.is_trained_to(args.epoch_end):
-        end_preprocessing(take_buffer(config), args.epoch_end)
+    run = Run(config.train.path_for_saving / args.run_folder, args)
+    place = run.claim()
+    if place.epoch >= args.epoch_end:
+        end_preprocessing(config, args)
         print(f"{run.folder} is already trained to the end of epoch {args.epoch_end - 1}")
         return
     spec = wait_for_buffer(config, args)  # what the batches are made of
-    agree(strategy, spec_and_settings(spec, config, args))
-    trainer = Trainer(strategy, config, spec.classes, args)
-    steps = range(restore(run, trainer, spec, args), spec.step(args.epoch_end))
+    settings = settings_of(config, spec, args)
+    agree(strategy, settings | {"resized": "differs", "class names": spec.class_names})
+    trainer = Trainer(strategy, config, spec.classes, spec.batches_per_epoch, args)
+    restore(run, place, trainer, spec, settings)
+    steps = range(spec.step(place.epoch, place.batch), spec.step(args.epoch_end))
     agree(strategy, {"first step": steps.start, "weights": trainer.checksum()})
-    saver = Saver(run, trainer, spec, args)
-    log = Log(run, trainer, spec, steps, args)
-    for line in plan(run, trainer, spec, steps, args):
+    for line in plan(run, trainer, spec, steps):
         print(line)
-    reader = BatchReader(config, spec, steps, trainer.put, args)
-    with stop_on_signals() as stop, log, reader:
-        finished = train(trainer, reader, saver, log, stop)
-    if not finished:
+    saver = Saver(run, trainer, spec, settings)
+    reader = BatchReader(config, spec, steps, trainer.to_device, args)
+    display = Display(run, spec, steps, reader)
+    log = Log(run, spec, steps, display)
+    with utils.stop_on_signals() as stop, log, reader, display:
+        step = train(trainer, reader, saver, log, stop)
+    if step < steps.stop:
+        print(f"stopped before {spec.position(step)}; the same command with --resume continues")
         sys.exit(128 + stop.number)
     # Only after the last model is saved: a kill before that makes training need the batches again.
     agree(strategy, {"last step": steps.stop})  # other machines wait until the chief has saved it
-    end_preprocessing(reader.folder, args.epoch_end)
+    end_preprocessing(config, args, spec)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
         f"in {run.folder}. Next: python3 check_accuracy.py --run_folder={args.run_folder} "
@@ -106,47 +105,36 @@ def main() -> None:
     )
 
 
-def train(
-    trainer: "Trainer", reader: BatchReader, saver: "Saver", log: "Log", stop: "Stop"
-) -> bool:
-    """Trains on one batch per step, to the last step or until `stop`. Returns whether it finished.
+def train(trainer: "Trainer", reader: BatchReader, saver: "Saver", log: "Log", stop: Stop) -> int:
+    """Trains on one batch per step, to the last step or until `stop`. Returns the next step.
 
     Steps are counted from 0 across all epochs. A step is sent to the device while the previous one
     still runs there. `settle` waits for both. It raises UserError if a loss was not finite, so that
     such weights are never saved.
     """
-    step = log.steps.start
+    step, per_epoch = log.steps.start, reader.spec.batches_per_epoch
     while step < log.steps.stop and not log.should_stop(step, stop):
         try:
             with log.waiting():
                 batch = reader.next(stop)
         except (UserError, OSError):  # of the buffer; the weights are good
             log.settle()
-            saver.save_rolling(step)
+            saver.save_state(step)
             raise
         if batch is None:  # stopped while waiting
             break
-        rate = learning_rate(step, trainer.args, reader.spec.batches_per_epoch)
-        log.add(step, rate, trainer.step(*batch, rate, stop))
+        rate = learning_rate(step, trainer.args, per_epoch)
+        log.add(step, rate, trainer.train_batch(*batch, rate, stop.is_set()))
         step += 1
-        if step % reader.spec.batches_per_epoch == 0:
+        if step % per_epoch == 0:
             log.settle()
             saver.save_epoch(step, stop)
-            log.say()
         elif saver.is_due():
             log.settle()
-            saver.save_rolling(step)
-            log.say()
-    if step == log.steps.stop:
-        return True
+            saver.save_state(step)
     log.settle()
-    saved = saver.save_rolling(step)  # before anything is printed: a terminal may block
-    log.say()
-    print(
-        f"stopped before {reader.spec.position(step)}; the same command with --resume continues "
-        f"{'there' if saved else 'from the last state that was saved'}"
-    )
-    return False
+    saver.save_state(step)
+    return step
 
 
 def learning_rate(step: int, args: argparse.Namespace, batches_per_epoch: int) -> float:
@@ -168,32 +156,15 @@ def learning_rate(step: int, args: argparse.Namespace, batches_per_epoch: int) -
 
 # --- the training step ----------------------------------------------------------------------
 
+MEANS = ("loss", "loss_without_l2", "top1", "gradient_norm")
+"""What a row of the log averages over its steps."""
 
-class SkippingSGD(tf.keras.optimizers.SGD):
-    """Keras's SGD, but it can skip a step. The device decides, so nothing waits for the host."""
-
-    usable: tf.Tensor | None = None
-    """Whether to take the current step, a bool scalar. None takes every step."""
-
-    def assign(self, variable: tf.Variable, value: tf.Tensor) -> None:
-        if self.usable is not None:
-            value = tf.where(self.usable, value, variable)
-        super().assign(variable, value)
-
-    def assign_add(self, variable: tf.Variable, value: tf.Tensor) -> None:
-        if self.usable is not None:
-            value = tf.where(self.usable, value, tf.zeros_like(value))
-        super().assign_add(variable, value)
-
-    def assign_sub(self, variable: tf.Variable, value: tf.Tensor) -> None:
-        self.assign_add(variable, -value)  # without momentum Keras subtracts
-
-    def _all_reduce_sum_gradients(self, grads_and_vars: list) -> list:
-        return grads_and_vars  # `Trainer` has already averaged them over the replicas
+METRICS = (*MEANS, "r_max", "d_max", "loss_scale", "skipped_steps", "stopping")
+"""What a step returns: float32 each, means over the replicas."""
 
 
 class Trainer:
-    """Network, optimizer and the step function, on the devices of a strategy.
+    """The network, its momentum and the step, on the devices of a strategy.
 
     Each replica has a copy of every variable. The copies stay equal because all replicas apply the
     same updates.
@@ -204,43 +175,38 @@ class Trainer:
         strategy: tf.distribute.Strategy,
         config: SimpleNamespace,
         classes: int,
+        batches_per_epoch: int,
         args: argparse.Namespace,
     ):
         self.strategy, self.config, self.classes, self.args = strategy, config, classes, args
         self.replicas = strategy.num_replicas_in_sync
         self.local_replicas = self.replicas // worker_of_workers()[1]
-        pieces = self.local_replicas * args.accumulation_steps
-        if args.batch_size % pieces:
-            raise UserError(
-                f"--batch_size={args.batch_size} cannot be shared evenly among "
-                f"{self.local_replicas} GPUs, in {args.accumulation_steps} pieces each"
-            )
-        if self.replicas > 1 and not hasattr(SkippingSGD.__base__, "_all_reduce_sum_gradients"):
-            raise UserError("this Keras sums gradients in a new way; install an older tensorflow")
         self.compute_type = tf.as_dtype(args.precision.removeprefix("mixed_"))
+        try:
+            self.renorm = in_updates(config.batch_renorm, batches_per_epoch)
+        except ValueError as error:
+            raise UserError(f"{args.config}: {error}") from None
         tf.random.set_seed(config.train.seed)
         with strategy.scope():
             self.network = ResNet50(classes)
-            self.optimizer = SkippingSGD(momentum=config.train.sgd_momentum)
-            self.optimizer.build(self.network.trainable_variables)
+            weights = self.network.trainable_variables
+            self.momentum = [tf.Variable(tf.zeros_like(w), trainable=False) for w in weights]
             self.updates = tf.Variable(0, trainable=False, dtype=tf.int64)
             self.loss_scale = tf.Variable(2.0**15, trainable=False)
             self.good_updates = tf.Variable(0, trainable=False, dtype=tf.int64)
-        self.momentum = [slot.value for slot in self.optimizer.momentums]
-        self.state = tf.train.Checkpoint(
-            momentum=self.momentum,
-            updates=self.updates,
-            loss_scale=self.loss_scale,
-            good_updates=self.good_updates,
+            self.averaged = ResNet50(classes) if args.ema_decay else None
+        self.average(0.0)
+        whole_batch = args.jit_compile and self.replicas == 1
+        self._compiled_batch = tf.function(self._batch, jit_compile=whole_batch)
+        self._compiled_piece = tf.function(
+            self._piece, jit_compile=args.jit_compile and not whole_batch
         )
-        whole_step = args.jit_compile and self.replicas == 1
-        self._gradients = tf.function(
-            self._gradients, jit_compile=args.jit_compile and not whole_step
-        )
-        self._step = tf.function(self._step, jit_compile=whole_step)
 
-    def put(self, images: np.ndarray, labels: np.ndarray) -> tuple:
-        """Copies a batch to the devices: each replica gets its share of the pictures."""
+    def to_device(self, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
+        """Copies a batch to the devices: each replica gets its share of the pictures.
+
+        images: float16 [batch_size, 224, 224, 3]; labels: int32 [batch_size].
+        """
         if self.replicas == 1:
             return tf.identity(shared(images)), tf.constant(labels)
         share = len(images) // self.local_replicas
@@ -253,72 +219,93 @@ class Trainer:
 
         return self.strategy.experimental_distribute_values_from_function(part)
 
-    def step(
-        self, images: object, labels: object, rate: float, stop: "Stop | None" = None
+    def train_batch(
+        self, images: Any, labels: Any, rate: float, stopping: bool = False
     ) -> tf.Tensor:
-        """Trains on a batch. Returns METRICS, float32 [9]; the device may still compute them."""
-        stopping = float(stop is not None and stop.is_set())
-        return self._step(images, labels, tf.constant(rate), tf.constant(stopping))
+        """Takes a step with what `to_device` returned. Returns METRICS, float32 [9], which the
+        device may still compute. `stopping`: whether this machine was asked to stop.
+        """
+        return self._compiled_batch(images, labels, tf.constant(rate), tf.constant(float(stopping)))
 
-    def _step(self, images, labels, rate, stopping):
+    def _batch(self, images: Any, labels: Any, rate: tf.Tensor, stopping: tf.Tensor) -> tf.Tensor:
         """The step on all replicas. With only one, XLA can compile the whole step."""
         if self.replicas == 1:
-            return self._replica_step(images, labels, rate, stopping)
-        values = self.strategy.run(self._replica_step, (images, labels, rate, stopping))
+            return self._replica(images, labels, rate, stopping)
+        values = self.strategy.run(self._replica, (images, labels, rate, stopping))
         return self.strategy.reduce(tf.distribute.ReduceOp.MEAN, values, axis=None)
 
-    def _replica_step(self, images, labels, rate, stopping):
-        """The whole step: gradients, their mean over the replicas, new weights, new averages."""
-        gradients, statistics, values = self._accumulate(images, labels)
+    def _replica(
+        self, images: tf.Tensor, labels: tf.Tensor, rate: tf.Tensor, stopping: tf.Tensor
+    ) -> tf.Tensor:
+        """The step of a replica: gradients, their mean over all replicas, update, averages."""
+        gradients, statistics, values = self._pieces(images, labels)
         if self.replicas > 1:
             context = tf.distribute.get_replica_context()
             gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, gradients)
             statistics = context.all_reduce(tf.distribute.ReduceOp.MEAN, statistics)
-        if self.compute_type == tf.float16:
-            gradients = [gradient / self.loss_scale for gradient in gradients]
+        scale, is_float16 = tf.ones([]), self.compute_type == tf.float16
+        if is_float16:
+            scale = tf.identity(self.loss_scale)
+            gradients = [gradient / scale for gradient in gradients]
         norm = tf.linalg.global_norm(gradients)
-        usable = self._adapt_loss_scale(tf.math.is_finite(norm))
-        self.optimizer.usable = usable
-        self.optimizer.learning_rate = rate
-        self.optimizer.apply(gradients, self.network.trainable_variables)
-        limits = limits_at(self.updates, self.config.batch_renorm)
-        momentum = momentum_at(self.updates, self.config.batch_renorm.moving_avgs_momentum)
+        usable = tf.math.is_finite(norm)
+        weights = self.network.trainable_variables
+        for w, v, gradient in zip(weights, self.momentum, gradients, strict=True):
+            velocity = self.config.train.sgd_momentum * v - rate * gradient
+            weight = w + velocity
+            if is_float16:  # an overflow skips the update; the device decides, nothing waits
+                velocity, weight = tf.where(usable, velocity, v), tf.where(usable, weight, w)
+            v.assign(velocity)
+            w.assign(weight)
+        if is_float16:
+            self._adapt_loss_scale(usable)
+        limits = limits_at(self.updates, self.renorm)
+        momentum = momentum_at(self.updates, self.renorm.moving_avgs_momentum)
         for layer, (mean, std) in zip(self.network.norms, statistics, strict=True):
             layer.update(mean, std, momentum)
+        if self.averaged:
+            self.average(momentum_at(self.updates, self.args.ema_decay))
         self.updates.assign_add(1)
-        skipped, scale = 0.0, 1.0
-        if usable is not None:
-            skipped, scale = 1 - tf.cast(usable, tf.float32), self.loss_scale
-        return tf.stack([*tf.unstack(values), norm, *limits, skipped, scale, stopping])
+        skipped = 1 - tf.cast(usable, tf.float32) if is_float16 else tf.zeros([])
+        return tf.stack([*tf.unstack(values), norm, *limits, scale, skipped, stopping])
 
-    def _accumulate(self, images, labels):
-        """Splits a replica's pictures into pieces and averages what `_gradients` returns."""
+    def _pieces(
+        self, images: tf.Tensor, labels: tf.Tensor
+    ) -> tuple[list[tf.Tensor], list[tuple], tf.Tensor]:
+        """Takes a replica's pictures in `accumulation_steps` pieces, one after the other, and
+        averages what `_piece` returns for each.
+        """
         pieces = self.args.accumulation_steps
         if pieces == 1:
-            return self._gradients(images, labels)
+            return self._compiled_piece(images, labels)
         images = tf.reshape(images, [pieces, -1, *images.shape[1:]])
         labels = tf.reshape(labels, [pieces, -1])
         zeros = (
             [tf.zeros_like(variable) for variable in self.network.trainable_variables],
-            [[tf.zeros_like(norm.moving_mean)] * 2 for norm in self.network.norms],
+            [
+                (tf.zeros_like(n.moving_mean), tf.zeros_like(n.moving_std))
+                for n in self.network.norms
+            ],
             tf.zeros([3]),
         )
 
-        def add(piece, sums):
-            parts = tf.nest.flatten(self._gradients(images[piece], labels[piece]))
+        def add(piece: tf.Tensor, sums: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+            parts = tf.nest.flatten(self._compiled_piece(images[piece], labels[piece]))
             return piece + 1, [s + part / pieces for s, part in zip(sums, parts, strict=True)]
 
         _, means = tf.while_loop(lambda piece, _: piece < pieces, add, (0, tf.nest.flatten(zeros)))
         return tf.nest.pack_sequence_as(zeros, means)
 
-    def _gradients(self, images, labels):
+    def _piece(
+        self, images: tf.Tensor, labels: tf.Tensor
+    ) -> tuple[list[tf.Tensor], list[tuple], tf.Tensor]:
         """One forward and one backward pass. Returns the gradients of the (scaled) loss, the batch
         statistics of every normalisation, and float32 [3]: loss, loss without L2, top-1.
         """
-        limits = limits_at(self.updates, self.config.batch_renorm)
+        limits = limits_at(self.updates, self.renorm)
         smoothing = self.args.label_smoothing
         with tf.GradientTape() as tape:
-            logits = self.network(tf.cast(images, self.compute_type), limits)
+            logits, statistics = self.network(tf.cast(images, self.compute_type), limits)
             targets = tf.one_hot(labels, self.classes) * (1 - smoothing) + smoothing / self.classes
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
             penalty = self.config.l2.l2_penalty * tf.add_n(
@@ -327,27 +314,37 @@ class Trainer:
             total = loss + penalty
             scaled = total * self.loss_scale if self.compute_type == tf.float16 else total
         gradients = tape.gradient(scaled, self.network.trainable_variables)
-        statistics = [(norm.batch_mean, norm.batch_std) for norm in self.network.norms]
         right = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
-        return (
-            gradients,
-            statistics,
-            tf.stack([total, loss, tf.reduce_mean(tf.cast(right, tf.float32))]),
-        )
+        top1 = tf.reduce_mean(tf.cast(right, tf.float32))
+        return gradients, statistics, tf.stack([total, loss, top1])
 
-    def _adapt_loss_scale(self, finite: tf.Tensor) -> tf.Tensor | None:
-        """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): an overflow skips the step
-        and halves the scale; 2,000 steps without an overflow double it. Returns whether to take the
-        step. Types other than float16 need no scale and get None.
+    def _adapt_loss_scale(self, finite: tf.Tensor) -> None:
+        """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): an overflow halves the
+        scale, 2,000 steps without one double it.
         """
-        if self.compute_type != tf.float16:
-            return None
         good = tf.where(finite, self.good_updates + 1, 0)
         grown = tf.where(good >= 2000, self.loss_scale * 2, self.loss_scale)
         scale = tf.where(finite, tf.minimum(grown, 2.0**24), tf.maximum(self.loss_scale / 2, 1))
         self.loss_scale.assign(scale)
         self.good_updates.assign(tf.where(good >= 2000, tf.zeros_like(good), good))
-        return finite
+
+    def average(self, decay: tf.Tensor | float) -> None:
+        """Moves the averages of all variables (--ema_decay). A decay of 0 copies the variables."""
+        if self.averaged:
+            pairs = zip(self.averaged.variables, self.network.variables, strict=True)
+            for average, value in pairs:
+                average.assign(decay * average + (1 - decay) * value)
+
+    def state(self, averaged: bool) -> tf.train.Checkpoint:
+        """What training needs besides the network. `averaged`: with --ema_decay's averages."""
+        parts = {"averaged": self.averaged} if averaged else {}
+        return tf.train.Checkpoint(
+            momentum=self.momentum,
+            updates=self.updates,
+            loss_scale=self.loss_scale,
+            good_updates=self.good_updates,
+            **parts,
+        )
 
     def checksum(self) -> int:
         """Of all weights and averages."""
@@ -365,27 +362,20 @@ def shared(array: np.ndarray) -> tf.Tensor:
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
-METRICS = (
-    "loss", "loss_without_l2", "top1", "gradient_norm", "r_max", "d_max", "skipped_steps",
-    "loss_scale", "stopping",
-)  # fmt: skip
-"""What a step returns: float32 each, means over the replicas."""
-
-
 def measure_speed(trainer: Trainer, seconds: float = 20.0) -> None:
     """Trains on random batches and prints images per second: what the hardware can do."""
     size, generator = trainer.args.batch_size, np.random.default_rng(0)
     images = generator.standard_normal((size, CROP, CROP, 3), np.float32).astype(np.float16)
-    batch = trainer.put(images, generator.integers(0, 1000, size).astype(np.int32))
+    batch = trainer.to_device(images, generator.integers(0, 1000, size).astype(np.int32))
     print(
         f"random batches of {size}, {trainer.args.precision}; nothing is saved. Preparing the "
         f"step, then measuring for {seconds:.0f} s"
     )
     for _ in range(2):
-        trainer.step(*batch, 0.0).numpy()  # builds the step
+        trainer.train_batch(*batch, 0.0).numpy()  # builds the step
     under_way, count, start = deque(), 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        under_way.append(trainer.step(*batch, 0.0))
+        under_way.append(trainer.train_batch(*batch, 0.0))
         if len(under_way) > 1:  # wait for the step before last, as training does
             under_way.popleft().numpy()
             count += 1
@@ -403,7 +393,7 @@ def parse_arguments() -> argparse.Namespace:
         "    --batch_size=64 --learning_rate=0.01",
     )
     add = parser.add
-    parser.add_run()
+    add("--run_folder", resnet50.run_name, "the run's folder in path_for_saving", REQUIRED)
     parser.add_epochs()
     add("--batch_size", whole(1), "pictures per batch, shared among the GPUs", REQUIRED)
     add("--learning_rate", number(0), "highest learning rate", REQUIRED)
@@ -412,7 +402,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--warmup_epochs", number(0), "epochs in which the rate rises from 0 (default: 0)", 0.0)
     add("--label_smoothing", number(0, 0.99), "share of the target spread over all classes", 0.0)
     add("--accumulation_steps", whole(1), "pieces that a batch is split into, to save memory", 1)
-    add("--init_from", Path, "saved model that a new run takes its weights from")
+    add("--ema_decay", number(0, 0.999999), "save moving averages of the weights, e.g. 0.9999")
+    add("--init_from", Path, "saved model whose weights, or whole state, a new run takes")
     add("--resume", None, "continue where the run stopped")
     add("--checkpoint_minutes", number(0), "minutes between two saved states (default: 10)", 10.0)
     add("--keep_last", whole(1), "newest models to keep besides the best (default: all)")
@@ -428,28 +419,27 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--lr_schedule=step needs --lr_drop_epochs, such as 30,60,80")
     if args.lr_schedule != "step" and args.lr_drop_epochs:
         raise UserError("--lr_drop_epochs needs --lr_schedule=step")
+    if late := [epoch for epoch in args.lr_drop_epochs if epoch >= args.epoch_end]:
+        utils.warn(
+            f"--lr_drop_epochs: training ends before epoch {late[0]} (--epoch_end="
+            f"{args.epoch_end}), so the rate does not drop there"
+        )
     if args.warmup_epochs >= args.epoch_end:
         raise UserError(
             f"--warmup_epochs={args.warmup_epochs:g} must be less than --epoch_end={args.epoch_end}"
         )
     if args.synthetic and worker_of_workers()[1] > 1:
         raise UserError("--synthetic measures one machine; run it without TF_CONFIG")
-    if args.init_from and args.epoch_start:
-        raise UserError("--init_from begins a new run, so it needs --epoch_start=0")
     return args
 
 
 SCHEDULES = ("constant", "step", "cosine")
 PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
-RECIPE = (
+FLAGS = (
     "learning_rate", "lr_schedule", "lr_drop_epochs", "warmup_epochs", "epoch_end",
-    "label_smoothing", "accumulation_steps", "precision",
+    "label_smoothing", "accumulation_steps", "ema_decay", "precision",
 )  # fmt: skip
 """Flags that affect the result. States and models record their values."""
-
-
-def recipe_of(args: argparse.Namespace) -> dict[str, object]:
-    return {name: getattr(args, name) for name in RECIPE}
 
 
 def epoch_list(text: str) -> tuple[int, ...]:
@@ -468,19 +458,17 @@ def gpu_list(text: str) -> list[int]:
     return gpus
 
 
-def plan(
-    run: "Run", trainer: Trainer, spec: BatchSpec, steps: range, args: argparse.Namespace
-) -> Iterator[str]:
+def plan(run: "Run", trainer: Trainer, spec: BatchSpec, steps: range) -> Iterator[str]:
     """Lines that say what this run will do. Warns of likely mistakes."""
+    args, per_epoch = trainer.args, spec.batches_per_epoch
     devices = "the GPU" if tf.config.get_visible_devices("GPU") else "the CPU"
     if trainer.replicas > 1:
         devices = f"{trainer.replicas} replicas"
-    per_epoch = spec.batches_per_epoch
     yield (
         f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}; from "
         f"{spec.position(steps.start)} to the end of epoch {args.epoch_end - 1}: "
         f"{plural(len(steps), 'step')} of {plural(args.batch_size, 'picture')}, {per_epoch:,} per "
-        f"epoch, {trainer.args.precision} on {devices}"
+        f"epoch, {args.precision} on {devices}"
     )
     left_out = spec.N - spec.workers * per_epoch * args.batch_size
     if left_out > 0.03 * spec.N:
@@ -488,43 +476,39 @@ def plan(
             f"each epoch leaves out {plural(left_out, 'picture')} of {spec.N}, too few to fill a "
             f"batch; a smaller --batch_size leaves out fewer"
         )
-    yield "the first step takes longest, because TensorFlow builds the network's graph"
-    first = steps.start - int(trainer.updates.numpy())  # not 0 if the batch size has changed
-    yield from renorm_plan(trainer.config.batch_renorm, per_epoch, first, args)
+    yield from renorm_plan(trainer, steps, per_epoch)
     if run.chief:
         yield disk_plan(run.folder, trainer, args.epoch_end - steps.start // per_epoch)
+    yield "the first step takes longest, because TensorFlow builds the network's graph"
 
 
-def renorm_plan(
-    settings: SimpleNamespace, per_epoch: int, first: int, args: argparse.Namespace
-) -> Iterator[str]:
-    """In which epochs batch renormalization relaxes its limits. Warns if it never does.
-
-    `first`: the step from which updates are counted.
-    """
-    last = args.epoch_end * per_epoch - 1 - first
-    if min(settings.start_relaxing_rmax, settings.start_relaxing_dmax) > last:
+def renorm_plan(trainer: Trainer, steps: range, per_epoch: int) -> Iterator[str]:
+    """In which epochs batch renormalization relaxes its limits. Warns if it never does."""
+    limits, last = trainer.renorm, steps.stop - 1
+    if min(limits.start_relaxing_rmax, limits.start_relaxing_dmax) > last:
         utils.warn(
             f"[batch_renorm] start_relaxing_rmax and start_relaxing_dmax are after the last "
             f"update, {last}: this run is plain batch normalization"
         )
         return
 
-    def epochs(start: int, reach: int) -> str:
-        begin, end = (max(0, first + step) / per_epoch for step in (start, reach))
-        return f"in epochs {begin:.1f} to {end:.1f}"
+    def when(start: int, reach: int) -> str:
+        if reach < steps.start:
+            return "(already relaxed)"
+        return f"in epochs {start / per_epoch:.1f} to {reach / per_epoch:.1f}"
 
     yield (
-        f"batch renormalization relaxes r_max to {settings.rmax_max:g} "
-        f"{epochs(settings.start_relaxing_rmax, settings.reach_rmax_max)}, d_max to "
-        f"{settings.dmax_max:g} {epochs(settings.start_relaxing_dmax, settings.reach_dmax_max)}"
+        f"batch renormalization relaxes r_max to {limits.rmax_max:g} "
+        f"{when(limits.start_relaxing_rmax, limits.reach_rmax_max)}, d_max to "
+        f"{limits.dmax_max:g} {when(limits.start_relaxing_dmax, limits.reach_dmax_max)}"
     )
 
 
 def disk_plan(folder: Path, trainer: Trainer, epochs: int) -> str:
     """How much disk the models will take, in one line."""
-    # Trainable variables count twice: each has a momentum.
-    kept = trainer.network.variables + trainer.network.trainable_variables
+    kept = [*trainer.network.variables, *trainer.momentum]
+    if trainer.averaged:  # in the model, and with the state
+        kept += 2 * trainer.averaged.variables
     each = sum(4 * variable.shape.num_elements() for variable in kept)
     if trainer.args.keep_last:
         epochs = min(epochs, trainer.args.keep_last + 2)  # plus the best and the one being written
@@ -536,33 +520,32 @@ def disk_plan(folder: Path, trainer: Trainer, epochs: int) -> str:
     )
 
 
-# --- devices and signals --------------------------------------------------------------------
+# --- devices and machines -------------------------------------------------------------------
 
 
 def open_devices(args: argparse.Namespace) -> tf.distribute.Strategy:
     """The strategy for the chosen GPUs, and for all machines if there are several.
 
-    Raises UserError for a GPU that does not exist.
+    Raises UserError for a GPU that does not exist, and for a batch that cannot be shared.
     """
     if args.deterministic:
         tf.config.experimental.enable_op_determinism()
-    chosen = utils.choose_gpus(args.gpu or [0], required=args.gpu is not None)
+    wanted = args.gpu or [0]
+    chosen = utils.choose_gpus(wanted, required=args.gpu is not None)
+    args.gpu = wanted[: len(chosen)]
     args.precision = args.precision or ("mixed_float16" if chosen else "float32")
+    shares, pieces = max(len(chosen), 1), args.accumulation_steps
+    if args.batch_size % (shares * pieces):
+        gpus = f" on each of {shares} GPUs" if shares > 1 else ""
+        raise UserError(
+            f"--batch_size={args.batch_size} cannot be split into equal parts: "
+            f"--accumulation_steps={pieces}{gpus} needs a multiple of {shares * pieces}"
+        )
     if worker_of_workers()[1] > 1:
         return tf.distribute.MultiWorkerMirroredStrategy()
     if len(chosen) > 1:
         return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(len(chosen))])
     return tf.distribute.get_strategy()
-
-
-def spec_and_settings(
-    spec: BatchSpec, config: SimpleNamespace, args: argparse.Namespace
-) -> dict[str, object]:
-    """What must be the same on all machines, by its name in a message."""
-    flags = {f"--{name}": value for name, value in recipe_of(args).items()}
-    facts = {name: getattr(spec, name) for name in (*FACTS, "class_names")}
-    settings = {"[l2]": config.l2, "[batch_renorm]": config.batch_renorm}
-    return facts | flags | settings | {"sgd_momentum": config.train.sgd_momentum}
 
 
 def agree(strategy: tf.distribute.Strategy, values: dict[str, object]) -> None:
@@ -591,38 +574,10 @@ def agree(strategy: tf.distribute.Strategy, values: dict[str, object]) -> None:
                 )
 
 
-class Stop(threading.Event):
-    """Set by a signal. `number` is the signal's number."""
-
-    number: int = signal.SIGTERM
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Turns Ctrl-C, SIGTERM and SIGHUP into an event. A second one ends the process at once."""
-    stop, before = Stop(), {}
-
-    def handle(number: int, _frame: object) -> None:
-        stop.number = number
-        stop.set()
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN:  # nohup
-            before[each] = signal.signal(each, handle)
+def explained_main() -> None:
+    """`main`. Raises UserError if the device runs out of memory or another machine fails."""
     try:
-        yield stop
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-@contextlib.contextmanager
-def explained_failures() -> Iterator[None]:
-    """Raises UserError if the device runs out of memory or another machine fails."""
-    try:
-        yield
+        main()
     except tf.errors.ResourceExhaustedError:
         raise UserError(
             "not enough memory on the device; use a larger --accumulation_steps, a smaller "
@@ -639,90 +594,151 @@ def explained_failures() -> Iterator[None]:
 
 # --- the run's folder -----------------------------------------------------------------------
 
-STATE = "training_state"
-"""Subfolder of a model with what training needs to continue. It may be deleted."""
 
-ACCURACY_COLUMNS = ("epoch", "top1_10crop", "top1_centre", "model")
-"""Columns of check_accuracy.py's table that --keep_last needs."""
+class Place(NamedTuple):
+    """Where training begins: before which batch, and from which folder, if from any."""
 
-FACTS = ("classes", "batch_size", "seed", "N", "pictures", "workers", "mu", "sigma")
-"""Fields of BatchSpec that must not change if training continues within an epoch. Between epochs
-only the first must not change."""
+    epoch: int
+    batch: int
+    folder: Path | None
 
 
 @dataclasses.dataclass
+class StateRecord:
+    """`training_state/state.json`: where training was when it was saved, and how it was trained."""
+
+    step: int
+    epoch: int
+    batch: int
+    settings: dict[str, Any]
+    """What `settings_of` returned."""
+
+
 class Run:
-    """`path_for_saving/<run_folder>`: models by epoch, the rolling state, the log."""
+    """`path_for_saving/<run_folder>`: models by epoch, the state within an epoch, the log."""
 
-    folder: Path
-    chief: bool
-    """Whether this machine writes files. Only one of several does."""
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        self.folder, self.args = folder, args
+        self.chief = worker_of_workers()[0] == 0
+        """Whether this machine writes files. Only one of several does."""
 
-    def epochs(self) -> list[int]:
-        """Epochs that have a model."""
-        return epochs_in(self.folder)
+    def claim(self) -> Place:
+        """Locks the run's folder and begins its log. Returns where training begins.
 
-    def rolling(self) -> list[tuple[int, int, Path]]:
-        """Epoch, batch and folder of the states saved within epochs, oldest first."""
-        names = os.listdir(self.folder) if self.folder.is_dir() else []
-        found = [re.fullmatch(r"state_(\d+)_(\d+)", name) for name in names]
-        return sorted((int(m[1]), int(m[2]), self.folder / m[0]) for m in found if m)
-
-    def is_trained_to(self, epoch_end: int) -> bool:
-        """Whether the last epoch's model exists and is complete."""
-        last = max(self.epochs(), default=-1)
-        return last >= epoch_end - 1 and (self.folder / str(last) / "saved_model.pb").exists()
-
-    def claim(self, args: argparse.Namespace) -> None:
-        """Locks the run's folder and removes half-written files of killed processes.
-
-        Raises UserError if models would be overwritten or are missing, or if another train.py uses
-        the run.
+        Removes what killed processes left half-written. Raises UserError if training cannot begin
+        or another train.py trains this run.
         """
-        self._check_position(args)
+        place = self.place()  # refuses a mistake before anything is made
         if not self.chief:
-            return
+            return place
         utils.make_folder(self.folder)
-        utils.lock(self.folder / LOCK, f"{self.folder}: another train.py is training this run")
-        atexit.register(self._remove_if_empty)
-        utils.remove_leftovers(self.folder)
-        self._check_position(args)  # again: from here on no one else changes it
+        lock, log = self.folder / resnet50.TRAINER_LOCK, self.folder / TRAINING_LOG
+        utils.lock(lock, f"{self.folder}: another train.py is training this run")
+        resnet50.write_plan(
+            lock, resnet50.TrainerPlan(self.args.gpu)
+        )  # check_accuracy.py keeps off these GPUs
+        utils.remove_leftovers(self.folder, "[0-9]*", "state_*", TRAINING_LOG)
+        if not log.exists():
+            utils.write_csv(log, LOG_COLUMNS, [])
+        return self.place()  # until it was locked, another train.py could change the run
 
-    def _remove_if_empty(self) -> None:
-        """Removes the folder if it holds nothing but the lock, as after a refused start."""
-        if list(self.folder.glob("*")) == [self.folder / LOCK]:
-            utils.remove_lock(self.folder / LOCK)
-            self.folder.rmdir()
+    def states(self) -> list[Place]:
+        """What training can continue from, the latest first."""
+        found = [Place(epoch + 1, 0, self.folder / str(epoch)) for epoch in epochs_in(self.folder)]
+        for name in self._names():
+            if match := re.fullmatch(r"state_(\d{1,9})_(\d{1,9})", name):
+                found.append(Place(int(match[1]), int(match[2]), self.folder / name))
+        return sorted(found, reverse=True)
 
-    def _check_position(self, args: argparse.Namespace) -> None:
-        """Raises UserError if models would be overwritten or are missing."""
-        epochs, start = self.epochs(), args.epoch_start
-        has = f"it has epochs {compact(epochs)}" if epochs else "it has none"
-        if args.resume and not self.folder.is_dir():
+    def _names(self) -> list[str]:
+        try:
+            return utils.patiently(os.listdir, self.folder)
+        except FileNotFoundError:
+            return []
+
+    def place(self) -> Place:
+        """Where training begins. Raises UserError if what it needs is missing, or if it would
+        overwrite something.
+        """
+        args, states, start = self.args, self.states(), self.args.epoch_start
+        if args.resume and not (states or (self.folder / TRAINING_LOG).exists()):
             raise UserError(
                 f"{self.folder}: no such run to --resume; {self.folder.parent} has "
-                f"{runs_in(self.folder.parent)}. A new run begins without --resume"
+                f"{resnet50.runs_in(self.folder.parent)}. A new run begins without --resume"
             )
-        if start and start - 1 not in epochs and not (args.resume and epochs):
+        place = Place(start, 0, args.init_from)
+        if args.resume and states:
+            place = states[0]
+        elif start and not args.init_from:
+            place = Place(start, 0, self.folder / str(start - 1))
+            if place not in states:
+                raise UserError(
+                    f"--epoch_start={start} continues from the model {place.folder}, which does "
+                    f"not exist; {self._has(states)}"
+                )
+        elif args.init_from:
+            model_recipe(args.init_from)  # raises UserError if it is not a model
+        self._check_free(place, states)
+        if place.epoch + place.batch > 0:
+            self.record(place)
+        return place
+
+    def _has(self, states: list[Place]) -> str:
+        epochs = sorted(each.epoch - 1 for each in states if each.batch == 0)
+        return f"it has epochs {compact(epochs)}" if epochs else "it has none"
+
+    def _check_free(self, place: Place, states: list[Place]) -> None:
+        """Raises UserError if training from `place` on would overwrite something."""
+        later = [each for each in states if each[:2] > place[:2]]
+        if later and later[0].batch:
             raise UserError(
-                f"--epoch_start={start} continues from the model {self.folder / str(start - 1)}, "
-                f"which does not exist; {has}"
+                f"{later[0].folder} was saved in an unfinished epoch. Add --resume to continue "
+                f"there, or remove that folder to start epoch {place.epoch} again"
             )
-        if args.resume:
-            return
-        if existing := [epoch for epoch in epochs if epoch >= start]:
+        if later:
             raise UserError(
-                f"{self.folder / str(existing[0])} already exists and would be overwritten; "
-                f"{has}. Add --resume to continue, or use another --run_folder"
-            )
-        if rolling := self.rolling():
-            raise UserError(
-                f"{rolling[-1][2]} was saved in an unfinished epoch. Add --resume to continue "
-                f"there, or remove that folder to start epoch {start} again"
+                f"{later[-1].folder} already exists and would be overwritten; "
+                f"{self._has(states)}. Add --resume to continue, or use another --run_folder"
             )
 
+    def record(self, place: Place) -> StateRecord:
+        """What a state says of itself. Raises UserError if it cannot be read."""
+        state = place.folder / STATE
+        if not state.is_dir():
+            raise UserError(
+                f"{state} is missing, so training cannot continue from {place.folder}; "
+                f"--init_from={place.folder} starts a new run with its weights"
+            )
+        try:
+            record = utils.read_record(StateRecord, state / "state.json")
+        except UserError as error:
+            raise UserError(f"{error}; {self.way_out(place)}") from None
+        if record is None:
+            raise UserError(f"{state / 'state.json'} is missing; {self.way_out(place)}")
+        if (record.epoch, record.batch) != place[:2]:
+            raise UserError(
+                f"{place.folder}: training continues from it at epoch {record.epoch}, batch "
+                f"{record.batch}, not at epoch {place.epoch}, batch {place.batch}"
+            )
+        return record
 
-LOCK = ".train.lock"
+    def way_out(self, place: Place) -> str:
+        """What to do about a state that training cannot continue from."""
+        if place.folder == self.args.init_from:
+            return "choose another model for --init_from"
+        older = [each for each in self.states() if each < place]
+        where = f"from {older[0].folder}" if older else "at the beginning"
+        return f"remove {place.folder}, and --resume continues {where}"
+
+    def accuracies(self) -> dict[int, float]:
+        """Top-1 by epoch of the models that check_accuracy.py has evaluated. Raises UserError."""
+        top1 = {}
+        for row in utils.read_csv(self.folder / resnet50.ACCURACY, resnet50.ACCURACY_COLUMNS):
+            model, ten_crops = self.folder / str(row["epoch"]), row["top1_10crop"]
+            # A row may be of an earlier model of this epoch.
+            if resnet50.is_model(model) and row["model"] == model_recipe(model).fingerprint:
+                top1[row["epoch"]] = row["top1_centre"] if ten_crops is None else ten_crops
+        return {epoch: value for epoch, value in top1.items() if value is not None}
 
 
 def compact(numbers: list[int]) -> str:
@@ -736,135 +752,127 @@ def compact(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-class BrokenState(UserError):
-    """A folder whose training state cannot be read."""
+# --- what is saved and loaded ---------------------------------------------------------------
+
+BATCHES = ("classes", "batch_size", "seed", "N", "pictures", "workers", "mu", "sigma", "crop")
+"""Fields of BatchSpec that must not change if training continues within an epoch. Between epochs
+only the first must not change."""
 
 
-def restore(run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespace) -> int:
-    """Loads the state that training continues from, if any, and returns the next step.
-
-    With --resume that is the latest readable state; newer ones are broken and get renamed. Without
-    --resume it is the end of epoch_start - 1. Raises UserError.
-    """
-    ends = run.epochs() if args.resume else [args.epoch_start - 1] * (args.epoch_start > 0)
-    states = [(epoch + 1, 0, run.folder / str(epoch)) for epoch in ends]
-    if args.resume:
-        states += run.rolling()
-    broken = []
-    for epoch, batch, folder in sorted(states, reverse=True):
-        try:
-            load_state(trainer, folder, spec, exact=batch > 0)
-        except BrokenState as error:
-            broken.append((folder, error))
-            continue
-        for bad, error in broken:
-            utils.warn(f"{error}; renamed to {bad.name}.broken, continuing from {folder}")
-            if run.chief:
-                renamed = bad.with_name(f"{bad.name}.broken")
-                shutil.rmtree(renamed, ignore_errors=True)
-                bad.rename(renamed)
-        warn_of_other_classes(folder, spec.class_names, "the training pictures")
-        print(f"continuing from {folder}")
-        return spec.step(epoch, batch)
-    if broken:
-        raise broken[0][1]
-    if args.resume:
-        print(f"{run.folder} has nothing to continue from; starting at the beginning")
-    if args.init_from:
-        print(read_weights(trainer.network, args.init_from, spec))
-    return spec.step(args.epoch_start)
+def settings_of(
+    config: SimpleNamespace, spec: BatchSpec, args: argparse.Namespace
+) -> dict[str, Any]:
+    """All that decides how training goes, by the names that users know, as JSON keeps it."""
+    settings = {name: getattr(spec, name) for name in (*BATCHES, "resized")}
+    settings |= {f"--{name}": getattr(args, name) for name in FLAGS}
+    settings["[l2] l2_penalty"] = config.l2.l2_penalty
+    settings["[train] sgd_momentum"] = config.train.sgd_momentum
+    for name, value in vars(config.batch_renorm).items():
+        in_epochs = isinstance(value, utils.Epochs)
+        settings[f"[batch_renorm] {name}"] = f"{value:g} epochs" if in_epochs else value
+    return json.loads(json.dumps(settings))
 
 
-def load_state(trainer: Trainer, folder: Path, spec: BatchSpec, exact: bool) -> None:
-    """Loads a state. Raises BrokenState, or UserError if it belongs to another training.
-
-    A state within an epoch (`exact`) needs the same batches. A state between epochs needs only the
-    same classes.
-    """
-    state = folder / STATE
-    if not state.is_dir():
-        raise UserError(
-            f"{state} is missing, so training cannot continue from {folder}; "
-            f"--init_from={folder} starts a new run with its weights"
-        )
-    saved = utils.read_json(state / "state.json")
-    if saved is None:
-        raise BrokenState(f"{folder}: its state.json cannot be read")
-    for key in FACTS if exact else FACTS[:1]:
-        if saved.get(key) != getattr(spec, key):
-            way_out = "change it back, or continue from the end of an epoch with --epoch_start"
+def restore(
+    run: Run, place: Place, trainer: Trainer, spec: BatchSpec, settings: dict[str, Any]
+) -> None:
+    """Loads what training begins from, and says what has changed since. Raises UserError."""
+    folder = place.folder
+    if folder is None:
+        if trainer.args.resume:
+            print(f"{run.folder} has nothing to continue from; starting at the beginning")
+        return
+    if place.epoch + place.batch == 0:  # a new run with the weights of --init_from
+        print(resnet50.read_weights(trainer.network, folder, spec))
+        trainer.average(0.0)
+        return
+    record = run.record(place)
+    for name in BATCHES if place.batch else BATCHES[:1]:
+        if record.settings.get(name) != settings[name]:
+            way_out = f"change it back, or {run.way_out(place)}"
             raise UserError(
-                f"{folder} was trained with {key} = {saved.get(key)}, now {key} is "
-                f"{getattr(spec, key)}; {way_out if exact else 'use another --run_folder'}"
+                f"{folder} was trained with {name} = {record.settings.get(name)}, now {name} is "
+                f"{settings[name]}; {way_out if place.batch else 'use another --run_folder'}"
             )
-    if exact and saved.get("resized") != spec.resized:
-        utils.warn(f"{folder} was trained from another set of resized copies; using the new one")
-    say_changes(saved.get("recipe", {}), recipe_of(trainer.args))
-    weights = state / "weights" if exact else folder / "variables" / "variables"
     try:
-        for file in {*state.glob("*"), *weights.parent.glob("*")}:
-            if file.is_file():
-                utils.read_file(file)  # storage that fails must not pass for a broken state
-    except UserError as error:
-        way_out = f", or move {folder} away to use an earlier state" if trainer.args.resume else ""
-        raise UserError(f"{error}{way_out}") from None
-    try:
-        network = tf.train.Checkpoint(network=trainer.network)
-        network.read(str(weights)).assert_existing_objects_matched()
-        status = trainer.state.read(str(state / "state"))
-        if saved.get("sgd_momentum"):
-            status.assert_existing_objects_matched()
-        else:
-            status.expect_partial()  # without saved momentum, it starts at zero
-    except (tf.errors.OpError, AssertionError, ValueError, LookupError, RuntimeError) as error:
-        raise BrokenState(f"{folder}: its training state cannot be read: {brief(error)}") from None
+        load_state(trainer, folder, averaged=bool(record.settings.get("--ema_decay")))
+    except LOADING_ERRORS as error:
+        reason = f"its training state cannot be read: {brief(error)}"
+        raise UserError(f"{folder}: {reason}; {run.way_out(place)}") from None
+    trainer.updates.assign(spec.step(place.epoch, place.batch))  # the batch size may have changed
+    if place.batch == 0:
+        resnet50.warn_of_other_classes(folder, spec.class_names, "the training pictures")
+    for line in changes(record.settings, settings):
+        print(f"note: {line}")
+    print(f"continuing from {folder}")
 
 
-def say_changes(before: dict, now: dict) -> None:
-    """Prints the flags of RECIPE that have changed."""
+LOADING_ERRORS = (tf.errors.OpError, AssertionError, ValueError, LookupError, RuntimeError)
+"""What TensorFlow raises for a checkpoint that is not complete, or of another network."""
+
+
+def load_state(trainer: Trainer, folder: Path, averaged: bool) -> None:
+    """Loads the network and all else. `averaged`: whether the state holds averages of the weights.
+
+    Raises one of LOADING_ERRORS, or UserError if the storage fails: such a state is not broken.
+    """
+    state, weights = folder / STATE, folder / STATE / "weights"
+    if not weights.with_suffix(".index").exists():
+        weights = folder / "variables" / "variables"  # those of the model
+    for file in {*state.glob("*"), *weights.parent.glob("*")}:
+        if file.is_file():
+            utils.read_file(file)
+    network = tf.train.Checkpoint(network=trainer.network)
+    network.read(str(weights)).assert_existing_objects_matched()
+    averaged = averaged and trainer.averaged is not None
+    trainer.state(averaged).read(str(state / "state")).assert_existing_objects_matched()
+    if not averaged:
+        trainer.average(0.0)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """A line for each setting that is not as it was when a state was saved."""
     for name, value in now.items():
-        value = list(value) if isinstance(value, tuple) else value
-        irrelevant = name == "epoch_end" and now["lr_schedule"] != "cosine"
-        if before.get(name, value) != value and not irrelevant:
-            print(f"note: --{name} is now {value}; the state was trained with {before[name]}")
+        irrelevant = name == "--epoch_end" and now["--lr_schedule"] != "cosine"
+        if before.get(name, value) == value or irrelevant:
+            continue
+        if name == "pictures":
+            yield "the training pictures have changed since the state was saved"
+        else:
+            yield f"{name} is now {value}; the state was trained with {before[name]}"
 
 
 def brief(error: Exception) -> str:
-    return utils.one_line(str(error))[:150]
+    return utils.printable(error)[:150]
 
 
 class Saver:
     """Writes models and states, each aside and then renamed: it is complete or does not exist."""
 
-    def __init__(self, run: Run, trainer: Trainer, spec: BatchSpec, args: argparse.Namespace):
-        self.run, self.trainer, self.spec, self.args = run, trainer, spec, args
+    def __init__(self, run: Run, trainer: Trainer, spec: BatchSpec, settings: dict[str, Any]):
+        self.run, self.trainer, self.spec, self.settings = run, trainer, spec, settings
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
-        return time.monotonic() - self._last > 60 * self.args.checkpoint_minutes
+        return time.monotonic() - self._last > 60 * self.trainer.args.checkpoint_minutes
 
-    def save_rolling(self, step: int) -> bool:
-        """Saves the state before `step`, which replaces the previous one. If that fails, warns,
-        keeps the previous one and returns False, as do machines that write nothing.
+    def save_state(self, step: int) -> None:
+        """Saves the state before `step`, which replaces the previous one; at the end of an epoch
+        its model is enough. If that fails, warns and keeps the previous one.
         """
         epoch, batch = divmod(step, self.spec.batches_per_epoch)
         folder = self.run.folder / f"state_{epoch}_{batch}"
         self._last = time.monotonic()
-        if not self.run.chief:
-            return False
-        if batch == 0 or folder.exists():
-            return True  # already saved
+        if not self.run.chief or batch == 0 or folder.exists():
+            return
         self._check_weights(step)
         try:
             with utils.folder_written_aside(folder) as aside:
-                self._write_state(aside, step)
-                network = tf.train.Checkpoint(network=self.trainer.network)
-                network.write(str(aside / STATE / "weights"))
+                self._write_state(aside, step, weights=True)
         except (OSError, tf.errors.OpError) as error:
-            utils.warn(f"{folder}: not saved: {brief(error)}")
-            return False
-        self._remove_rolling(but=folder)
-        return True
+            utils.warn(f"{folder}: not saved: {brief(error)}; the previous state stays")
+            return
+        self._remove_states(but=folder)
 
     def save_epoch(self, step: int, stop: Stop, tries: int = 5, pause: float = 60.0) -> None:
         """Saves the model and the state of the epoch that ends before `step`. Raises UserError
@@ -878,7 +886,7 @@ class Saver:
             try:
                 with utils.folder_written_aside(folder) as aside:
                     self._write_model(aside, step)
-                    self._write_state(aside, step)
+                    self._write_state(aside, step, weights=self.trainer.averaged is not None)
                 break
             except (OSError, tf.errors.OpError) as error:
                 if attempt == tries:
@@ -887,11 +895,11 @@ class Saver:
                 if stop.wait(pause):
                     time.sleep(pause / 30)
         self._last = time.monotonic()
-        self._remove_rolling()
         print(f"saved {folder}")
-        if self.args.keep_last:
+        self._remove_states()
+        if self.trainer.args.keep_last:
             with self._tidying():
-                self._remove_old_epochs(self.args.keep_last)
+                self._remove_old_epochs(self.trainer.args.keep_last)
 
     def _check_weights(self, step: int) -> None:
         weights = [*self.trainer.network.variables, *self.trainer.momentum]
@@ -902,129 +910,155 @@ class Saver:
             )
 
     def _write_model(self, folder: Path, step: int) -> None:
-        names = ("batch_size", "seed", "N", "mu", "sigma")
-        facts = {name: getattr(self.spec, name) for name in names}
-        recipe = {**recipe_of(self.args), "step": step, **facts}
-        export_model(self.trainer.network, folder, self.spec.class_names, recipe)
+        args, spec = self.trainer.args, self.spec
+        recipe = resnet50.ModelRecipe(
+            class_names=spec.class_names,
+            mu=spec.mu,
+            sigma=spec.sigma,
+            flags={name: getattr(args, name) for name in ("batch_size", *FLAGS)},
+            step=step,
+            epoch_end=args.epoch_end,
+        )
+        resnet50.export_model(self.trainer.averaged or self.trainer.network, folder, recipe)
 
-    def _write_state(self, folder: Path, step: int) -> None:
+    def _write_state(self, folder: Path, step: int, weights: bool) -> None:
+        """`weights`: also the network's, because there is no model that holds them."""
         (folder / STATE).mkdir()
-        self.trainer.state.write(str(folder / STATE / "state"))
-        facts = {name: getattr(self.spec, name) for name in (*FACTS, "resized")}
-        facts["sgd_momentum"] = self.trainer.config.train.sgd_momentum
-        content = {"step": step, "recipe": recipe_of(self.args), **facts}
-        utils.write_text(folder / STATE / "state.json", json.dumps(content, indent=1))
+        averaged = self.trainer.averaged is not None
+        self.trainer.state(averaged).write(str(folder / STATE / "state"))
+        if weights:
+            network = tf.train.Checkpoint(network=self.trainer.network)
+            network.write(str(folder / STATE / "weights"))
+        position = divmod(step, self.spec.batches_per_epoch)
+        record = StateRecord(step, *position, self.settings)
+        utils.write_record(folder / STATE / "state.json", record)
 
     @contextlib.contextmanager
     def _tidying(self) -> Iterator[None]:
         """Warns of an error. What is old and cannot be removed must not end training."""
         try:
             yield
-        except (UserError, OSError, ValueError) as error:
+        except (UserError, OSError) as error:
             utils.warn(f"{self.run.folder}: old models and states may stay: {brief(error)}")
 
-    def _remove_rolling(self, but: Path | None = None) -> None:
+    def _remove_states(self, but: Path | None = None) -> None:
         with self._tidying():
-            for _, _, folder in self.run.rolling():
-                if folder != but:
-                    utils.remove_folder(folder)
+            for state in self.run.states():
+                if state.batch and state.folder != but:
+                    utils.remove_folder(state.folder)
 
     def _remove_old_epochs(self, keep: int) -> None:
         """Keeps the newest models, the best, and those that check_accuracy.py has yet to see."""
-        top1 = {}
-        for row in utils.read_csv(self.run.folder / "accuracy.csv", ACCURACY_COLUMNS):
-            model = model_recipe(self.run.folder / row["epoch"]).get("fingerprint")
-            if row["model"] == model:  # not of an earlier model of this epoch
-                top1[int(row["epoch"])] = float(row["top1_10crop"] or row["top1_centre"])
-        lock = self.run.folder / ".check_accuracy.lock"
-        every = int(lock.read_text() or 1) if utils.is_locked(lock) else None
+        top1, checker = (
+            self.run.accuracies(),
+            resnet50.read_plan(resnet50.CheckerPlan, self.run.folder / resnet50.CHECKER_LOCK),
+        )
         best = max(top1, key=top1.get, default=None)
-        for epoch in self.run.epochs()[:-keep]:
-            needed = every and (epoch + 1) % every == 0 and epoch not in top1
-            if epoch != best and not needed:
+        for epoch in epochs_in(self.run.folder)[:-keep]:
+            awaited = checker is not None and checker.wants(epoch) and epoch not in top1
+            if epoch != best and not awaited:
                 utils.remove_folder(self.run.folder / str(epoch))
 
 
 # --- the log --------------------------------------------------------------------------------
 
-COLUMNS = [
-    "step", "epoch", "batch", "seconds", "steps", "loss", "loss_without_l2", "top1",
-    "images_per_second", "learning_rate", "waiting_for_data", "r_max", "d_max", "gradient_norm",
-    "loss_scale", "skipped_steps",
-]  # fmt: skip
+
+class Finished(NamedTuple):
+    """A step that the device has finished. Times are those of time.perf_counter."""
+
+    step: int
+    rate: float
+    metrics: dict[str, float]
+    asked: float
+    """When its batch was asked for."""
+    idle: float
+    """Seconds that the device waited for the batch."""
+    previous: float | None
+    """When the step before it was finished; None for the first one."""
+    at: float
+    """When it was finished."""
+
+
+class Pipeline:
+    """Steps that were sent to the device and may still run there, in order.
+
+    A thread waits for each step's values and notes when they came, so the loop does not have to.
+    """
+
+    def __init__(self, spec: BatchSpec):
+        self.spec, self._thread = spec, ThreadPoolExecutor(1)
+        self._under_way: deque[tuple[int, float, tuple[float, float], Future]] = deque()
+        self._previous: float | None = None
+
+    def add(self, step: int, rate: float, wait: tuple[float, float], values: tf.Tensor) -> None:
+        """`wait`: when the step's batch was asked for, and when it was there."""
+        done = self._thread.submit(lambda: (values.numpy().tolist(), time.perf_counter()))
+        self._under_way.append((step, rate, wait, done))
+
+    def finish(self, leave: int) -> Iterator[Finished]:
+        """Waits until only so many steps are under way, and yields the others.
+
+        Raises UserError if a loss is not finite.
+        """
+        while len(self._under_way) > leave:
+            step, rate, (asked, given), done = self._under_way.popleft()
+            values, at = done.result()
+            metrics = dict(zip(METRICS, values, strict=True))
+            if not math.isfinite(metrics["loss"]):
+                raise UserError(
+                    f"{self.spec.position(step)}: the loss is {metrics['loss']}; nothing was saved "
+                    f"after it. Continue from the last state with a smaller --learning_rate"
+                )
+            # As long as the step before was at work, the device did not wait.
+            idle = given - max(asked, self._previous or 0.0)
+            yield Finished(step, rate, metrics, asked, max(0.0, idle), self._previous, at)
+            self._previous = at
+
+    def close(self) -> None:
+        self._thread.shutdown()
 
 
 class Log(contextlib.AbstractContextManager):
-    """Prints a line per interval, and writes the same to training_log.csv and as events.
+    """Writes a row of training_log.csv per interval, and the same as events.
 
-    With several machines only the chief writes, but all stop if a loss is not finite. A thread
-    waits for each step's values and records when the step finished, so the loop does not have to.
+    With several machines only the chief writes, but all stop if a loss is not finite.
     """
 
-    def __init__(
-        self, run: Run, trainer: Trainer, spec: BatchSpec, steps: range, args: argparse.Namespace
-    ):
-        self.run, self.trainer, self.spec, self.steps, self.args = run, trainer, spec, steps, args
-        self._pool = ThreadPoolExecutor(1)
-        self._under_way, self._settled, self._unsaid = deque(), [], []
-        self._stopping = math.inf
-        self._waited = self._finished = 0.0
+    def __init__(self, run: Run, spec: BatchSpec, steps: range, display: "Display"):
+        self.run, self.spec, self.steps, self.display = run, spec, steps, display
+        self._pipeline, self._stopping = Pipeline(spec), math.inf
+        self._row: list[Finished] = []
         self._wait = (0.0, 0.0)
-        self._start, self._row_start = time.monotonic(), time.perf_counter()
-        self._seconds_before = 0.0
+        self._start, self._seconds_before = time.monotonic(), 0.0
+        self._next_row = self._start + run.args.log_seconds
         if run.chief:
             self._open()
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        self._pipeline.close()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Times the wait for a batch."""
-        start = time.perf_counter()
+        start = self.display.waiting_since = time.perf_counter()
         yield
-        self._wait = start, time.perf_counter()
+        self._wait, self.display.waiting_since = (start, time.perf_counter()), None
 
     def add(self, step: int, rate: float, values: tf.Tensor) -> None:
         """Adds a step, which may still run on the device, and waits for the one before it. Raises
         UserError if a loss is not finite.
         """
-        finished = self._pool.submit(lambda: (values.numpy(), time.perf_counter()))
-        self._under_way.append((step, rate, finished, self._wait))
-        if len(self._under_way) > 1:
-            self._settle_first()
-        if time.perf_counter() - self._row_start >= self.args.log_seconds:
-            self._write()
-            self.say()
+        self._pipeline.add(step, rate, self._wait, values)
+        self._take(self._pipeline.finish(leave=1))
+        if time.monotonic() >= self._next_row:
+            self._write_row()
 
     def settle(self) -> None:
         """Waits for all steps and writes their row. Runs before a state is saved, so that no row is
         missing if the process is killed afterwards. Raises UserError if a loss is not finite.
         """
-        while self._under_way:
-            self._settle_first()
-        self._write()
-
-    def say(self) -> None:
-        """Prints the rows written since the last call."""
-        while self._unsaid:
-            self._print(self._unsaid.pop(0))
-
-    def _settle_first(self) -> None:
-        step, rate, future, (asked, given) = self._under_way.popleft()
-        values, finished = future.result()
-        metrics = dict(zip(METRICS, values.tolist(), strict=True))
-        # The device waits only once it has finished the previous step.
-        self._waited += max(0.0, given - max(asked, self._finished))
-        self._finished = finished
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(
-                f"{self.spec.position(step)}: the loss is {metrics['loss']}; nothing was saved "
-                f"after it. Continue from the last state with a smaller --learning_rate"
-            )
-        if metrics["stopping"]:
-            self._stopping = min(self._stopping, step)
-        self._settled.append(metrics | {"step": step, "learning_rate": rate, "at": finished})
+        self._take(self._pipeline.finish(leave=0))
+        self._write_row()
 
     def should_stop(self, step: int, stop: Stop) -> bool:
         """Whether to stop before `step`.
@@ -1034,81 +1068,93 @@ class Log(contextlib.AbstractContextManager):
         """
         return stop.is_set() if self.spec.workers == 1 else self._stopping <= step - 2
 
-    def _write(self) -> None:
+    def time_taken(self) -> str:
+        return utils.duration(time.monotonic() - self._start)
+
+    def _take(self, finished: Iterable[Finished]) -> None:
+        for each in finished:
+            if each.metrics["stopping"]:
+                self._stopping = min(self._stopping, each.step)
+            self._row.append(each)
+            self.display.add(each)
+
+    def _write_row(self) -> None:
         """Writes a row for the steps that finished since the last row."""
-        if not self._settled:
+        self._next_row = time.monotonic() + self.run.args.log_seconds
+        steps, self._row = self._row, []
+        if not steps or not self.run.chief:
             return
-        steps, last = self._settled, self._settled[-1]
-        seconds = last["at"] - self._row_start
-        epoch, batch = divmod(last["step"], self.spec.batches_per_epoch)
-        row = {name: mean_of_finite([s[name] for s in steps]) for name in METRICS[:4]} | {
-            "step": last["step"],
-            "epoch": epoch,
-            "batch": batch,
-            "seconds": self._seconds_before + time.monotonic() - self._start,
-            "steps": len(steps),
-            "images_per_second": len(steps) * self.args.batch_size / seconds,
-            "learning_rate": last["learning_rate"],
-            "waiting_for_data": min(self._waited / seconds, 1.0),
-            **{name: last[name] for name in ("r_max", "d_max", "loss_scale")},
-            "skipped_steps": round(sum(s["skipped_steps"] for s in steps)),
-        }
-        self._settled, self._waited = [], 0.0
-        self._row_start = last["at"]
-        if self.run.chief:
-            self._append(row)
-            self._unsaid.append(row)
-
-    def _print(self, row: dict) -> None:
-        left = (self.steps.stop - row["step"] - 1) * self.args.batch_size / row["images_per_second"]
-        scale = ""
-        if self.trainer.compute_type == tf.float16:
-            scale = f", loss scale {row['loss_scale']:g}, {row['skipped_steps']} skipped"
-        print(
-            f"epoch {row['epoch']}, {row['batch'] + 1} of "
-            f"{plural(self.spec.batches_per_epoch, 'batch')}: loss {row['loss_without_l2']:.3f} + "
-            f"{row['loss'] - row['loss_without_l2']:.3f} L2, top-1 {row['top1']:.1%}, "
-            f"{row['images_per_second']:,.1f} images/s, rate {row['learning_rate']:.3g}, waiting "
-            f"for data {row['waiting_for_data']:.1%}{scale}, {utils.duration(left)} left"
-        )
-
-    def _open(self) -> None:
-        """Drops the rows of steps that will be trained again, and rewrites the events."""
-        path = self.run.folder / "training_log.csv"
-        start = divmod(self.steps.start, self.spec.batches_per_epoch)
-        rows = [as_numbers(row) for row in utils.read_csv(path, COLUMNS)]
-        # By epoch and batch: if the batch size has changed, the steps of old rows are others.
-        rows = [row for row in rows if row and (row["epoch"], row["batch"]) < start]
-        utils.write_csv(path, COLUMNS, rows)
-        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
-        self._rows = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
-        self._seconds_before = rows[-1]["seconds"] if rows else 0.0
+        row = summary(steps, self.spec)
+        row["seconds"] = self._seconds_before + time.monotonic() - self._start
         try:
-            self._events = utils.new_event_file(self.run.folder / "events" / "training")
-            for row in rows:
-                if row["step"] < self.steps.start:
-                    self._add_event(row, time.time() - self._seconds_before + row["seconds"])
-            self._events.flush()
-        except tf.errors.OpError as error:
-            raise UserError(
-                f"{self.run.folder / 'events'}: cannot be written: {brief(error)}"
-            ) from None
-
-    def _append(self, row: dict) -> None:
-        try:
-            self._rows.writerow({name: utils.csv_cell(row[name]) for name in COLUMNS})
+            self._rows.writerow({name: utils.csv_cell(row[name]) for name in LOG_COLUMNS})
             self._file.flush()
-            self._add_event(row, time.time())
+            self._events.add(row["step"], {f"training/{name}": row[name] for name in CURVES})
             self._events.flush()
         except (OSError, tf.errors.OpError) as error:
             utils.warn(f"the log could not be written: {brief(error)}")
+        self.display.print_row(row)
 
-    def _add_event(self, row: dict, wall_time: float) -> None:
-        scalars = {f"training/{name}": float(row[name]) for name in COLUMNS[5:]}
-        self._events.write(utils.event(int(row["step"]), scalars, wall_time))
+    def _open(self) -> None:
+        """Drops the rows of steps that will be trained again."""
+        path = self.run.folder / TRAINING_LOG
+        begin = divmod(self.steps.start, self.spec.batches_per_epoch)
+        rows = utils.read_csv(path, LOG_COLUMNS)
+        # By epoch and batch: if the batch size has changed, the steps of old rows are others.
+        rows = [row for row in rows if (row["epoch"], row["batch"]) < begin]
+        utils.write_csv(path, LOG_COLUMNS, rows)
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        self._rows = csv.DictWriter(self._file, LOG_COLUMNS, lineterminator="\n")
+        self._seconds_before = rows[-1]["seconds"] if rows else 0.0
+        folder = self.run.folder / "events" / events_folder(rows, self.spec)
+        try:
+            self._events = Events(folder, self.steps.start)
+        except tf.errors.OpError as error:
+            raise UserError(f"{folder}: cannot be written: {brief(error)}") from None
 
-    def time_taken(self) -> str:
-        return utils.duration(time.monotonic() - self._start)
+
+CURVES = [
+    name for name in LOG_COLUMNS if name not in ("step", "epoch", "batch", "seconds", "steps")
+]
+"""The columns of the log that are written as events."""
+
+
+def events_folder(rows: list[dict[str, Any]], spec: BatchSpec) -> str:
+    """The folder of the events. If an epoch has another number of steps than before, steps get
+    numbers that older ones have. So that part of training has a folder of its own.
+    """
+    of_other_parts = [
+        row["epoch"]
+        for row in rows
+        if divmod(row["step"], spec.batches_per_epoch) != (row["epoch"], row["batch"])
+    ]
+    return f"training_from_epoch_{of_other_parts[-1] + 1}" if of_other_parts else "training"
+
+
+def summary(steps: list[Finished], spec: BatchSpec, waiting: float = 0.0) -> dict[str, Any]:
+    """The row of the log for these steps. `waiting`: seconds that a wait has taken since.
+
+    The first step of all builds the graph, after a first wait that may be long. The speed and the
+    share of waiting leave it out, unless there is no other.
+    """
+    last, timed = steps[-1], steps
+    if steps[0].previous is None and len(steps) > 1:
+        timed = steps[1:]
+    seconds = last.at - (timed[0].previous or timed[0].asked) + waiting
+    idle = sum(step.idle for step in timed) + waiting
+    epoch, batch = divmod(last.step, spec.batches_per_epoch)
+    return {
+        "step": last.step,
+        "epoch": epoch,
+        "batch": batch,
+        "steps": len(steps),
+        **{name: mean_of_finite([step.metrics[name] for step in steps]) for name in MEANS},
+        "images_per_second": len(timed) * spec.batch_size * spec.workers / seconds,
+        "learning_rate": last.rate,
+        "waiting_for_data": min(idle / seconds, 1.0),
+        **{name: last.metrics[name] for name in ("r_max", "d_max", "loss_scale")},
+        "skipped_steps": round(sum(step.metrics["skipped_steps"] for step in steps)),
+    }
 
 
 def mean_of_finite(values: list[float]) -> float:
@@ -1117,16 +1163,108 @@ def mean_of_finite(values: list[float]) -> float:
     return sum(finite) / len(finite) if finite else math.inf
 
 
-def as_numbers(row: dict[str, str]) -> dict[str, float] | None:
-    """A row of the log as numbers. None if a cell is not a number."""
-    try:
-        return {
-            name: int(text) if re.fullmatch(r"-?\d+", text) else float(text)
-            for name, text in row.items()
-        }
-    except ValueError:
-        return None
+class Display(contextlib.AbstractContextManager):
+    """Prints the rows of the log. On a terminal it prints a row per epoch, and redraws a line with
+    the present state below it every second.
+    """
+
+    def __init__(self, run: Run, spec: BatchSpec, steps: range, reader: BatchReader):
+        self.run, self.spec, self.steps, self.reader = run, spec, steps, reader
+        self.waiting_since: float | None = None
+        self._epoch: list[Finished] = []
+        self._recent: deque[Finished] = deque(maxlen=100)
+        self._best: list[str] = []
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._redraw, daemon=True)
+
+    def __enter__(self) -> "Display":
+        if sys.stdout.isatty() and self.run.chief:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+
+    def _redraw(self) -> None:
+        while not self._closed.wait(1.0):
+            utils.show_status(self.status())
+
+    def add(self, step: Finished) -> None:
+        if step.step % self.spec.batches_per_epoch == 0:
+            self._epoch = []
+        self._epoch.append(step)
+        self._recent.append(step)
+
+    def print_row(self, row: dict[str, Any]) -> None:
+        if not sys.stdout.isatty():
+            print(self._line(row))
+        elif row["batch"] + 1 == self.spec.batches_per_epoch:
+            epoch = summary(self._epoch, self.spec)
+            print(fitted([f"epoch {row['epoch']}:", *self._parts(epoch)]))
+        with contextlib.suppress(UserError, OSError):  # only the status shows it
+            best = max(self.run.accuracies().values(), default=None)
+            self._best = [] if best is None else [f"best {best:.1%}"]
+
+    def _line(self, row: dict[str, Any]) -> str:
+        scale = ""
+        if self.run.args.precision == "mixed_float16":
+            scale = f", loss scale {row['loss_scale']:g}, {row['skipped_steps']} skipped"
+        return (
+            f"epoch {row['epoch']}, {row['batch'] + 1} of "
+            f"{plural(self.spec.batches_per_epoch, 'batch')}: loss {row['loss_without_l2']:.3f} + "
+            f"{row['loss'] - row['loss_without_l2']:.3f} L2, top-1 {row['top1']:.1%}, "
+            f"{row['images_per_second']:,.1f} images/s, rate {row['learning_rate']:.3g}, waiting "
+            f"for data {row['waiting_for_data']:.1%}{scale}, {self._time_left()}"
+        )
+
+    def _parts(self, row: dict[str, Any]) -> list[str]:
+        return [
+            f"loss {row['loss_without_l2']:.3f}",
+            f"top-1 {row['top1']:.1%}",
+            f"{row['images_per_second']:,.0f} images/s",
+            self._time_left(),
+            f"waiting {row['waiting_for_data']:.1%}",
+        ]
+
+    def _time_left(self) -> str:
+        recent = list(self._recent)
+        if len(recent) < 2:  # only the step that builds the graph
+            return "? left"
+        rate = summary(recent, self.spec)["images_per_second"]
+        steps = self.steps.stop - 1 - recent[-1].step
+        return f"{utils.duration(steps * self.spec.batch_size / rate)} left"
+
+    def status(self) -> str:
+        """The present state of training in one line that fits the terminal."""
+        recent, since = list(self._recent), self.waiting_since
+        step = recent[-1].step + 1 if recent else self.steps.start
+        epoch, batch = divmod(step, self.spec.batches_per_epoch)
+        parts = ["waiting for a batch" if since else "the first step takes longest"]
+        if recent:
+            waiting = time.perf_counter() - since if since else 0.0
+            parts = [*self._parts(summary(recent, self.spec, waiting)), *self._best]
+        with contextlib.suppress(OSError):
+            names = os.listdir(self.reader.folder)
+            ready = {each for each in map(self.spec.step_of, names) if each is not None}
+            parts.append(f"{sum(each >= step for each in ready)} ready")
+        return fitted([f"epoch {epoch}", *parts], batch / self.spec.batches_per_epoch)
+
+
+def fitted(parts: list[str], share: float | None = None) -> str:
+    """The first of the parts and as many of the others as fit on a line of the terminal.
+
+    With a `share`, a bar that is filled so far stands behind the first.
+    """
+    room = shutil.get_terminal_size().columns - 1 - len(parts[0])
+    least, most = (0, 0) if share is None else (5, 21)  # of the bar and a space
+    text = ""
+    for part in parts[1:]:
+        if len(text) + 1 + len(part) <= room - least:
+            text += f" {part}"
+    if share is not None:
+        text = f" {utils.bar(share, min(most, room - len(text)) - 1)}{text}"
+    return parts[0] + text
 
 
 if __name__ == "__main__":
-    utils.run(explained_failures()(main))
+    utils.run(explained_main)
