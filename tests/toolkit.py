@@ -108,12 +108,16 @@ def assert_one_line_error(result: subprocess.CompletedProcess, script: str, *wor
 
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
-    """The scalars in the event files of a folder, by name and step. None may appear twice."""
+    """The scalars in the event files of a folder, by name and step, as TensorBoard reads them: a
+    session that starts at a step makes it forget the steps from there on. None may appear twice.
+    """
     import tensorflow as tf
 
     seen = {}
-    for file in folder.iterdir():
+    for file in sorted(folder.iterdir()):
         for event in tf.compat.v1.train.summary_iterator(str(file)):
+            if event.session_log.status == tf.compat.v1.SessionLog.START:
+                seen = {key: value for key, value in seen.items() if key[1] < event.step}
             for value in event.summary.value:
                 assert value.HasField("simple_value")
                 assert (value.tag, event.step) not in seen
