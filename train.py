@@ -84,8 +84,7 @@ def main() -> None:
     restore(run, place, trainer, spec, settings)
     steps = range(spec.step(place.epoch, place.batch), spec.step(args.epoch_end))
     agree(strategy, {"first step": steps.start, "weights": trainer.checksum()})
-    for line in plan(run, trainer, spec, steps):
-        print(line)
+    print(*plan(run, trainer, spec, steps), sep="\n")
     saver = Saver(run, trainer, spec, settings)
     reader = BatchReader(config, spec, steps, trainer.to_device, args)
     display = Display(run, spec, steps, reader)
@@ -603,17 +602,6 @@ class Place(NamedTuple):
     folder: Path | None
 
 
-@dataclasses.dataclass
-class StateRecord:
-    """`training_state/state.json`: where training was when it was saved, and how it was trained."""
-
-    step: int
-    epoch: int
-    batch: int
-    settings: dict[str, Any]
-    """What `settings_of` returned."""
-
-
 class Run:
     """`path_for_saving/<run_folder>`: models by epoch, the state within an epoch, the log."""
 
@@ -634,9 +622,8 @@ class Run:
         utils.make_folder(self.folder)
         lock, log = self.folder / resnet50.TRAINER_LOCK, self.folder / TRAINING_LOG
         utils.lock(lock, f"{self.folder}: another train.py is training this run")
-        resnet50.write_plan(
-            lock, resnet50.TrainerPlan(self.args.gpu)
-        )  # check_accuracy.py keeps off these GPUs
+        # check_accuracy.py keeps off these GPUs.
+        resnet50.write_plan(lock, resnet50.TrainerPlan(self.args.gpu))
         utils.remove_leftovers(self.folder, "[0-9]*", "state_*", TRAINING_LOG)
         if not log.exists():
             utils.write_csv(log, LOG_COLUMNS, [])
@@ -645,22 +632,17 @@ class Run:
     def states(self) -> list[Place]:
         """What training can continue from, the latest first."""
         found = [Place(epoch + 1, 0, self.folder / str(epoch)) for epoch in epochs_in(self.folder)]
-        for name in self._names():
+        for name in utils.patiently(os.listdir, self.folder) if self.folder.is_dir() else []:
             if match := re.fullmatch(r"state_(\d{1,9})_(\d{1,9})", name):
                 found.append(Place(int(match[1]), int(match[2]), self.folder / name))
         return sorted(found, reverse=True)
-
-    def _names(self) -> list[str]:
-        try:
-            return utils.patiently(os.listdir, self.folder)
-        except FileNotFoundError:
-            return []
 
     def place(self) -> Place:
         """Where training begins. Raises UserError if what it needs is missing, or if it would
         overwrite something.
         """
         args, states, start = self.args, self.states(), self.args.epoch_start
+        epochs = ", ".join(map(str, epochs_in(self.folder))) or "none"
         if args.resume and not (states or (self.folder / TRAINING_LOG).exists()):
             raise UserError(
                 f"{self.folder}: no such run to --resume; {self.folder.parent} has "
@@ -669,52 +651,42 @@ class Run:
         place = Place(start, 0, args.init_from)
         if args.resume and states:
             place = states[0]
-        elif start and not args.init_from:
+        elif args.init_from:
+            model_recipe(args.init_from)  # raises UserError if it is not a model
+        elif start:
             place = Place(start, 0, self.folder / str(start - 1))
             if place not in states:
                 raise UserError(
                     f"--epoch_start={start} continues from the model {place.folder}, which does "
-                    f"not exist; {self._has(states)}"
+                    f"not exist; the run has epochs: {epochs}"
                 )
-        elif args.init_from:
-            model_recipe(args.init_from)  # raises UserError if it is not a model
-        self._check_free(place, states)
-        if place.epoch + place.batch > 0:
-            self.record(place)
-        return place
-
-    def _has(self, states: list[Place]) -> str:
-        epochs = sorted(each.epoch - 1 for each in states if each.batch == 0)
-        return f"it has epochs {compact(epochs)}" if epochs else "it has none"
-
-    def _check_free(self, place: Place, states: list[Place]) -> None:
-        """Raises UserError if training from `place` on would overwrite something."""
         later = [each for each in states if each[:2] > place[:2]]
         if later and later[0].batch:
             raise UserError(
                 f"{later[0].folder} was saved in an unfinished epoch. Add --resume to continue "
-                f"there, or remove that folder to start epoch {place.epoch} again"
+                f"there, or remove that folder to start epoch {later[0].epoch} again"
             )
         if later:
             raise UserError(
-                f"{later[-1].folder} already exists and would be overwritten; "
-                f"{self._has(states)}. Add --resume to continue, or use another --run_folder"
+                f"{later[-1].folder} already exists and would be overwritten; the run has epochs: "
+                f"{epochs}. Add --resume to continue, or use another --run_folder"
             )
+        if place.epoch + place.batch > 0:
+            self.read_state(place)  # raises UserError before the first batch is waited for
+        return place
 
-    def record(self, place: Place) -> StateRecord:
-        """What a state says of itself. Raises UserError if it cannot be read."""
+    def read_state(self, place: Place) -> "StateRecord":
+        """What the state at `place` says of itself. Raises UserError."""
         state = place.folder / STATE
-        if not state.is_dir():
-            raise UserError(
-                f"{state} is missing, so training cannot continue from {place.folder}; "
-                f"--init_from={place.folder} starts a new run with its weights"
-            )
         try:
             record = utils.read_record(StateRecord, state / "state.json")
         except UserError as error:
             raise UserError(f"{error}; {self.way_out(place)}") from None
         if record is None:
-            raise UserError(f"{state / 'state.json'} is missing; {self.way_out(place)}")
+            raise UserError(
+                f"{state} is missing, so training cannot continue from {place.folder}; "
+                f"--init_from={place.folder} starts a new run with its weights"
+            )
         if (record.epoch, record.batch) != place[:2]:
             raise UserError(
                 f"{place.folder}: training continues from it at epoch {record.epoch}, batch "
@@ -738,21 +710,21 @@ class Run:
             # A row may be of an earlier model of this epoch.
             if resnet50.is_model(model) and row["model"] == model_recipe(model).fingerprint:
                 top1[row["epoch"]] = row["top1_centre"] if ten_crops is None else ten_crops
-        return {epoch: value for epoch, value in top1.items() if value is not None}
-
-
-def compact(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    spans = []
-    for each in numbers:
-        if spans and each == spans[-1][1] + 1:
-            spans[-1][1] = each
-        else:
-            spans.append([each, each])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+        return top1
 
 
 # --- what is saved and loaded ---------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class StateRecord:
+    """`training_state/state.json`: where training was when it was saved, and how it was trained."""
+
+    step: int
+    epoch: int
+    batch: int
+    settings: dict[str, Any]  # what `settings_of` returned
+
 
 BATCHES = ("classes", "batch_size", "seed", "N", "pictures", "workers", "mu", "sigma", "crop")
 """Fields of BatchSpec that must not change if training continues within an epoch. Between epochs
@@ -773,6 +745,18 @@ def settings_of(
     return json.loads(json.dumps(settings))
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """A line for each setting that is not as it was when a state was saved."""
+    for name, value in now.items():
+        irrelevant = name == "--epoch_end" and now["--lr_schedule"] != "cosine"
+        if before.get(name, value) == value or irrelevant:
+            continue
+        if name == "pictures":
+            yield "the training pictures have changed since the state was saved"
+        else:
+            yield f"{name} is now {value}; the state was trained with {before[name]}"
+
+
 def restore(
     run: Run, place: Place, trainer: Trainer, spec: BatchSpec, settings: dict[str, Any]
 ) -> None:
@@ -786,7 +770,7 @@ def restore(
         print(resnet50.read_weights(trainer.network, folder, spec))
         trainer.average(0.0)
         return
-    record = run.record(place)
+    record = run.read_state(place)
     for name in BATCHES if place.batch else BATCHES[:1]:
         if record.settings.get(name) != settings[name]:
             way_out = f"change it back, or {run.way_out(place)}"
@@ -830,18 +814,6 @@ def load_state(trainer: Trainer, folder: Path, averaged: bool) -> None:
         trainer.average(0.0)
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """A line for each setting that is not as it was when a state was saved."""
-    for name, value in now.items():
-        irrelevant = name == "--epoch_end" and now["--lr_schedule"] != "cosine"
-        if before.get(name, value) == value or irrelevant:
-            continue
-        if name == "pictures":
-            yield "the training pictures have changed since the state was saved"
-        else:
-            yield f"{name} is now {value}; the state was trained with {before[name]}"
-
-
 def brief(error: Exception) -> str:
     return utils.printable(error)[:150]
 
@@ -865,14 +837,12 @@ class Saver:
         self._last = time.monotonic()
         if not self.run.chief or batch == 0 or folder.exists():
             return
-        self._check_weights(step)
         try:
-            with utils.folder_written_aside(folder) as aside:
-                self._write_state(aside, step, weights=True)
+            self._write(folder, step, model=False)
         except (OSError, tf.errors.OpError) as error:
             utils.warn(f"{folder}: not saved: {brief(error)}; the previous state stays")
             return
-        self._remove_states(but=folder)
+        self._tidy(newest=folder)
 
     def save_epoch(self, step: int, stop: Stop, tries: int = 5, pause: float = 60.0) -> None:
         """Saves the model and the state of the epoch that ends before `step`. Raises UserError
@@ -880,13 +850,10 @@ class Saver:
         """
         if not self.run.chief:
             return
-        self._check_weights(step)
         folder = self.run.folder / str(step // self.spec.batches_per_epoch - 1)
         for attempt in range(1, tries + 1):
             try:
-                with utils.folder_written_aside(folder) as aside:
-                    self._write_model(aside, step)
-                    self._write_state(aside, step, weights=self.trainer.averaged is not None)
+                self._write(folder, step, model=True)
                 break
             except (OSError, tf.errors.OpError) as error:
                 if attempt == tries:
@@ -896,63 +863,53 @@ class Saver:
                     time.sleep(pause / 30)
         self._last = time.monotonic()
         print(f"saved {folder}")
-        self._remove_states()
-        if self.trainer.args.keep_last:
-            with self._tidying():
-                self._remove_old_epochs(self.trainer.args.keep_last)
+        self._tidy(newest=folder)
 
-    def _check_weights(self, step: int) -> None:
-        weights = [*self.trainer.network.variables, *self.trainer.momentum]
+    def _write(self, folder: Path, step: int, model: bool) -> None:
+        """Writes a state, with or without a model. Raises UserError for weights that are not
+        finite, OSError and tf.errors.OpError.
+        """
+        trainer, spec, args = self.trainer, self.spec, self.trainer.args
+        weights = [*trainer.network.variables, *trainer.momentum]
         if not all(tf.reduce_all(tf.math.is_finite(weight)) for weight in weights):
             raise UserError(
-                f"{self.spec.position(step)}: the weights are no longer finite; they were not "
-                f"saved. Continue from the last state with a smaller --learning_rate"
+                f"{spec.position(step)}: the weights are no longer finite; they were not saved. "
+                f"Continue from the last state with a smaller --learning_rate"
             )
+        with utils.folder_written_aside(folder) as aside:
+            if model:
+                flags = {name: getattr(args, name) for name in FLAGS}
+                recipe = resnet50.ModelRecipe(
+                    spec.class_names, spec.mu, spec.sigma, flags, step, args.epoch_end
+                )
+                resnet50.export_model(trainer.averaged or trainer.network, aside, recipe)
+            state = aside / STATE
+            state.mkdir()
+            trainer.state(trainer.averaged is not None).write(str(state / "state"))
+            if trainer.averaged or not model:  # else the model holds the weights
+                tf.train.Checkpoint(network=trainer.network).write(str(state / "weights"))
+            position = divmod(step, spec.batches_per_epoch)
+            record = StateRecord(step, *position, self.settings)
+            utils.write_record(state / "state.json", record)
 
-    def _write_model(self, folder: Path, step: int) -> None:
-        args, spec = self.trainer.args, self.spec
-        recipe = resnet50.ModelRecipe(
-            class_names=spec.class_names,
-            mu=spec.mu,
-            sigma=spec.sigma,
-            flags={name: getattr(args, name) for name in ("batch_size", *FLAGS)},
-            step=step,
-            epoch_end=args.epoch_end,
-        )
-        resnet50.export_model(self.trainer.averaged or self.trainer.network, folder, recipe)
-
-    def _write_state(self, folder: Path, step: int, weights: bool) -> None:
-        """`weights`: also the network's, because there is no model that holds them."""
-        (folder / STATE).mkdir()
-        averaged = self.trainer.averaged is not None
-        self.trainer.state(averaged).write(str(folder / STATE / "state"))
-        if weights:
-            network = tf.train.Checkpoint(network=self.trainer.network)
-            network.write(str(folder / STATE / "weights"))
-        position = divmod(step, self.spec.batches_per_epoch)
-        record = StateRecord(step, *position, self.settings)
-        utils.write_record(folder / STATE / "state.json", record)
-
-    @contextlib.contextmanager
-    def _tidying(self) -> Iterator[None]:
-        """Warns of an error. What is old and cannot be removed must not end training."""
+    def _tidy(self, newest: Path) -> None:
+        """Removes older states, and older models if --keep_last asks for it. If something cannot be
+        removed, warns: that must not end training.
+        """
         try:
-            yield
+            for state in self.run.states():
+                if state.batch and state.folder != newest:
+                    utils.remove_folder(state.folder)
+            if self.trainer.args.keep_last:
+                self._remove_old_epochs(self.trainer.args.keep_last)
         except (UserError, OSError) as error:
             utils.warn(f"{self.run.folder}: old models and states may stay: {brief(error)}")
 
-    def _remove_states(self, but: Path | None = None) -> None:
-        with self._tidying():
-            for state in self.run.states():
-                if state.batch and state.folder != but:
-                    utils.remove_folder(state.folder)
-
     def _remove_old_epochs(self, keep: int) -> None:
         """Keeps the newest models, the best, and those that check_accuracy.py has yet to see."""
-        top1, checker = (
-            self.run.accuracies(),
-            resnet50.read_plan(resnet50.CheckerPlan, self.run.folder / resnet50.CHECKER_LOCK),
-        )
+        top1 = self.run.accuracies()
+        lock = self.run.folder / resnet50.CHECKER_LOCK
+        checker = resnet50.read_plan(resnet50.CheckerPlan, lock)
         best = max(top1, key=top1.get, default=None)
         for epoch in epochs_in(self.run.folder)[:-keep]:
             awaited = checker is not None and checker.wants(epoch) and epoch not in top1
@@ -969,14 +926,10 @@ class Finished(NamedTuple):
     step: int
     rate: float
     metrics: dict[str, float]
-    asked: float
-    """When its batch was asked for."""
-    idle: float
-    """Seconds that the device waited for the batch."""
-    previous: float | None
-    """When the step before it was finished; None for the first one."""
-    at: float
-    """When it was finished."""
+    asked: float  # when its batch was asked for
+    idle: float  # seconds that the device waited for the batch
+    previous: float | None  # when the step before was finished; None for the first one
+    at: float  # when it was finished
 
 
 class Pipeline:
@@ -1010,8 +963,8 @@ class Pipeline:
                     f"after it. Continue from the last state with a smaller --learning_rate"
                 )
             # As long as the step before was at work, the device did not wait.
-            idle = given - max(asked, self._previous or 0.0)
-            yield Finished(step, rate, metrics, asked, max(0.0, idle), self._previous, at)
+            idle = max(0.0, given - max(asked, self._previous or 0.0))
+            yield Finished(step, rate, metrics, asked, idle, self._previous, at)
             self._previous = at
 
     def close(self) -> None:
@@ -1120,8 +1073,8 @@ CURVES = [
 
 
 def events_folder(rows: list[dict[str, Any]], spec: BatchSpec) -> str:
-    """The folder of the events. If an epoch has another number of steps than before, steps get
-    numbers that older ones have. So that part of training has a folder of its own.
+    """The name of the folder of events. If an epoch has another number of steps than before, steps
+    get numbers that older ones have. So that part of training has a folder of its own.
     """
     of_other_parts = [
         row["epoch"]
@@ -1149,7 +1102,7 @@ def summary(steps: list[Finished], spec: BatchSpec, waiting: float = 0.0) -> dic
         "batch": batch,
         "steps": len(steps),
         **{name: mean_of_finite([step.metrics[name] for step in steps]) for name in MEANS},
-        "images_per_second": len(timed) * spec.batch_size * spec.workers / seconds,
+        "images_per_second": len(timed) * spec.batch_size / seconds,
         "learning_rate": last.rate,
         "waiting_for_data": min(idle / seconds, 1.0),
         **{name: last.metrics[name] for name in ("r_max", "d_max", "loss_scale")},
@@ -1172,14 +1125,13 @@ class Display(contextlib.AbstractContextManager):
         self.run, self.spec, self.steps, self.reader = run, spec, steps, reader
         self.waiting_since: float | None = None
         self._epoch: list[Finished] = []
-        self._recent: deque[Finished] = deque(maxlen=100)
+        self._recent: deque[Finished] = deque(maxlen=100)  # tell the present state
         self._best: list[str] = []
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._redraw, daemon=True)
 
     def __enter__(self) -> "Display":
         if sys.stdout.isatty() and self.run.chief:
-            self._thread.start()
+            threading.Thread(target=self._redraw, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1218,10 +1170,11 @@ class Display(contextlib.AbstractContextManager):
         )
 
     def _parts(self, row: dict[str, Any]) -> list[str]:
+        """The same for a line that may be too short for all."""
         return [
             f"loss {row['loss_without_l2']:.3f}",
             f"top-1 {row['top1']:.1%}",
-            f"{row['images_per_second']:,.0f} images/s",
+            f"{row['images_per_second']:,.4g} images/s",
             self._time_left(),
             f"waiting {row['waiting_for_data']:.1%}",
         ]
@@ -1231,8 +1184,8 @@ class Display(contextlib.AbstractContextManager):
         if len(recent) < 2:  # only the step that builds the graph
             return "? left"
         rate = summary(recent, self.spec)["images_per_second"]
-        steps = self.steps.stop - 1 - recent[-1].step
-        return f"{utils.duration(steps * self.spec.batch_size / rate)} left"
+        images = (self.steps.stop - 1 - recent[-1].step) * self.spec.batch_size
+        return f"{utils.duration(images / rate)} left"
 
     def status(self) -> str:
         """The present state of training in one line that fits the terminal."""
@@ -1244,9 +1197,9 @@ class Display(contextlib.AbstractContextManager):
             waiting = time.perf_counter() - since if since else 0.0
             parts = [*self._parts(summary(recent, self.spec, waiting)), *self._best]
         with contextlib.suppress(OSError):
-            names = os.listdir(self.reader.folder)
-            ready = {each for each in map(self.spec.step_of, names) if each is not None}
-            parts.append(f"{sum(each >= step for each in ready)} ready")
+            steps = map(self.spec.step_of, os.listdir(self.reader.folder))
+            ready = {each for each in steps if each is not None and each >= step}
+            parts.append(f"{len(ready)} ready")
         return fitted([f"epoch {epoch}", *parts], batch / self.spec.batches_per_epoch)
 
 
@@ -1255,14 +1208,13 @@ def fitted(parts: list[str], share: float | None = None) -> str:
 
     With a `share`, a bar that is filled so far stands behind the first.
     """
-    room = shutil.get_terminal_size().columns - 1 - len(parts[0])
-    least, most = (0, 0) if share is None else (5, 21)  # of the bar and a space
-    text = ""
+    room, text = shutil.get_terminal_size().columns - 1 - len(parts[0]), ""
+    least = 0 if share is None else 5  # a bar and a space
     for part in parts[1:]:
         if len(text) + 1 + len(part) <= room - least:
             text += f" {part}"
     if share is not None:
-        text = f" {utils.bar(share, min(most, room - len(text)) - 1)}{text}"
+        text = f" {utils.bar(share, min(20, room - len(text) - 1))}{text}"
     return parts[0] + text
 
 
