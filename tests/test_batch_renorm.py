@@ -6,28 +6,26 @@ python3 -m pytest tests/test_batch_renorm.py
 from types import SimpleNamespace
 
 import toolkit  # noqa: F401  (puts the scripts on the path)
+import utils
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-import batch_renorm
-from batch_renorm import EPSILON, BatchRenorm, Limits, limits_at, momentum_at, ramp
+from batch_renorm import (
+    EPSILON,
+    BatchRenorm,
+    Limits,
+    in_updates,
+    limits_at,
+    momentum_at,
+    ramp,
+)
 
 CHANNELS = 6
 BATCH_NORM = Limits(tf.constant(1.0), tf.constant(0.0))
 WIDE = Limits(tf.constant(1e6), tf.constant(1e6))
-
-
-def use(monkeypatch, moments_first: bool) -> None:
-    """Takes one way whatever the device and the type."""
-    monkeypatch.setattr(batch_renorm, "_moments_come_first", lambda x: moments_first)
-
-
-@pytest.fixture(params=[False, True], ids=["normalize first", "moments first"])
-def each_way(request, monkeypatch) -> None:
-    use(monkeypatch, request.param)
 
 
 def make_layer(seed: int = 0, channels: int = CHANNELS) -> BatchRenorm:
@@ -76,7 +74,7 @@ def gradients(layer: BatchRenorm, x, limits: Limits, dy):
     x = tf.convert_to_tensor(x)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = layer(x, limits)
+        y, *_ = layer(x, limits)
     return y, *tape.gradient(
         y, (x, layer.gamma, layer.beta), output_gradients=tf.convert_to_tensor(dy)
     )
@@ -112,7 +110,6 @@ def keras_twin(layer: BatchRenorm, momentum: float) -> keras.layers.BatchNormali
     return twin
 
 
-@pytest.mark.usefixtures("each_way")
 def test_agrees_with_keras_over_50_steps_with_moving_limits_and_drifting_inputs():
     momentum, steps = 0.9, 50
     layer = make_layer()
@@ -135,7 +132,8 @@ def test_agrees_with_keras_over_50_steps_with_moving_limits_and_drifting_inputs(
             y = twin(inputs, training=True)
         sources = (inputs, twin.gamma.value, twin.beta.value)
         theirs = (y, *tape.gradient(y, sources, output_gradients=tf.constant(dy)))
-        layer.update(layer.batch_mean, layer.batch_std, tf.constant(momentum))
+        _, mean, std = layer(tf.constant(x), limits_of(r_max, d_max))
+        layer.update(mean, std, tf.constant(momentum))
 
         for mine, other in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
@@ -154,19 +152,17 @@ def test_agrees_with_keras_over_50_steps_with_moving_limits_and_drifting_inputs(
 # --- the paper's formulas ---------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(("r_max", "d_max"), [(1.0, 0.0), (1.2, 0.3), (3.0, 5.0), (1e6, 1e6)])
 @pytest.mark.parametrize("std", [0.3, 1.5])
 def test_outputs_and_statistics_follow_the_paper(r_max, d_max, std):
     layer, x = make_layer(), make_batch(3, std=std)
     formula = paper(x, layer, r_max, d_max)
-    y = layer(tf.constant(x), limits_of(r_max, d_max))
+    y, mean, std = layer(tf.constant(x), limits_of(r_max, d_max))
     np.testing.assert_allclose(y, formula.y, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(layer.batch_mean, formula.mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(layer.batch_std, formula.std, rtol=1e-5)
+    np.testing.assert_allclose(mean, formula.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(std, formula.std, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(("r_max", "d_max"), [(1.0, 0.0), (1.2, 0.3), (1e6, 1e6)])
 def test_gradients_are_those_of_the_formula_with_r_and_d_held_fixed(r_max, d_max):
     """Central differences in float64, for every element of x, gamma and beta."""
@@ -190,105 +186,81 @@ def test_gradients_are_those_of_the_formula_with_r_and_d_held_fixed(r_max, d_max
             assert gradient.numpy()[index] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-# --- the two ways to compute it ---------------------------------------------------------------
+# --- how it is computed -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(tf.float32, 1e-5), (tf.float16, 4e-3), (tf.bfloat16, 3e-2)]
 )
-def test_both_ways_agree_with_each_other_and_the_paper(dtype, tolerance, jit_compile, monkeypatch):
+def test_every_type_compiled_or_not_follows_the_paper(dtype, tolerance, jit_compile):
+    """The statistics are those of the rounded pictures, to float32's accuracy, not to `dtype`'s."""
     layer = make_layer()
     x = tf.cast(make_batch(13, shape=(8, 6, 6, CHANNELS)), dtype)
     dy = tf.cast(tf.random.stateless_normal(x.shape, [9, 10]), dtype)
-    formula = paper(tf.cast(x, tf.float32), layer, 1.3, 0.4)
-    found = []
-    for moments_first in (False, True):
-        use(monkeypatch, moments_first)
 
-        @tf.function(jit_compile=jit_compile)
-        def compute():
-            y, *gradient = gradients(layer, x, limits_of(1.3, 0.4), dy)
-            return y, *gradient, layer.batch_mean, layer.batch_std
+    @tf.function(jit_compile=jit_compile)
+    def compute():
+        return *gradients(layer, x, limits_of(1.3, 0.4), dy), *layer(x, limits_of(1.3, 0.4))[1:]
 
-        values = compute()
-        kinds = [dtype, dtype, tf.float32, tf.float32, tf.float32, tf.float32]
-        assert [value.dtype for value in values] == kinds
-        found.append([tf.cast(value, tf.float32).numpy() for value in values])
-        y, *_, mean, std = found[-1]
-        np.testing.assert_allclose(y, formula.y, tolerance, tolerance)
-        np.testing.assert_allclose(mean, formula.mean, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(std, formula.std, rtol=1e-5)
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one / abs(one).max(), other / abs(one).max(), 0, tolerance)
+    values = compute()
+    kinds = [dtype, dtype, tf.float32, tf.float32, tf.float32, tf.float32]
+    assert [value.dtype for value in values] == kinds
+    assert layer(x).dtype == dtype
+    y, *found, mean, std = (tf.cast(value, tf.float32).numpy() for value in values)
+    exact = tf.cast(x, tf.float32).numpy()
+    formula = paper(exact, layer, 1.3, 0.4)
+    np.testing.assert_allclose(y, formula.y, tolerance, tolerance)
+    np.testing.assert_allclose(mean, formula.mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(std, formula.std, rtol=1e-5)
+    for mine, other in zip(found, paper_gradients(exact, dy, formula), strict=True):
+        np.testing.assert_allclose(mine / abs(other).max(), other / abs(other).max(), 0, tolerance)
 
 
-@pytest.mark.usefixtures("each_way")
+def paper_gradients(x, dy, formula: SimpleNamespace) -> tuple:
+    """With respect to x, gamma and beta, in float64: batch normalization's with scale gamma * r."""
+    x, dy = np.asarray(x, np.float64), np.asarray(tf.cast(dy, tf.float64))
+    normalized, axes = (x - formula.mean) / formula.std, (0, 1, 2)
+    centred = dy - dy.mean(axes) - normalized * (dy * normalized).mean(axes)
+    dx = formula.gamma * formula.r / formula.std * centred
+    return dx, (dy * (normalized * formula.r + formula.d)).sum(axes), dy.sum(axes)
+
+
 def test_a_large_mean_beside_a_small_deviation_cancels_nothing():
     """Mean 100, deviation 0.1: mean square minus squared mean would have no correct digit."""
     layer, draw = make_layer(), np.random.default_rng(14)
     x = (100 + 0.1 * draw.normal(size=(4, 8, 8, CHANNELS))).astype(np.float32)
     dy = draw.normal(size=x.shape).astype(np.float32)
-    limits = limits_of(3, 5)
-    y, dx, dgamma, dbeta = gradients(layer, x, limits, dy)
+    y, *found = gradients(layer, x, limits_of(3, 5), dy)
+    _, _, std = layer(tf.constant(x), limits_of(3, 5))
     formula = paper(x, layer, 3, 5)
-    np.testing.assert_allclose(layer.batch_std, formula.std, rtol=1e-4)
+    np.testing.assert_allclose(std, formula.std, rtol=1e-4)
     np.testing.assert_allclose(y, formula.y, rtol=1e-3, atol=1e-3)
-    # Batch normalization's gradient with the scale gamma * r, in float64.
-    normalized = (x.astype(np.float64) - formula.mean) / formula.std
-    axes, dy = (0, 1, 2), dy.astype(np.float64)
-    centred = dy - dy.mean(axes) - normalized * (dy * normalized).mean(axes)
-    expected = formula.gamma * formula.r / formula.std * centred
-    np.testing.assert_allclose(dx, expected, rtol=0, atol=1e-3 * abs(expected).max())
-    expected = (dy * (normalized * formula.r + formula.d)).sum(axes)
-    np.testing.assert_allclose(dgamma, expected, rtol=1e-3, atol=1e-2)
-    np.testing.assert_allclose(dbeta, dy.sum(axes), rtol=1e-4, atol=1e-4)
+    for mine, other in zip(found, paper_gradients(x, dy, formula), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-3 * abs(other).max())
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("deviations", [0, 8, 1000])
-def test_the_deviation_is_exact_however_far_the_mean_is(deviations, jit_compile, monkeypatch):
-    """Also where one channel of several is far, and the others are not."""
-    use(monkeypatch, moments_first=True)
+@pytest.mark.parametrize(
+    ("deviations", "jit_compile", "tolerance"),
+    [(0, False, 1e-5), (8, False, 1e-5), (1000, False, 1e-5), (0, True, 1e-5), (8, True, 1e-4)],
+)
+def test_the_deviation_is_exact_however_far_the_mean_is(deviations, jit_compile, tolerance):
+    """Also where one channel of several is far, and the others are not. Compiled by XLA, the fused
+    kernel subtracts the squared mean from the mean square, which loses digits.
+    """
     layer, x = make_layer(), make_batch(15, shape=(8, 9, 9, CHANNELS), mean=0.0, std=1.0)
     x[..., 2] = 0.3 * (np.random.default_rng(16).normal(size=x.shape[:3]) + deviations)
-
-    @tf.function(jit_compile=jit_compile)
-    def compute():
-        layer(tf.constant(x), WIDE)
-        return layer.batch_mean, layer.batch_std
-
-    formula, (mean, std) = paper(x, layer, 1e6, 1e6), compute()
+    _, mean, std = tf.function(layer, jit_compile=jit_compile)(tf.constant(x), WIDE)
+    formula = paper(x, layer, 1e6, 1e6)
     np.testing.assert_allclose(mean, formula.mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(std, formula.std, rtol=1e-5)
-
-
-def test_the_way_follows_the_device_and_the_type(monkeypatch):
-    """One fused pass for float32 on a CPU without AVX-512; else the kernel's own statistics."""
-
-    def kernels(dtype) -> list[bool]:
-        layer = BatchRenorm(2)
-        function = tf.function(lambda x: layer(x, WIDE))
-        graph = function.get_concrete_function(tf.TensorSpec([None, 3, 3, 2], dtype)).graph
-        return sorted(
-            operation.get_attr("is_training")
-            for operation in graph.get_operations()
-            if operation.type == "FusedBatchNormV3"
-        )
-
-    for gpus, avx512 in ([], False), ([], True), (["GPU:0"], False):
-        monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind, gpus=gpus: gpus)
-        monkeypatch.setattr(batch_renorm, "_has_avx512", lambda avx512=avx512: avx512)
-        one_pass = not gpus and not avx512
-        assert kernels(tf.float32) == ([False] if one_pass else [False, True])
-        assert kernels(tf.float16) == kernels(tf.bfloat16) == [False, True]
+    np.testing.assert_allclose(std, formula.std, rtol=tolerance)
 
 
 def test_averages_have_no_gradient():
     layer, x = make_layer(), tf.constant(make_batch(6))
     with tf.GradientTape() as tape:
         tape.watch([layer.moving_mean, layer.moving_std])
-        loss = tf.reduce_sum(layer(x, WIDE) ** 2)
+        loss = tf.reduce_sum(layer(x, WIDE)[0] ** 2)
     assert tape.gradient(loss, [layer.moving_mean, layer.moving_std]) == [None, None]
 
 
@@ -304,7 +276,6 @@ def test_trained_and_untrained_variables():
 # --- special cases of the formula -------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("each_way")
 def test_at_the_tightest_limits_it_is_batch_normalization():
     layer, x = make_layer(), tf.constant(make_batch(7))
     dy = tf.random.stateless_normal(x.shape, [1, 2])
@@ -322,45 +293,21 @@ def test_inside_the_limits_training_computes_what_inference_computes():
     layer, x = make_layer(), make_batch(8)
     formula = (x - layer.moving_mean) / layer.moving_std * layer.gamma + layer.beta
     np.testing.assert_allclose(layer(tf.constant(x)), formula, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(layer(tf.constant(x), WIDE), formula, rtol=1e-5, atol=1e-5)
-    assert abs(layer(tf.constant(x), BATCH_NORM) - formula).numpy().max() > 0.1
+    np.testing.assert_allclose(layer(tf.constant(x), WIDE)[0], formula, rtol=1e-5, atol=1e-5)
+    assert abs(layer(tf.constant(x), BATCH_NORM)[0] - formula).numpy().max() > 0.1
 
 
-@pytest.mark.usefixtures("each_way")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(tf.float16, 4e-3), (tf.bfloat16, 3e-2)])
-def test_half_precision_inputs_have_float32_statistics(dtype, tolerance):
-    layer = make_layer()
-    x = tf.cast(make_batch(9, shape=(8, 6, 6, CHANNELS)), dtype)
-    dy = tf.cast(tf.random.stateless_normal(x.shape, [3, 4]), dtype)
-    ours = gradients(layer, x, limits_of(1.3, 0.4), dy)
-    assert [value.dtype for value in ours] == [dtype, dtype, tf.float32, tf.float32]
-    assert layer(x).dtype == dtype
-    assert layer.batch_mean.dtype == layer.batch_std.dtype == tf.float32
-    # The statistics of the rounded pictures, to float32's accuracy, not to that of `dtype`.
-    exact = tf.cast(x, tf.float32).numpy()
-    formula = paper(exact, layer, 1.3, 0.4)
-    np.testing.assert_allclose(layer.batch_mean, formula.mean, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(layer.batch_std, formula.std, rtol=1e-5)
-    np.testing.assert_allclose(tf.cast(ours[0], tf.float32), formula.y, tolerance, tolerance)
-    reference = gradients(layer, exact, limits_of(1.3, 0.4), tf.cast(dy, tf.float32))
-    for mine, other in zip(ours[1:3], reference[1:3], strict=True):
-        scale = abs(other.numpy()).max()
-        np.testing.assert_allclose(tf.cast(mine, tf.float32) / scale, other / scale, 0, tolerance)
-
-
-@pytest.mark.usefixtures("each_way")
 def test_statistics_of_large_half_precision_values_do_not_overflow():
     """Sums over 4096 values of 100 ± 30 and their squares leave float16's range (65504) far."""
     layer = BatchRenorm(2)
     x = tf.cast(100 + 30 * tf.random.stateless_normal([16, 16, 16, 2], [5, 6]), tf.float16)
-    y = layer(x, WIDE)
+    y, mean, std = layer(x, WIDE)
     formula = paper(x, layer, 1e6, 1e6)
-    np.testing.assert_allclose(layer.batch_mean, formula.mean, rtol=1e-4)
-    np.testing.assert_allclose(layer.batch_std, formula.std, rtol=1e-4)
+    np.testing.assert_allclose(mean, formula.mean, rtol=1e-4)
+    np.testing.assert_allclose(std, formula.std, rtol=1e-4)
     np.testing.assert_allclose(y, formula.y, rtol=4e-3, atol=0.1)
 
 
-@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", [tf.float32, tf.float16])
 def test_a_single_value_per_channel_gives_no_nan(dtype):
     """n * height * width = 1: variance 0, and the unbiased variance would be 0 / 0."""
@@ -370,26 +317,25 @@ def test_a_single_value_per_channel_gives_no_nan(dtype):
         y, *gradient = gradients(layer, x, limits, tf.ones_like(x))
         formula = paper(x, layer, float(limits.r_max), float(limits.d_max))
         np.testing.assert_allclose(tf.cast(y, tf.float32), formula.y, rtol=2e-3, atol=2e-3)
-        np.testing.assert_allclose(layer.batch_std, np.full(CHANNELS, EPSILON**0.5), rtol=1e-5)
+        np.testing.assert_allclose(layer(x, limits)[2], np.full(CHANNELS, EPSILON**0.5), rtol=1e-5)
         for value in gradient:
             assert np.isfinite(tf.cast(value, tf.float32)).all()
         np.testing.assert_allclose(tf.cast(gradient[0], tf.float32), np.zeros(x.shape), atol=1e-3)
 
 
-@pytest.mark.usefixtures("each_way")
 def test_a_constant_channel_gives_no_nan():
     layer, x = make_layer(), np.ones([4, 3, 3, CHANNELS], np.float32)
     y, *gradient = gradients(layer, x, limits_of(3, 5), np.ones_like(x))
     np.testing.assert_allclose(y, paper(x, layer, 3, 5).y, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(layer.batch_std, EPSILON**0.5, rtol=1e-3)  # inference divides by it
+    _, _, std = layer(tf.constant(x), limits_of(3, 5))
+    np.testing.assert_allclose(std, EPSILON**0.5, rtol=1e-3)  # inference divides by it
     assert all(np.isfinite(value).all() for value in gradient)
 
 
-@pytest.mark.usefixtures("each_way")
 def test_works_in_a_graph_with_an_unknown_batch_size():
     layer = make_layer()
     function = tf.function(
-        lambda x: layer(x, limits_of(2, 1)),
+        lambda x: layer(x, limits_of(2, 1))[0],
         input_signature=[tf.TensorSpec([None, 5, 3, CHANNELS])],
     )
     for n in (1, 4):
@@ -397,7 +343,6 @@ def test_works_in_a_graph_with_an_unknown_batch_size():
         np.testing.assert_allclose(function(x), paper(x, layer, 2, 1).y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("each_way")
 def test_xla_computes_the_same():
     layer, x = make_layer(), tf.constant(make_batch(12))
     dy = tf.random.stateless_normal(x.shape, [7, 8])
@@ -442,6 +387,34 @@ def test_limits_follow_the_two_ramps_of_the_settings():
     for step, values in expected.items():
         limits = limits_at(tf.constant(step, tf.int64), config)
         assert [float(limit) for limit in limits] == pytest.approx(values)
+
+
+def test_epochs_become_updates_and_whole_numbers_are_updates_already():
+    settings = SimpleNamespace(
+        rmax_max=3.0, dmax_max=5.0, moving_avgs_momentum=0.99,
+        start_relaxing_rmax=utils.Epochs(1.5), reach_rmax_max=utils.Epochs(7),
+        start_relaxing_dmax=900, reach_dmax_max=utils.Epochs(9.004),
+    )  # fmt: skip
+    updates = in_updates(settings, 100)
+    assert vars(updates) == vars(settings) | {
+        "start_relaxing_rmax": 150,
+        "reach_rmax_max": 700,
+        "reach_dmax_max": 900,
+    }
+    assert all(type(getattr(updates, name)) is int for name in vars(settings) if "_rel" in name)
+    assert float(limits_at(tf.constant(425), updates).r_max) == pytest.approx(2)
+
+
+def test_a_limit_that_would_reach_its_maximum_before_it_moves_is_refused():
+    settings = SimpleNamespace(
+        start_relaxing_rmax=0, reach_rmax_max=0, start_relaxing_dmax=900,
+        reach_dmax_max=utils.Epochs(8.9),
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="reach_dmax_max .update 890. comes before start_relaxing_"
+    ):
+        in_updates(settings, 100)
+    assert in_updates(settings, 102).reach_dmax_max == 908
 
 
 @pytest.mark.parametrize("momentum", [0.99, 0.9999, 0.05])
