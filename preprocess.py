@@ -898,9 +898,9 @@ def missing_copies(pictures: Pictures, folders: dict[int, Path], index: int) -> 
     if not wanted:
         return iter(())
     image = opened(pictures.read(index))
-    size = image.size
+    size, enough = image.size, resized_size(*image.size, 2 * max(wanted))
     with pillow_decodes():
-        reduced = image.draft(image.mode, resized_size(*size, 2 * max(wanted)))
+        reduced = image.draft(image.mode, enough)
     picture, box = as_rgb(image), reduced[1] if reduced else None
     bilinear = Image.Resampling.BILINEAR
     return ((side, picture.resize(resized_size(*size, side), bilinear, box)) for side in wanted)
