@@ -1,14 +1,14 @@
 """ResNet-50 (He et al. 2015, https://arxiv.org/abs/1512.03385) with batch renormalization.
 
-    python3 resnet50.py saved_models/mytestrun cat.jpg dog.png
+    python3 resnet50.py saved_models/mytestrun cat.jpg dog.png holiday/
 
 prints what a trained model sees: a line per picture with the five most probable classes.
 
     cat.jpg: 93.1% tabby, 4.0% tiger cat, 1.2% Egyptian cat, 0.4% lynx, 0.1% Persian cat
 
 The first argument is the folder of an epoch, or of a run to take its newest epoch. The others are
-pictures and folders of pictures. Where folders have the names of the model's classes, top-1 and
-top-5 follow. `--csv=FILE` writes a row per picture instead. As a module:
+pictures and folders of pictures. If folders have the names of classes, top-1 and top-5 stand below.
+As a module:
 
     network = ResNet50(classes=1000)
     logits = network(images)            # images: float [n, 224, 224, 3], normalised, RGB
@@ -18,14 +18,12 @@ its first block, not in the 1x1 convolution before it. A k x k convolution pads 
 every side, because other frameworks do, and weights can be exchanged with them. TensorFlow's SAME
 pads unevenly.
 
-The second part of this file names what lies in a run's folder. The third exports the network as a
-TensorFlow SavedModel, which works without this file. It has three signatures:
+Then come the names of what lies in a run's folder, and the export of the network as a TensorFlow
+SavedModel, which works without this file. It has three signatures:
 
     serving_default    uint8 crops [n, 224, 224, 3]        -> probabilities
     jpeg               contents of JPEG or PNG files [n]   -> the five most probable classes
     features           uint8 crops [n, 224, 224, 3]        -> inputs of the dense layer
-
-The last part is the command line.
 """
 
 import os.path
@@ -34,8 +32,9 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
 
 import utils  # first: it says which package is missing
-from utils import UserError, number, whole
+from utils import UserError, number, plural, printable, whole
 
+# isort: split
 import argparse
 import dataclasses
 import itertools
@@ -52,15 +51,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from preprocess import (
-    CROP,
-    PICTURE_SUFFIXES,
-    SHORTER_SIDE,
-    BrokenPicture,
-    decode,
-    read_picture,
-    resized_size,
-)
+import preprocess
+from preprocess import CROP, SHORTER_SIDE
 
 with utils.quiet_tensorflow():
     import tensorflow as tf
@@ -94,9 +86,7 @@ class ConvNorm(tf.Module):
             self.kernel = tf.Variable(he_normal([size, size, inputs, outputs]), name="kernel")
             self.norm = BatchRenorm(outputs, gamma, name="norm")
 
-    def __call__(
-        self, x: tf.Tensor, limits: Limits | None = None, statistics: list | None = None
-    ) -> tf.Tensor:
+    def __call__(self, x: tf.Tensor, limits: Limits | None, statistics: list) -> tf.Tensor:
         """With `limits`, in training, appends mean and deviation of the batch to `statistics`."""
         if limits is not None:
             y, mean, std = self.norm(self.convolve(x, self.kernel), limits)
@@ -137,9 +127,7 @@ class Bottleneck(tf.Module):
             if stride != 1 or inputs != outputs:
                 self.shortcut = ConvNorm(1, inputs, outputs, stride, name="shortcut")
 
-    def __call__(
-        self, x: tf.Tensor, limits: Limits | None = None, statistics: list | None = None
-    ) -> tf.Tensor:
+    def __call__(self, x: tf.Tensor, limits: Limits | None, statistics: list) -> tf.Tensor:
         y = tf.nn.relu(self.conv1(x, limits, statistics))
         y = tf.nn.relu(self.conv2(y, limits, statistics))
         y = self.conv3(y, limits, statistics)
@@ -171,10 +159,8 @@ class ResNet50(tf.Module):
             self.dense_bias = tf.Variable(tf.zeros([classes]), name="dense_bias")
 
     def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor | tuple:
-        """At inference, returns the logits.
-
-        In training, with `limits` (see `batch_renorm`), also returns the statistics of the batch: a
-        list with (mean, standard deviation), float32 [channels], for each of `norms`.
+        """At inference, returns the logits. In training, with `limits` (see `batch_renorm`), also
+        returns the (mean, standard deviation) of the batch for each of `norms`, float32 [channels].
         """
         statistics = []
         logits = self.classify(self.features(x, limits, statistics))
@@ -340,27 +326,18 @@ class ModelRecipe:
     flags: dict[str, Any]  # of the training; they inform people
     step: int | None = None  # steps before the model was saved, counted across all epochs
     epoch_end: int | None = None  # training was to end before this epoch
-    fingerprint: str = ""  # of the variables: it tells when an epoch was trained again
-
-    def __post_init__(self) -> None:
-        if not self.class_names:
-            raise ValueError("class_names is empty")
-        if not len(self.mu) == len(self.sigma) == 3 or min(self.sigma) <= 0:
-            raise ValueError("mu and sigma are not three numbers each, those of sigma above 0")
+    fingerprint: str = ""  # of the variables; `export_model` sets it
 
 
 def model_recipe(folder: Path) -> ModelRecipe:
     """How a saved model was trained. Raises UserError if the folder is no model of this toolkit."""
-    if epochs := epochs_in(folder):
-        raise UserError(
-            f"{folder}: not a model but a run; name one of its epochs, such as "
-            f"{folder / str(epochs[-1])}"
-        )
     recipe = utils.read_record(ModelRecipe, folder / "assets" / RECIPE)
-    if recipe is None or not is_model(folder):
-        reason = "it is not complete" if folder.is_dir() else "there is no such folder"
-        raise UserError(f"{folder}: not a model of this toolkit: {reason}")
-    return recipe
+    if recipe is not None and is_model(folder):
+        return recipe
+    reason = "it is not complete" if folder.is_dir() else "there is no such folder"
+    if epochs := epochs_in(folder):
+        reason = f"it is a run; name one of its epochs, such as {folder / str(epochs[-1])}"
+    raise UserError(f"{folder}: not a model of this toolkit: {reason}")
 
 
 class Classifier(tf.Module):
@@ -466,26 +443,21 @@ def export_model(network: ResNet50, folder: Path, recipe: ModelRecipe) -> None:
     utils.write_record(folder / "assets" / RECIPE, recipe)
 
 
-def load_signature(folder: Path, name: str) -> Callable[..., dict[str, tf.Tensor]]:
-    """A signature of a saved model, as a function. Raises UserError if there is none."""
-    model_recipe(folder)
-    try:
-        model = tf.saved_model.load(str(folder))
-    except (OSError, tf.errors.OpError) as error:
-        raise UserError(f"{folder}: the model cannot be loaded: {str(error)[:150]}") from None
-    function = model.signatures[name]
-    function.model = model  # keeps the model's variables alive
-    return function
-
-
 def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
     """The function from uint8 crops to probabilities, and its number of classes.
 
     Raises UserError if the folder is not a model of this toolkit.
     """
-    classify = load_signature(folder, "serving_default")
-    classes = classify.structured_outputs["probabilities"].shape[-1]
-    return classify, classes
+    names = model_recipe(folder).class_names
+    try:
+        model = tf.saved_model.load(str(folder))
+    except (OSError, tf.errors.OpError) as error:
+        raise UserError(f"{folder}: the model cannot be loaded: {str(error)[:150]}") from None
+    classify = model.signatures["serving_default"]
+    classify.model = model  # keeps the model's variables alive
+    if classify.structured_outputs["probabilities"].shape[-1] != len(names):
+        raise UserError(f"{folder}: {RECIPE} names {plural(len(names), 'class')}, the model others")
+    return classify, len(names)
 
 
 def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
@@ -514,8 +486,8 @@ def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
                 f"{folder} was trained with {name} = {its}, now it is {new}; its weights work "
                 f"best with the old {name}: set that in the [utils] section of your settings"
             )
-    its_classes = utils.plural(len(recipe.class_names), "class")
-    dense = "copied" if same else f"new: {utils.plural(len(spec.class_names), 'class')}"
+    dense = "copied" if same else f"new: {plural(len(spec.class_names), 'class')}"
+    its_classes = plural(len(recipe.class_names), "class")
     return f"initialised from {folder} ({its_classes}); the dense layer is {dense}"
 
 
@@ -536,41 +508,40 @@ def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
 AT_ONCE = 16
 """Pictures that go through the network together."""
 
-COLUMNS = ["path", *(f"{k}_{i}" for k in ("label", "name", "probability") for i in range(1, 6))]
+Best = list[tuple[int, str, float]]
+"""Label, name and probability of the five most probable classes, best first."""
 
 
 def main() -> None:
     args = parse_arguments()
     tf.config.set_visible_devices([], "GPU")  # train.py may need all of the GPU's memory
     model = find_model(args.model, args.config)
-    classify, names = load_model(model)[0], model_recipe(model).class_names
+    (classify, _), names = load_model(model), model_recipe(model).class_names
     pictures = find_pictures(args.paths, names)
-    progress = utils.Progress(len(pictures), "pictures")
-    rows, top1, top5 = [], [], []
-    for path, probabilities in predict(classify, list(pictures)):
-        labels = np.argsort(-probabilities, kind="stable")[:5].tolist()
-        best = [(label, names[label], float(probabilities[label])) for label in labels]
-        rows.append(as_row(path, best))
+    seen, progress = {}, utils.Progress(len(pictures), "pictures")
+    for path, best in predict(classify, names, list(pictures)):
+        seen[path] = best
         if args.csv:
             progress.add()
-        else:
-            shares = ", ".join(f"{share:.1%} {utils.printable(name)}" for _, name, share in best)
-            print(f"{utils.printable(path)}: {shares}")
-        if pictures[path] is not None:
-            top1.append(pictures[path] == best[0][1])
-            top5.append(pictures[path] in [name for _, name, _ in best])
+            continue
+        shares = ", ".join(f"{share:.1%} {printable(name)}" for _, name, share in best)
+        print(f"{printable(path)}: {shares}")
+        if len(seen) < len(pictures):
+            utils.show_status(f"{len(seen):,} of {plural(len(pictures), 'picture')}")
     if args.csv:
-        utils.write_csv(args.csv, COLUMNS, rows)
+        utils.write_csv(args.csv, COLUMNS, [as_row(path, best) for path, best in seen.items()])
         print(f"wrote {args.csv}")
-    if top1:
+    hits = [[n == pictures[p] for _, n, _ in best] for p, best in seen.items() if pictures[p]]
+    if hits:
+        top1, top5 = np.mean([hit[0] for hit in hits]), np.mean([any(hit) for hit in hits])
         print(
-            f"{utils.plural(len(top1), 'picture')} in folders with the names of classes: top-1 "
-            f"{np.mean(top1):.2%}, top-5 {np.mean(top5):.2%} (centre crop)"
+            f"{plural(len(hits), 'picture')} in folders with names of classes: top-1 {top1:.2%}, "
+            f"top-5 {top5:.2%} (centre crop)"
         )
-    if failed := len(pictures) - len(rows):
+    if failed := len(pictures) - len(seen):
         raise UserError(
-            f"{failed} of {utils.plural(len(pictures), 'picture')} could not be read; see the "
-            f"warnings above"
+            f"{failed} of {plural(len(pictures), 'picture')} could not be read; see the warnings "
+            f"above"
         )
 
 
@@ -578,101 +549,107 @@ def parse_arguments() -> argparse.Namespace:
     parser = utils.Parser(
         "Prints the five most probable classes of each picture, according to a trained model. A\n"
         "saved model can run any code when it is loaded: load only models that you trust.",
-        "resnet50.py saved_models/mytestrun cat.jpg dog.png",
+        "resnet50.py saved_models/mytestrun cat.jpg dog.png holiday/",
     )
     add = parser.add_argument
     model = "folder of a saved model, or folder or name of a run (its newest epoch is used)"
-    add("model", type=model_or_run, metavar="MODEL", help=model)
+    add("model", type=no_file, metavar="MODEL", help=model)
     add("paths", type=Path, metavar="PATH", nargs="+", help="pictures, and folders of pictures")
-    parser.add("--csv", Path, "write the table of all predictions to this file instead")
+    parser.add("--csv", Path, "write a table with a row per picture, instead of the lines")
     parser.add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
     args = parser.parse()
     if args.csv and (args.csv.suffix != ".csv" or not args.csv.absolute().parent.is_dir()):
-        raise UserError(f"--csv={args.csv}: expected a file .csv in a folder that exists")
+        raise UserError(
+            f"--csv={args.csv}: expected a name ending in .csv, in a folder that exists"
+        )
     return args
 
 
-def model_or_run(text: str) -> Path:
-    """Argument type: what may name a model. Refuses pictures and their folders."""
-    path = Path(text)
-    if path.exists() and not is_model(path) and not epochs_in(path):
-        raise argparse.ArgumentTypeError(
-            f"{text} is no model, and no run that has one yet; name the model first, then the "
-            f"pictures"
-        )
-    return path
+def no_file(text: str) -> Path:
+    """Argument type: a path, but not of a file."""
+    if os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text} is a file; name the model first, then pictures")
+    return Path(text)
 
 
 def find_model(given: Path, settings: Path) -> Path:
     """The folder of the model. `given`: the folder of a model or a run, or the name of a run.
 
-    Raises UserError if it does not exist.
+    Raises UserError if there is no model.
     """
     folder = given
     if not given.exists() and settings.is_file():
         folder = utils.load_config(settings).train.path_for_saving / given
-    if not folder.exists():
+    if epochs := epochs_in(folder):
+        return folder / str(epochs[-1])
+    if not is_model(folder):
         raise UserError(
-            f"{given}: no such folder; name a saved model such as saved_models/mytestrun/29, or a "
-            f"run such as saved_models/mytestrun"
+            f"{given}: not a saved model such as saved_models/mytestrun/29, nor a run that has "
+            f"one, such as saved_models/mytestrun; the model comes first, then the pictures"
         )
-    epochs = epochs_in(folder)
-    return folder / str(epochs[-1]) if epochs else folder
+    return folder
 
 
 def find_pictures(paths: list[Path], names: list[str]) -> dict[Path, str | None]:
     """These pictures and those in these folders, in order. Raises UserError for an empty folder.
 
-    With each goes the first of its folders' names, the given folder's included, that is the name of
-    a class; else None.
+    A picture in a folder that has the name of a class, at any depth, gets that name; others None.
     """
     found, known = {}, set(names)
     for path in paths:
         if not path.is_dir():
             found[path] = None
             continue
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+        files = sorted(preprocess._files(path, ".", os.path.realpath(path), set()))
+        files = [Path(file) for file in files if preprocess._is_picture_name(file)]
         if not files:
-            raise UserError(f"{path}: no pictures in this folder")
+            raise UserError(f"{path}: no pictures in this folder or below")
+        top = path.absolute().name
+        folders = {top}.union(*(file.parts[:-1] for file in files))
+        readable = dict(zip(folders, preprocess._readable(path, folders), strict=True))
         for file in files:
-            folders = [path.absolute().name, *file.relative_to(path).parts[:-1]]
-            found[file] = next((folder for folder in folders if folder in known), None)
+            own = (n for f in (top, *file.parts[:-1]) for n in (f, readable[f]) if n in known)
+            found[path / file] = next(own, None)
     return found
 
 
-def predict(classify: Callable, paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yields each picture and its probabilities, float32 [classes], in order.
-
-    Leaves out those that cannot be read, and warns of them.
+def predict(classify: Callable, names: list[str], paths: list[Path]) -> Iterator[tuple[Path, Best]]:
+    """Yields each picture and its best classes, in order. Leaves out, with a warning, what cannot
+    be read.
     """
-    loaded = zip(paths, utils.map_in_order(centre_of, paths, utils.cores()), strict=True)
+    loaded = zip(paths, utils.map_in_order(centre, paths, utils.cores()), strict=True)
     crops = ((path, crop) for path, crop in loaded if crop is not None)
     while group := list(itertools.islice(crops, AT_ONCE)):
-        paths, images = zip(*group, strict=True)
-        probabilities = classify(images=tf.constant(np.stack(images)))["probabilities"]
-        yield from zip(paths, probabilities.numpy(), strict=True)
+        images = tf.constant(np.stack([crop for _, crop in group]))
+        probabilities = classify(images=images)["probabilities"].numpy()
+        for (path, _), row in zip(group, probabilities, strict=True):
+            labels = np.argsort(-row, kind="stable")[:5].tolist()
+            yield path, [(label, names[label], float(row[label])) for label in labels]
 
 
-def centre_of(path: Path) -> np.ndarray | None:
-    """The centre crop of a picture of any format, as check_accuracy.py evaluates it: uint8
-    [224, 224, 3]. None, with a warning, if the picture cannot be read.
+def centre(path: Path) -> np.ndarray | None:
+    """The centre crop of a picture, as check_accuracy.py evaluates it: uint8 [224, 224, 3]. None,
+    with a warning, if the picture cannot be read.
     """
     try:
-        image = decode(read_picture(path))
-    except (BrokenPicture, OSError) as error:
+        image = preprocess.decode(preprocess.read_picture(path))
+    except (preprocess.BrokenPicture, OSError) as error:
         utils.warn(f"{path}: left out, {getattr(error, 'strerror', None) or error}")
         return None
-    width, height = resized_size(*image.size, SHORTER_SIDE)
+    width, height = preprocess.resized_size(*image.size, SHORTER_SIDE)
     left, top = (width - CROP) // 2, (height - CROP) // 2
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized.crop((left, top, left + CROP, top + CROP)))
 
 
-def as_row(path: Path, best: list[tuple[int, str, float]]) -> dict[str, object]:
-    """A row of the table: the path, then labels, names and probabilities, best first."""
-    row = {"path": utils.printable(path)}
+COLUMNS = ["path", *(f"{k}_{i}" for k in ("label", "name", "probability") for i in range(1, 6))]
+
+
+def as_row(path: Path, best: Best) -> dict[str, object]:
+    """The row of a picture in the table."""
+    row = {"path": printable(path)}
     for i, (label, name, share) in enumerate(best, 1):
-        row |= {f"label_{i}": label, f"name_{i}": utils.printable(name), f"probability_{i}": share}
+        row |= {f"label_{i}": label, f"name_{i}": printable(name), f"probability_{i}": share}
     return row
 
 
