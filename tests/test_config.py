@@ -41,10 +41,10 @@ REQUIRED = {
         "moving_avgs_momentum": 0.99,
         "rmax_max": 3,
         "dmax_max": 5,
-        "start_relaxing_rmax": 60000,
-        "reach_rmax_max": 140000,
-        "start_relaxing_dmax": 60000,
-        "reach_dmax_max": 140000,
+        "start_relaxing_rmax": "3 epochs",
+        "reach_rmax_max": "7 epochs",
+        "start_relaxing_dmax": "3 epochs",
+        "reach_dmax_max": "7 epochs",
     },
     "runtime_preprocessing": {"sleep_time": 10, "num_of_threads": 3},
     "utils": {
@@ -107,10 +107,10 @@ def test_optional_keys_have_defaults_and_the_rest_is_required():
 def test_the_shipped_file_loads_with_its_types():
     config = utils.load_config(toolkit.ROOT / "config.txt")
     assert config.train.path_for_saving == toolkit.ROOT / "saved_models"
-    assert config.train.seed == 0
+    assert config.train.seed == 0 and config.runtime_preprocessing.crop == "side"
     assert isinstance(config.train.sleep_time, float) and config.train.sleep_time == 100
     assert isinstance(config.batch_renorm.rmax_max, float)
-    assert isinstance(config.batch_renorm.reach_rmax_max, int)
+    assert config.batch_renorm.reach_rmax_max == utils.Epochs(7)
     assert config.utils.mu == [0.48180, 0.44969, 0.39839]
     assert config.utils.sigma == [0.27336, 0.26435, 0.27563]
 
@@ -173,8 +173,9 @@ MISTAKES = {
     "key before any section": ("batch_size = 1\n" + SHIPPED, ["batch_size"]),
     "key given twice": (
         with_line("l2", "l2_penalty", "l2_penalty = 0", "l2_penalty = 1"),
-        ["line ", "overwrite"],
+        ["line ", "l2_penalty may already stand above"],
     ),
+    "section given twice": (SHIPPED + "\n[l2]\n", ["line ", "only one section [l2]"]),
     "unquoted path": (
         with_value(*IMAGENET, "/data/imagenet"),
         ["line ", "quotes", 'ImageNet_folder = "/data/imagenet"'],
@@ -191,6 +192,14 @@ MISTAKES = {
     "decimal comma": (
         with_line("batch_renorm", "rmax_max", "rmax_max = 3,0"),
         ["line ", "with a point"],
+    ),
+    "commas in a whole number": (
+        with_line("train", "N", "N = 1,281,167"),
+        ["line ", "whole numbers without commas"],
+    ),
+    "no closing quote": (
+        with_line(*IMAGENET, 'ImageNet_folder = "/data'),
+        ["line ", "closing quote is missing"],
     ),
     "backslashes": (
         with_value(*IMAGENET, '"C:\\imagenet"'),
@@ -261,13 +270,29 @@ MISTAKES = {
     ),
     "number of 5000 digits": (with_value("train", "buffer_size", 5000 * "1"), []),
     "brackets without end": (with_value("train", "buffer_size", 5000 * "["), []),
-    "reaching rmax before its start": (
-        with_value("batch_renorm", "reach_rmax_max", "59999"),
-        ["[batch_renorm]", "reach_rmax_max", "59999", "start_relaxing_rmax", "60000"],
+    "epochs without quotes": (
+        with_value("batch_renorm", "reach_rmax_max", "7 epochs"),
+        ["line "],
     ),
-    "reaching dmax before its start": (
-        with_value("batch_renorm", "start_relaxing_dmax", "140001"),
-        ["[batch_renorm]", "reach_dmax_max", "140000", "start_relaxing_dmax", "140001"],
+    "epochs in a fraction": (
+        with_value("batch_renorm", "reach_rmax_max", "7.5"),
+        ["[batch_renorm]", "reach_rmax_max", '"3 epochs"', "whole number of updates", "7.5"],
+    ),
+    "epochs by another name": (
+        with_value("batch_renorm", "reach_rmax_max", '"7 ep"'),
+        ["[batch_renorm]", "reach_rmax_max", '"3 epochs"', '"7 ep"'],
+    ),
+    "epochs below zero": (
+        with_value("batch_renorm", "start_relaxing_dmax", '"-1 epochs"'),
+        ["[batch_renorm]", "start_relaxing_dmax", '"3 epochs"', "-1 epochs"],
+    ),
+    "updates below zero": (
+        with_value("batch_renorm", "start_relaxing_dmax", "-1"),
+        ["[batch_renorm]", "start_relaxing_dmax", '"3 epochs"', "-1"],
+    ),
+    "another crop": (
+        SHIPPED.replace("[runtime_preprocessing]\n", '[runtime_preprocessing]\ncrop = "centre"\n'),
+        ["[runtime_preprocessing]", "crop", '"side" or "area"', '"centre"'],
     ),
     "no TOML": (SHIPPED.replace("[l2]", "[l2"), ["line "]),
     "empty file": ("", ["missing section", "preprocess"]),
@@ -380,11 +405,70 @@ def test_a_variable_that_is_not_set_is_named(tmp_path, monkeypatch):
         load(tmp_path, with_value("preprocess", "path_to_save", '"$TOOLKIT_DISK/x"'))
 
 
+@pytest.mark.parametrize("written", ["~nobody_of_this_name/data", "~nobody_of_this_name"])
+def test_a_home_that_is_unknown_is_named(written, tmp_path):
+    """Else a folder called ~nobody_of_this_name would be made beside the config file."""
+    with pytest.raises(UserError, match=rf"ImageNet_folder: no home folder.*{written}"):
+        load(tmp_path, with_value(*IMAGENET, json.dumps(written)))
+
+
+def test_a_home_that_is_not_set_is_named(tmp_path):
+    """In a container with a user that its /etc/passwd does not know."""
+    code = (
+        "import os, pwd, sys; from pathlib import Path; import utils\n"
+        "def unknown(number): raise KeyError(number)\n"
+        "pwd.getpwuid = unknown\n"
+        "utils.run(lambda: utils.load_config(Path(sys.argv[1])))"
+    )
+    file = tmp_path / "config.txt"
+    file.write_text(with_value(*IMAGENET, '"~/data"'))
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(file)],
+        cwd=toolkit.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    toolkit.assert_one_line_error(result, "-c", "no home folder is known for ~/data")
+
+
+WHEN = {
+    '"3 epochs"': 3.0,
+    '"1 epoch"': 1.0,
+    '"0.25 epochs"': 0.25,
+    '" 3  epochs "': 3.0,
+    '"0 epochs"': 0.0,
+}
+
+
+@pytest.mark.parametrize("written", WHEN)
+def test_limits_may_be_relaxed_in_epochs(written, tmp_path):
+    value = load(
+        tmp_path, with_value("batch_renorm", "reach_rmax_max", written)
+    ).batch_renorm.reach_rmax_max
+    assert type(value) is utils.Epochs and value == WHEN[written]
+
+
+def test_a_whole_number_counts_updates(tmp_path):
+    config = load(tmp_path, with_value("batch_renorm", "reach_rmax_max", "140000"))
+    assert type(config.batch_renorm.reach_rmax_max) is int
+    assert config.batch_renorm.reach_rmax_max == 140000
+
+
+@pytest.mark.parametrize("crop", ["side", "area"])
+def test_the_crop_may_be_chosen(crop, tmp_path):
+    text = SHIPPED.replace(
+        "[runtime_preprocessing]\n", f'[runtime_preprocessing]\ncrop = "{crop}"\n'
+    )
+    assert load(tmp_path, text).runtime_preprocessing.crop == crop
+
+
 def test_values_at_the_ends_of_the_ranges_are_accepted(tmp_path):
     for section, keys in utils.KEYS.items():
         for name, key in keys.items():
-            for value in {key.minimum, key.maximum} if key.type is not Path else ():
-                if math.isfinite(value) and not name.startswith(("start_", "reach_")):
+            for value in {key.minimum, key.maximum} if key.type not in (Path, str) else ():
+                if math.isfinite(value):
                     text = SHIPPED if name == "seed" else with_line(section, name)
                     text = text.replace(f"[{section}]\n", f"[{section}]\n{name} = {value}\n")
                     config = load(tmp_path, text)
@@ -399,6 +483,7 @@ NASTY_VALUES = (
     *('""', "''", '"a"', "'~'", '"$HOME"', '"\\u0000"', '"\\ud800"', '"""a\n"""', '"unclosed'),
     *("1979-05-27", "1979-13-45", "07:32:00", "25:61:61", "1979-05-27T07:32:00+99:99", "[]"),
     *("{}", "[1, 2]", "{a = 1}", "[[]]", "[", "{", "", "=", "#", "/path", "~", "C:\\x", "1,5"),
+    *('"3 epochs"', '"1e3 epochs"', '"nan epochs"', '"area"', '"~x/y"', '"٣ epochs"'),
     *("9" * 19, "9" * 400, "9" * 5000, "[" * 3000, "{a=" * 3000, "0." + "1" * 500),
 )
 CHARACTERS = "\0\t\n\r\x0b\x1f\x7f\x85 \"'#=[]{}.,:;$~\\/-+_0123456789abcNnxyzé\u2028\ufeff𝟙"
@@ -443,7 +528,11 @@ def assert_well_formed(config) -> None:
         for name, key in keys.items():
             value = getattr(getattr(config, section), name)
             if key.type is Path:
-                assert value.is_absolute()
+                assert value.is_absolute() and not value.name.startswith("~")
+            elif key.type is str:
+                assert value in key.choices
+            elif key.type is utils.Epochs:
+                assert type(value) in (int, utils.Epochs) and 0 <= value <= 10**12
             else:
                 assert type(value) is key.type and key.minimum <= value <= key.maximum
                 assert math.isfinite(value)
@@ -597,6 +686,12 @@ def test_a_flag_by_its_name_elsewhere_gets_the_name_here(flag, usual, monkeypatc
     assert f"unrecognized argument {name}; did you mean {OTHER_NAMES[flag]}" in str(error.value)
 
 
+@pytest.mark.parametrize("file", ["mine.txt", "settings/mine.toml"])
+def test_a_config_file_without_its_flag_gets_the_flag(file):
+    result = toolkit.run("preprocess_val.py", None, file)
+    toolkit.assert_one_line_error(result, "preprocess_val.py", f"did you mean --config={file}?")
+
+
 def test_a_flag_of_another_script_names_the_script():
     result = toolkit.run("runtime_preprocessing.py", None, "--lr=0.1")
     toolkit.assert_one_line_error(
@@ -720,7 +815,8 @@ def test_every_script_imports_utils_before_the_packages():
     for script in SCRIPTS:
         text = (toolkit.ROOT / script).read_text()
         packages = re.search(r"^\s*(import|from) (numpy|PIL|tensorflow)", text, re.MULTILINE)
-        assert text.index("\nimport utils\n") < packages.start(), script
+        ours = re.search(r"^import utils\b", text, re.MULTILINE)
+        assert ours.start() < packages.start(), script
 
 
 # --- output that nobody takes -----------------------------------------------------------------
@@ -777,17 +873,3 @@ def test_a_closed_stream_is_nobody_elses(tmp_path):
     for redirection in NOWHERE.values():
         number = subprocess.run(["bash", "-c", f"{shell} {redirection}"]).returncode
         assert number > 2, redirection
-
-
-def test_the_progress_bar_fits_the_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    for columns in (40, 80, 200):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        progress = utils.Progress(1_281_167, "pictures")
-        progress.add()
-        progress.add(1_281_166)
-        shown = capsys.readouterr().out
-        assert shown.endswith("\n") and shown.count("\n") == 1
-        for text in shown.strip().split("\r"):
-            assert len(text) <= max(columns - 1, 60) and "pictures" in text
-        assert ("█" in shown) == (columns > 70)
