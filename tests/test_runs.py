@@ -9,9 +9,11 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
-import signal
 import sys
+import tempfile
+import threading
 import time
 import types
 import zlib
@@ -66,23 +68,71 @@ def arguments(*flags: str) -> argparse.Namespace:
     return args
 
 
-def trainer_of(*flags: str, classes: int = 8, **settings: object) -> train.Trainer:
+def trainer_of(*flags: str, spec: BatchSpec = SPEC, **settings: object) -> train.Trainer:
     """`settings` are section__key=value of config.txt."""
     config = utils.load_config(toolkit.ROOT / "config.txt")
     for name, value in settings.items():
         section, key = name.split("__")
         setattr(getattr(config, section), key, value)
-    return train.Trainer(tf.distribute.get_strategy(), config, classes, arguments(*flags))
+    strategy, args = tf.distribute.get_strategy(), arguments(*flags)
+    return train.Trainer(strategy, config, spec.classes, spec.batches_per_epoch, args)
 
 
-def saver_of(run: train.Run, trainer: train.Trainer, spec: BatchSpec = SPEC) -> train.Saver:
-    return train.Saver(run, trainer, spec, trainer.args)
+def settings_of(trainer: train.Trainer, spec: BatchSpec = SPEC) -> dict[str, object]:
+    return train.settings_of(trainer.config, spec, trainer.args)
+
+
+def saver_of(folder: Path, trainer: train.Trainer, spec: BatchSpec = SPEC) -> train.Saver:
+    run = train.Run(folder, trainer.args)
+    return train.Saver(run, trainer, spec, settings_of(trainer, spec))
+
+
+def save_epoch(folder: Path, trainer: train.Trainer, step: int) -> None:
+    saver_of(folder, trainer).save_epoch(step, utils.Stop())
+
+
+def restore(folder: Path, trainer: train.Trainer, spec: BatchSpec = SPEC) -> int:
+    """Loads what the flags of the trainer ask for. Returns the next step."""
+    run = train.Run(folder, trainer.args)
+    place = run.place()
+    train.restore(run, place, trainer, spec, settings_of(trainer, spec))
+    return spec.step(place.epoch, place.batch)
+
+
+def claim(folder: Path, *flags: str) -> train.Place:
+    return train.Run(folder, arguments(*flags)).claim()
 
 
 @pytest.fixture
-def run(tmp_path) -> train.Run:
+def run(tmp_path) -> Path:
+    """The folder of a run."""
     (tmp_path / "run").mkdir()
-    return train.Run(tmp_path / "run", chief=True)
+    return tmp_path / "run"
+
+
+def begin(folder: Path) -> None:
+    """Begins the log, as a start of training does."""
+    utils.write_csv(folder / "training_log.csv", resnet50.LOG_COLUMNS, [])
+
+
+def fake_model(folder: Path, fingerprint: str = "") -> None:
+    """What counts as a model from which training can continue."""
+    (folder / "assets").mkdir(parents=True, exist_ok=True)
+    (folder / "saved_model.pb").write_bytes(b"model")
+    recipe = resnet50.ModelRecipe(["a"], [0.5] * 3, [0.5] * 3, {}, fingerprint=fingerprint)
+    utils.write_record(folder / "assets" / "recipe.json", recipe)
+
+
+def fake_state(folder: Path, epoch: int, batch: int = 0) -> None:
+    (folder / "training_state").mkdir(parents=True, exist_ok=True)
+    record = train.StateRecord(2 * epoch + batch, epoch, batch, {})
+    utils.write_record(folder / "training_state" / "state.json", record)
+
+
+def fake_epochs(run: Path, *epochs: int) -> None:
+    for epoch in epochs:
+        fake_model(run / str(epoch))
+        fake_state(run / str(epoch), epoch + 1)
 
 
 def batch(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -92,7 +142,7 @@ def batch(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def take_step(trainer: train.Trainer, seed: int = 0, rate: float = 0.01) -> dict[str, float]:
-    values = trainer.step(*trainer.put(*batch(seed)), rate)
+    values = trainer.train_batch(*trainer.to_device(*batch(seed)), rate)
     return dict(zip(train.METRICS, values.numpy().tolist(), strict=True))
 
 
@@ -106,72 +156,90 @@ def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-# --- starting and continuing ----------------------------------------------------------------
+# --- where training begins ------------------------------------------------------------------
 
 
-def test_a_run_that_does_not_exist_cannot_be_resumed_and_those_that_do_are_named(tmp_path):
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_never_began_cannot_be_resumed_and_those_that_did_are_named(tmp_path, there):
+    """An unmounted disk looks like a run's folder without anything in it."""
     for name in ("mine", "other"):
         (tmp_path / name).mkdir()
-    with pytest.raises(utils.UserError, match="mien: no such run.*mine, other"):
-        train.Run(tmp_path / "mien", chief=True).claim(arguments("--resume"))
-    assert not (tmp_path / "mien").exists()
+        begin(tmp_path / name)
+    if there:
+        (tmp_path / "mien").mkdir()
+    with pytest.raises(utils.UserError, match="mien: no such run.*mine"):
+        claim(tmp_path / "mien", "--resume")
+    assert list(tmp_path.glob("mien/*")) == []
+    begin(tmp_path / "other")
+    assert claim(tmp_path / "other", "--resume") == (0, 0, None)  # killed before its first state
+
+
+def test_the_log_begins_with_the_claim_and_a_resume_before_the_first_state_begins_again(run):
+    assert claim(run) == (0, 0, None)
+    assert (run / "training_log.csv").read_text() == ",".join(resnet50.LOG_COLUMNS) + "\n"
+    utils._forget_locks()
+    assert claim(run, "--resume") == (0, 0, None)
 
 
 def test_a_state_within_an_epoch_is_never_removed_by_a_start_without_resume(run):
-    for name in ("0", "1", "2", "state_3_1"):
-        (run.folder / name).mkdir()
+    fake_epochs(run, 0, 1, 2)
+    fake_state(run / "state_3_1", 3, 1)
     with pytest.raises(utils.UserError, match="state_3_1.*--resume.*epoch 3 again"):
-        run.claim(arguments("--epoch_start=3"))
-    assert (run.folder / "state_3_1").is_dir()
-    shutil.rmtree(run.folder / "state_3_1")
-    run.claim(arguments("--epoch_start=3"))
+        claim(run, "--epoch_start=3")
+    assert claim(run, "--epoch_start=0", "--resume") == (3, 1, run / "state_3_1")
+    shutil.rmtree(run / "state_3_1")
+    utils._forget_locks()
+    assert claim(run, "--epoch_start=3") == (3, 0, run / "2")
 
 
 def test_models_are_neither_overwritten_nor_skipped(run):
-    for name in ("0", "1"):
-        (run.folder / name).mkdir()
+    fake_epochs(run, 0, 1)
     for start, words in (
-        (0, "0 already exists.*overwritten"),
+        (0, "0 already exists.*overwritten.*0, 1"),
         (1, "1 already exists"),
-        (3, "2, which does not exist"),
+        (3, "2, which does not exist.*epochs: 0, 1"),
     ):
         with pytest.raises(utils.UserError, match=words):
-            run.claim(arguments(f"--epoch_start={start}"))
-    run.claim(arguments("--epoch_start=2"))
+            claim(run, f"--epoch_start={start}")
+    assert sorted(os.listdir(run)) == ["0", "1"]
+    assert claim(run, "--epoch_start=2") == (2, 0, run / "1")
 
 
-def test_a_run_has_one_trainer_at_a_time(run):
-    run.claim(arguments())
+def test_a_run_has_one_trainer_at_a_time_which_says_what_gpus_it_uses(run):
+    args = arguments()
+    args.gpu = [0, 2]
+    train.Run(run, args).claim()
+    plan = resnet50.read_plan(resnet50.TrainerPlan, run / resnet50.TRAINER_LOCK)
+    assert plan.gpus == [0, 2]
     with pytest.raises(utils.UserError, match="another train.py"):
-        train.Run(run.folder, chief=True).claim(arguments())
+        claim(run)
 
 
-def test_a_refused_start_leaves_no_folder_of_its_own(tmp_path):
-    run = train.Run(tmp_path / "new", chief=True)
-    run.claim(arguments())
-    run._remove_if_empty()
-    assert not run.folder.exists()
-    run.claim(arguments())
-    (run.folder / "0").mkdir()
-    run._remove_if_empty()
-    assert run.folder.exists()
+def test_leftovers_of_the_trainer_go_and_those_of_the_checker_stay(run):
+    for name in ("3", "state_1_1", "training_log.csv", "accuracy.csv", "accuracy.png"):
+        (run / f".{name}.aside-0123456789abcdef").touch()
+    claim(run)
+    left = {path.name.split(".aside")[0] for path in run.glob(".*.aside-*")}
+    assert left == {".accuracy.csv", ".accuracy.png"}
 
 
 def test_continuing_restores_weights_averages_momentum_and_counters(run):
     trainer = trainer_of()
-    take_step(trainer)
-    saver_of(run, trainer).save_epoch(2, train.Stop())
+    take_step(trainer), take_step(trainer)
+    save_epoch(run, trainer, 2)
     take_step(trainer, seed=1)
-    saver_of(run, trainer).save_rolling(3)
-    for flags, step in ((["--epoch_start=1"], 2), (["--resume"], 3)):
+    saver_of(run, trainer).save_state(3)
+    for flags, step in ((["--resume"], 3), (["--epoch_start=1"], 2)):
+        if step == 2:
+            shutil.rmtree(run / "state_1_1")
         other = trainer_of(*flags)
-        assert train.restore(run, other, SPEC, other.args) == step
+        assert restore(run, other) == step
+        assert int(other.updates.numpy()) == step
         if step == 3:
             assert same(everything(other), everything(trainer))
-        assert float(other.updates.numpy()) == step - 1
-    metrics = [take_step(each, seed=2) for each in (trainer, other)]
-    assert metrics[0] == metrics[1]
-    assert same(everything(other), everything(trainer))
+            metrics = [take_step(each, seed=2) for each in (trainer, other)]
+            assert metrics[0] == metrics[1]
+            assert same(everything(other), everything(trainer))
 
 
 @pytest.mark.parametrize(
@@ -180,65 +248,136 @@ def test_continuing_restores_weights_averages_momentum_and_counters(run):
 )
 def test_any_precision_continues_from_any_other(run, before, after, capsys):
     trainer = trainer_of(f"--precision={before}")
-    take_step(trainer)
-    saver_of(run, trainer).save_epoch(2, train.Stop())
+    take_step(trainer), take_step(trainer)
+    save_epoch(run, trainer, 2)
     other = trainer_of("--resume", f"--precision={after}")
-    assert train.restore(run, other, SPEC, other.args) == 2
+    assert restore(run, other) == 2
     assert same(everything(other), everything(trainer))
     assert f"--precision is now {after}" in capsys.readouterr().out
     assert math.isfinite(take_step(other)["loss"])
 
 
-def test_other_flags_of_the_schedule_are_said(run, capsys):
-    trainer = trainer_of("--lr_schedule=cosine", "--warmup_epochs=2")
-    saver_of(run, trainer).save_epoch(2, train.Stop())
-    other = trainer_of("--resume", "--learning_rate=0.5")
-    train.restore(run, other, SPEC, other.args)
+def test_other_flags_are_said(run, capsys):
+    save_epoch(run, trainer_of("--lr_schedule=cosine", "--warmup_epochs=2"), 2)
+    restore(run, trainer_of("--resume", "--learning_rate=0.5"))
     said = capsys.readouterr().out
     assert "--lr_schedule is now constant; the state was trained with cosine" in said
     assert "--warmup_epochs is now 0.0" in said and "--learning_rate is now 0.5" in said
-    again = trainer_of("--resume", "--lr_schedule=cosine", "--warmup_epochs=2")
-    train.restore(run, again, SPEC, again.args)
+    restore(run, trainer_of("--resume", "--lr_schedule=cosine", "--warmup_epochs=2"))
     assert "is now" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", ["mu", "sigma", "seed", "batch_size", "pictures", "N", "workers"])
-def test_a_state_within_an_epoch_fits_only_the_same_batches(run, key):
-    saver_of(run, trainer_of()).save_rolling(3)
-    value = {"mu": [0.1] * 3, "sigma": [0.1] * 3, "pictures": "other"}.get(key, 7)
-    other = trainer_of("--resume")
-    with pytest.raises(utils.UserError, match=f"{key} = "):
-        train.restore(run, other, dataclasses.replace(SPEC, **{key: value}), other.args)
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("l2__l2_penalty", 0.01, "[l2] l2_penalty is now 0.01; the state was trained with 0.0001"),
+        ("train__sgd_momentum", 0.8, "[train] sgd_momentum is now 0.8"),
+        ("batch_renorm__moving_avgs_momentum", 0.5, "[batch_renorm] moving_avgs_momentum is now"),
+        ("batch_renorm__reach_rmax_max", utils.Epochs(8), "reach_rmax_max is now 8 epochs; "),
+    ],
+)
+def test_other_settings_are_said_in_a_line_each(run, capsys, key, value, said):
+    """A loop that starts training again reads a shared config.txt anew each time."""
+    batch_renorm = {"batch_renorm__reach_rmax_max": utils.Epochs(7)}
+    save_epoch(run, trainer_of(**batch_renorm), 2)
+    other = trainer_of("--resume", **batch_renorm | {key: value})
+    restore(run, other)
+    printed = capsys.readouterr().out
+    assert said in printed and printed.count("is now") == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"batch_size": 2, "batches_per_epoch": 5}, "batch_size is now 2; the state was trained"),
+        ({"pictures": "fedc"}, "the training pictures have changed"),
+        ({"seed": 5}, "seed is now 5"),
+        ({"crop": "area"}, "crop is now area"),
+        ({"resized": [256]}, "resized is now [256]"),
+    ],
+)
+def test_other_batches_between_epochs_are_said(run, capsys, changed, said):
+    save_epoch(run, trainer_of(), 2)
+    spec = dataclasses.replace(SPEC, **changed)
+    other = trainer_of("--resume", spec=spec)
+    assert restore(run, other, spec) == spec.batches_per_epoch
+    assert int(other.updates.numpy()) == spec.batches_per_epoch  # limits stay at their epochs
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "key", ["mu", "sigma", "seed", "batch_size", "pictures", "N", "workers", "crop"]
+)
+def test_a_state_within_an_epoch_fits_only_the_same_batches_and_says_the_one_way_on(run, key):
+    fake_epochs(run, 0)
+    saver_of(run, trainer_of()).save_state(3)
+    values = {"mu": [0.1] * 3, "sigma": [0.1] * 3, "pictures": "other", "crop": "area", "N": 11}
+    value = values.get(key, 2)
+    spec = dataclasses.replace(SPEC, **{key: value})
+    way_out = r"change it back, or remove \S*state_1_1, and --resume continues from \S*run/0"
+    with pytest.raises(utils.UserError, match=f"{key} = .*{way_out}"):
+        restore(run, trainer_of("--resume"), spec)
+    shutil.rmtree(run / "state_1_1")
+    assert train.Run(run, arguments("--resume")).place() == (1, 0, run / "0")
+
+
+def test_other_classes_are_refused_between_epochs_too(run):
+    save_epoch(run, trainer_of(), 2)
+    spec = dataclasses.replace(SPEC, classes=3, class_names=["a", "b", "c"])
+    with pytest.raises(utils.UserError, match="classes = 8.*another --run_folder"):
+        restore(run, trainer_of("--resume", spec=spec), spec)
 
 
 def test_a_model_without_its_training_state_is_named_with_the_way_out(run):
-    saver_of(run, trainer_of()).save_epoch(2, train.Stop())
-    shutil.rmtree(run.folder / "0" / "training_state")
+    save_epoch(run, trainer_of(), 2)
+    shutil.rmtree(run / "0" / "training_state")
     for flags in (["--resume"], ["--epoch_start=1"]):
-        other = trainer_of(*flags)
         with pytest.raises(utils.UserError, match="training_state is missing.*--init_from"):
-            train.restore(run, other, SPEC, other.args)
-    assert (run.folder / "0").is_dir()
-    assert run.is_trained_to(1) and not run.is_trained_to(2)
+            restore(run, trainer_of(*flags))
 
 
-def test_a_model_that_is_removed_while_the_buffer_is_waited_for_is_not_passed_over(run):
-    other = trainer_of("--epoch_start=1")
-    with pytest.raises(utils.UserError, match="training_state is missing"):
-        train.restore(run, other, SPEC, other.args)
+def broken_states() -> list:
+    def cut_off(state: Path) -> None:
+        checkpoint = next(state.glob("state.data*"))
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+
+    texts = ["[]", "{}", '{"step": 3', '{"step": 1, "epoch": "1", "batch": 1, "settings": {}}', ""]
+    write = [lambda state, text=text: (state / "state.json").write_text(text) for text in texts]
+    return [cut_off, *write, lambda state: (state / "state.index").unlink()]
+
+
+@pytest.mark.parametrize("spoil", broken_states(), ids=range(7))
+def test_a_broken_state_is_named_and_what_training_continues_from_without_it(run, spoil):
+    trainer = trainer_of()
+    save_epoch(run, trainer, 2)
+    saver_of(run, trainer).save_state(3)
+    spoil(run / "state_1_1" / "training_state")
+    before = sorted(os.listdir(run))
+    words = r"state_1_1.*remove \S*state_1_1, and --resume continues from \S*run/0"
+    with pytest.raises(utils.UserError, match=words):
+        restore(run, trainer_of("--resume"))
+    assert sorted(os.listdir(run)) == before
+    shutil.rmtree(run / "state_1_1")
+    assert restore(run, trainer_of("--resume")) == 2
+
+
+def test_the_first_state_broken_leaves_the_beginning(run):
+    saver_of(run, trainer_of()).save_state(1)
+    (run / "state_0_1" / "training_state" / "state.json").write_text("?")
+    with pytest.raises(utils.UserError, match="--resume continues at the beginning"):
+        claim(run, "--resume")
 
 
 def test_other_classes_are_warned_of_when_training_continues(run, capsys):
-    saver_of(run, trainer_of()).save_epoch(2, train.Stop())
-    other = trainer_of("--epoch_start=1")
+    save_epoch(run, trainer_of(), 2)
     for name, warned in (("class 0", False), ("cat", True)):
         spec = dataclasses.replace(SPEC, class_names=[name, *SPEC.class_names[1:]])
-        train.restore(run, other, spec, other.args)
+        restore(run, trainer_of("--epoch_start=1"), spec)
         assert ("its class 0 is class 0, but cat" in capsys.readouterr().err) == warned
 
 
-def test_a_passing_error_of_the_storage_does_not_hide_the_epochs(run, monkeypatch):
-    (run.folder / "3").mkdir()
+def test_a_passing_error_of_the_storage_hides_no_state(run, monkeypatch):
+    fake_state(run / "state_3_1", 3, 1)
     failures, listdir = [5, 116], os.listdir
 
     def fails_twice(folder: Path) -> list[str]:
@@ -248,14 +387,16 @@ def test_a_passing_error_of_the_storage_does_not_hide_the_epochs(run, monkeypatc
 
     monkeypatch.setattr(utils, "PAUSES", (0, 0))
     monkeypatch.setattr(os, "listdir", fails_twice)
-    assert run.epochs() == [3] and not failures
-    assert train.Run(run.folder / "none", chief=True).epochs() == []
+    assert train.Run(run, arguments()).states() == [(3, 1, run / "state_3_1")] and not failures
+    assert train.Run(run / "none", arguments()).states() == []
 
 
 def test_storage_that_fails_does_not_pass_for_a_broken_state(run, monkeypatch):
-    assert saver_of(run, trainer_of()).save_rolling(1)
-    chief = train.Run(run.folder, chief=False)
-    assert not saver_of(chief, trainer_of()).save_rolling(3)  # another machine writes nothing
+    saver_of(run, trainer_of()).save_state(1)
+    monkeypatch.setattr(train, "worker_of_workers", lambda: (1, 2))
+    saver = saver_of(run, trainer_of())
+    monkeypatch.undo()
+    saver.save_state(3)  # another machine writes nothing
     other, read = trainer_of("--resume"), utils.read_file
 
     def fail(path: Path) -> bytes:
@@ -263,19 +404,17 @@ def test_storage_that_fails_does_not_pass_for_a_broken_state(run, monkeypatch):
             raise utils.UserError("its storage failed 5 times")
         return read(path)
 
+    monkeypatch.setattr(resnet50, "STAGES", [(1, 64, 256, 1), (1, 128, 512, 2)])
     monkeypatch.setattr(utils, "read_file", fail)
-    with pytest.raises(utils.UserError, match="its storage failed 5 times, or move .*state_0_1"):
-        train.restore(run, other, SPEC, other.args)
-    assert os.listdir(run.folder) == ["state_0_1"]
+    with pytest.raises(utils.UserError, match="^its storage failed 5 times$"):
+        restore(run, other)
+    assert os.listdir(run) == ["state_0_1"]
 
 
 def test_momentum_may_be_switched_on_and_off_between_runs(run):
     for epoch, (before, after) in enumerate([(0.0, 0.9), (0.9, 0.0)]):
-        saver_of(run, trainer_of(train__sgd_momentum=before)).save_epoch(
-            2 * epoch + 2, train.Stop()
-        )
-        other = trainer_of("--resume", train__sgd_momentum=after)
-        assert train.restore(run, other, SPEC, other.args) == 2 * epoch + 2
+        save_epoch(run, trainer_of(train__sgd_momentum=before), 2 * epoch + 2)
+        assert restore(run, trainer_of("--resume", train__sgd_momentum=after)) == 2 * epoch + 2
 
 
 # --- the loop -------------------------------------------------------------------------------
@@ -283,9 +422,6 @@ def test_momentum_may_be_switched_on_and_off_between_runs(run):
 
 class Parts:
     """Stands in for trainer, reader, saver and log of the loop. Notes what each of them is told."""
-
-    room = True
-    """Whether there is room for a state."""
 
     trouble: Exception | None = None
     """What the reader raises instead of a stop."""
@@ -308,7 +444,7 @@ class Parts:
             raise self.trouble
         return (self.batches,) if self.batches >= 0 else None
 
-    def step(self, batch: int, rate: float, _stop: object) -> int:
+    def train_batch(self, batch: int, rate: float, _stopping: bool) -> int:
         self.told.append(("batch", batch, round(rate, 9)))
         return batch
 
@@ -319,41 +455,31 @@ class Parts:
     def settle(self) -> None:
         self.told.append("settle")
 
-    def say(self) -> None:
-        self.told.append("say")
-
     def is_due(self) -> bool:
         return self.at == self.due
 
     def save_epoch(self, step: int, _stop: object) -> None:
         self.told.append(("epoch", step))
 
-    def save_rolling(self, step: int) -> bool:
+    def save_state(self, step: int) -> None:
         self.told.append(("state", step))
-        return self.room
 
 
 def test_the_loop_trains_on_each_batch_once_and_saves_what_is_known_to_be_good():
     parts = Parts(range(3, 6), 3, due=5)
-    assert train.train(parts, parts, parts, parts, train.Stop())
+    assert train.train(parts, parts, parts, parts, utils.Stop()) == 6
     assert parts.told == [
-        *[("batch", 2, 0.4), ("step", 3, 0.4, 2), "settle", ("epoch", 4), "say"],
-        *[("batch", 1, 0.5), ("step", 4, 0.5, 1), "settle", ("state", 5), "say"],
-        *[("batch", 0, 0.6), ("step", 5, 0.6, 0), "settle", ("epoch", 6), "say"],
+        *[("batch", 2, 0.4), ("step", 3, 0.4, 2), "settle", ("epoch", 4)],
+        *[("batch", 1, 0.5), ("step", 4, 0.5, 1), "settle", ("state", 5)],
+        *[("batch", 0, 0.6), ("step", 5, 0.6, 0), "settle", ("epoch", 6)],
+        *["settle", ("state", 6)],  # which does nothing at the end of an epoch
     ]
 
 
-@pytest.mark.parametrize("room", [True, False])
-def test_the_loop_saves_a_stopped_training_before_it_says_so(room, monkeypatch):
+def test_the_loop_saves_a_stopped_training():
     parts = Parts(range(4, 18), 1)
-    parts.room = room
-    monkeypatch.setattr("builtins.print", lambda line: parts.told.append(line))
-    assert not train.train(parts, parts, parts, parts, train.Stop())
-    *told, said = parts.told
-    steps = [("batch", 0, 0.5), ("step", 4, 0.5, 0)]
-    assert told == [*steps, "settle", ("state", 5), "say"]
-    assert "before epoch 2, batch 1" in said
-    assert said.endswith("continues there" if room else "from the last state that was saved")
+    assert train.train(parts, parts, parts, parts, utils.Stop()) == 5
+    assert parts.told == [("batch", 0, 0.5), ("step", 4, 0.5, 0), "settle", ("state", 5)]
 
 
 @pytest.mark.parametrize("trouble", [utils.UserError("another buffer"), OSError(5, "EIO")])
@@ -361,63 +487,71 @@ def test_trouble_with_the_buffer_costs_no_step(trouble):
     parts = Parts(range(4, 18), 1)
     parts.trouble = trouble
     with pytest.raises(type(trouble)):
-        train.train(parts, parts, parts, parts, train.Stop())
+        train.train(parts, parts, parts, parts, utils.Stop())
     assert parts.told == [("batch", 0, 0.5), ("step", 4, 0.5, 0), "settle", ("state", 5)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_an_event_and_a_second_one_ends_training(number):
-    before = signal.signal(number, signal.SIG_DFL)  # a test under nohup ignores SIGHUP
-    try:
-        with train.stop_on_signals() as stop:
-            assert callable(signal.getsignal(number))
-            os.kill(os.getpid(), number)
-            assert stop.wait(10) and stop.number == number
-            assert signal.getsignal(number) == signal.SIG_DFL
-    finally:
-        signal.signal(number, before)
-
-
-def test_under_nohup_a_logout_does_not_stop_training():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with train.stop_on_signals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.wait(0.2)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+# --- from the model of another run ----------------------------------------------------------
 
 
 def test_a_run_that_begins_from_a_model_takes_its_weights_and_starts_afresh(run, tmp_path, capsys):
     trainer = trainer_of()
     take_step(trainer)
-    saver_of(run, trainer).save_epoch(2, train.Stop())
-    flag = f"--init_from={run.folder / '0'}"
-    new_run = train.Run(tmp_path / "new", chief=True)
-    same_classes = trainer_of(flag)
-    assert train.restore(new_run, same_classes, SPEC, same_classes.args) == 0
-    assert same(
-        [v.numpy() for v in same_classes.network.variables],
-        [v.numpy() for v in trainer.network.variables],
-    )
-    assert int(same_classes.updates.numpy()) == 0
-    assert not any(slot.numpy().any() for slot in same_classes.momentum)
-    started_again = trainer_of(flag, "--resume")  # killed before its first state
-    assert train.restore(new_run, started_again, SPEC, started_again.args) == 0
-    assert same(
-        [v.numpy() for v in started_again.network.variables],
-        [v.numpy() for v in trainer.network.variables],
-    )
+    save_epoch(run, trainer, 2)
+    new, flag = tmp_path / "new", f"--init_from={run / '0'}"
+    new.mkdir()
+    begin(new)
+    for more in ([], ["--resume"]):  # killed before its first state
+        started = trainer_of(flag, *more)
+        assert restore(new, started) == 0
+        assert same(
+            [v.numpy() for v in started.network.variables],
+            [v.numpy() for v in trainer.network.variables],
+        )
+        assert int(started.updates.numpy()) == 0
+        assert not any(slot.numpy().any() for slot in started.momentum)
     capsys.readouterr()
-    others = trainer_of(flag, classes=3)
     spec = dataclasses.replace(SPEC, classes=3, class_names=["a", "b", "c"])
-    assert train.restore(new_run, others, spec, others.args) == 0
+    others = trainer_of(flag, spec=spec)
+    assert restore(new, others, spec) == 0
     assert "the dense layer is new: 3 classes" in capsys.readouterr().out
     np.testing.assert_array_equal(others.network.stem.kernel, trainer.network.stem.kernel)
     np.testing.assert_array_equal(
         others.network.stem.norm.moving_std, trainer.network.stem.norm.moving_std
     )
     assert others.network.dense_kernel.shape == (512, 3)
+
+
+def test_a_run_that_continues_another_takes_its_whole_state(run, tmp_path):
+    trainer = trainer_of()
+    take_step(trainer), take_step(trainer)
+    save_epoch(run, trainer, 2)
+    new = tmp_path / "new"
+    new.mkdir()
+    begin(new)
+    for more in ([], ["--resume"]):  # killed before its first state
+        other = trainer_of(f"--init_from={run / '0'}", "--epoch_start=1", *more)
+        assert restore(new, other) == 2
+        assert same(everything(other), everything(trainer))
+    save_epoch(new, other, 4)
+    assert train.Run(new, arguments(f"--init_from={run / '0'}", "--resume")).place().epoch == 2
+
+
+def test_what_training_begins_from_is_checked_before_a_batch_is_waited_for(run, tmp_path):
+    fake_epochs(run, 4)
+    new = tmp_path / "new"
+    for flags, words in (
+        (["--init_from=nowhere"], "nowhere: not a model"),
+        ([f"--init_from={run}"], "it is a run|not a model but a run"),
+        ([f"--init_from={run / '4'}", "--epoch_start=4"], "at epoch 5, batch 0, not at epoch 4"),
+    ):
+        with pytest.raises(utils.UserError, match=words):
+            claim(new, *flags)
+        assert not new.exists()
+    assert claim(new, f"--init_from={run / '4'}", "--epoch_start=5") == (5, 0, run / "4")
+    (run / "4" / "training_state" / "state.json").write_text("[1]")
+    with pytest.raises(utils.UserError, match="choose another model for --init_from"):
+        claim(tmp_path / "newer", f"--init_from={run / '4'}", "--epoch_start=5")
 
 
 # --- saving ---------------------------------------------------------------------------------
@@ -429,10 +563,10 @@ def test_weights_that_are_not_finite_are_not_saved(run, part):
     broken = trainer.network.dense_bias if part == "weights" else trainer.momentum[-1]
     broken.assign(tf.fill(broken.shape, float("nan")))
     saver = saver_of(run, trainer)
-    for save in (lambda: saver.save_epoch(2, train.Stop()), lambda: saver.save_rolling(3)):
+    for save in (lambda: saver.save_epoch(2, utils.Stop()), lambda: saver.save_state(3)):
         with pytest.raises(utils.UserError, match="no longer finite.*smaller --learning_rate"):
             save()
-    assert os.listdir(run.folder) == []
+    assert os.listdir(run) == []
 
 
 FULL_DISK = [
@@ -446,24 +580,24 @@ FULL_DISK = [
 def test_a_full_disk_while_a_state_is_saved_leaves_the_last_one(run, monkeypatch, capsys, error):
     trainer = trainer_of()
     saver = saver_of(run, trainer)
-    saver.save_rolling(1)
+    saver.save_state(1)
 
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(saver, "_write_state", full)
-    assert not saver.save_rolling(3)
-    assert os.listdir(run.folder) == ["state_0_1"]
+    monkeypatch.setattr(trainer, "state", full)
+    saver.save_state(3)
+    assert os.listdir(run) == ["state_0_1"]
     assert "state_1_1: not saved: " in capsys.readouterr().err
 
 
 def test_states_are_removed_once_something_newer_is_saved(run):
     saver = saver_of(run, trainer_of())
     for step, left in ((1, ["state_0_1"]), (2, ["state_0_1"]), (3, ["state_1_1"])):
-        assert saver.save_rolling(step)
-        assert os.listdir(run.folder) == left  # none at the end of an epoch, which has its model
-    saver.save_epoch(4, train.Stop())
-    assert os.listdir(run.folder) == ["1"]
+        saver.save_state(step)
+        assert os.listdir(run) == left  # none at the end of an epoch, which has its model
+    saver.save_epoch(4, utils.Stop())
+    assert os.listdir(run) == ["1"]
 
 
 def test_a_state_is_due_after_checkpoint_minutes(run):
@@ -472,41 +606,64 @@ def test_a_state_is_due_after_checkpoint_minutes(run):
     for seconds, due in ((170, False), (190, True)):
         saver._last = now - seconds
         assert saver.is_due() == due
-    saver.save_rolling(1)
+    saver.save_state(1)
     assert not saver.is_due()
 
 
 @pytest.mark.parametrize("error", FULL_DISK)
 def test_a_stop_does_not_wait_for_a_full_disk(run, monkeypatch, error):
-    saver, stop = saver_of(run, trainer_of()), train.Stop()
+    saver, stop = saver_of(run, trainer_of()), utils.Stop()
 
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(saver, "_write_model", full)
+    monkeypatch.setattr(resnet50, "export_model", full)
     waits = []
     monkeypatch.setattr(stop, "wait", lambda seconds: (waits.append(seconds), stop.set()))
     monkeypatch.setattr(train.time, "sleep", waits.append)
     with pytest.raises(utils.UserError, match="cannot be saved"):
         saver.save_epoch(2, stop)
-    assert waits == [60, 2] * 4 and run.epochs() == []
+    assert waits == [60, 2] * 4 and os.listdir(run) == []
 
 
-def keep(run: train.Run, evaluated: dict[int, float], epochs: int, *flags: str) -> list[int]:
-    """The epochs left of those in the run, of which some were `evaluated`, with what top-1."""
+def test_a_model_is_saved_although_tmpdir_has_vanished(run, monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    save_epoch(run, trainer_of(), 2)
+    assert resnet50.model_recipe(run / "0").step == 2
+
+
+def keep(run: Path, top1: dict[int, float], epochs: int, *flags: str) -> list[int]:
+    """The epochs left of those in the run, of which some were evaluated, with what `top1`."""
     for epoch in range(epochs):
-        assets = run.folder / str(epoch) / "assets"
-        assets.mkdir(parents=True, exist_ok=True)
-        (assets / "recipe.json").write_text(f'{{"fingerprint": "model {epoch}"}}')
-    rows = [
-        {"epoch": e, "top1_10crop": "", "top1_centre": top1, "model": f"model {e}"}
-        for e, top1 in evaluated.items()
-    ]
-    utils.write_csv(run.folder / "accuracy.csv", train.ACCURACY_COLUMNS, rows)
-    args = arguments(*flags)
-    if args.keep_last:
-        train.Saver(run, None, SPEC, args)._remove_old_epochs(args.keep_last)
-    return run.epochs()
+        fake_model(run / str(epoch), f"model {epoch}")
+    write_accuracies(run, [(epoch, None, value, f"model {epoch}") for epoch, value in top1.items()])
+    return tidied(run, *flags)
+
+
+def write_accuracies(run: Path, rows: list[tuple]) -> None:
+    names = ("epoch", "top1_10crop", "top1_centre", "model")
+    filled = dict.fromkeys(resnet50.ACCURACY_COLUMNS, 0)
+    table = [filled | dict(zip(names, row, strict=True)) for row in rows]
+    utils.write_csv(run / "accuracy.csv", resnet50.ACCURACY_COLUMNS, table)
+
+
+def tidied(run: Path, *flags: str) -> list[int]:
+    trainer = types.SimpleNamespace(args=arguments(*flags))
+    train.Saver(train.Run(run, trainer.args), trainer, SPEC, {})._tidy(run)
+    return resnet50.epochs_in(run)
+
+
+@pytest.fixture
+def checker(run):
+    """Starts a checker of these epochs, in another open file as in another process."""
+
+    def start(*plan: int) -> None:
+        utils.lock(run / resnet50.CHECKER_LOCK, "")
+        resnet50.write_plan(run / resnet50.CHECKER_LOCK, resnet50.CheckerPlan(*plan))
+
+    yield start
+    utils._forget_locks()
 
 
 def test_keep_last_keeps_the_newest_and_the_best(run):
@@ -515,60 +672,124 @@ def test_keep_last_keeps_the_newest_and_the_best(run):
 
 def test_keep_last_keeps_the_best_of_ten_crops(run):
     keep(run, {}, 4)
-    rows = ["0,0.3,0.9,model 0", "1,0.8,0.2,model 1", "2,0.5,0.5,model 2"]
-    table = [",".join(train.ACCURACY_COLUMNS), *rows, ""]
-    (run.folder / "accuracy.csv").write_text("\n".join(table))
-    train.Saver(run, None, SPEC, arguments())._remove_old_epochs(1)
-    assert run.epochs() == [1, 3]
+    rows = [(0, 0.3, 0.9, "model 0"), (1, 0.8, 0.2, "model 1"), (2, 0.5, 0.5, "model 2")]
+    write_accuracies(run, rows)
+    assert tidied(run, "--keep_last=1") == [1, 3]
 
 
-def test_keep_last_waits_for_a_checker_at_work(run):
-    utils.lock(run.folder / ".check_accuracy.lock", "")
+def test_keep_last_waits_for_a_checker_at_work(run, checker):
+    checker(0, 9, 1)
     assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 2, 3, 4, 5]
-    utils.remove_lock(run.folder / ".check_accuracy.lock")
+    utils._forget_locks()
     assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 4, 5]
 
 
-def test_keep_last_removes_what_a_checker_passes_over(run):
-    """As with --every=2."""
-    utils.lock(run.folder / ".check_accuracy.lock", "")
-    (run.folder / ".check_accuracy.lock").write_text("2")
-    assert keep(run, {3: 0.6}, 8, "--keep_last=1") == [1, 3, 5, 7]  # 1 could not be evaluated yet
+@pytest.mark.parametrize(
+    ("plan", "left"),
+    [
+        ((0, 9, 2), [1, 3, 5, 7]),  # 1 is yet to be evaluated
+        ((4, 9, 1), [3, 4, 5, 6, 7]),  # what comes before the checker's first epoch goes
+        ((0, 6, 1), [0, 1, 2, 3, 4, 5, 7]),  # and what comes after its last one
+    ],
+)
+def test_keep_last_removes_what_a_checker_passes_over(run, checker, plan, left):
+    checker(*plan)
+    assert keep(run, {3: 0.6}, 8, "--keep_last=1") == left
 
 
-def test_keep_last_does_not_believe_a_row_of_an_earlier_model(run):
+def test_keep_last_does_not_believe_a_row_of_an_earlier_model(run, checker):
     keep(run, {0: 0.2, 1: 0.9, 2: 0.3}, 6)
     for epoch in (1, 2):  # trained again
-        (run.folder / f"{epoch}/assets/recipe.json").write_text('{"fingerprint": "new"}')
-    utils.lock(run.folder / ".check_accuracy.lock", "")
-    train.Saver(run, None, SPEC, arguments())._remove_old_epochs(2)
-    assert run.epochs() == [0, 1, 2, 3, 4, 5]  # 0 is the best of those that are known
+        fake_model(run / str(epoch), "new")
+    checker(0, 9, 1)
+    assert tidied(run, "--keep_last=2") == [0, 1, 2, 3, 4, 5]  # 0 is the best that is known
 
 
-@pytest.mark.parametrize(
-    "trouble",
-    ["epoch,thoughts\n0,mine\n", "epoch,top1_10crop,top1_centre,model\n0,,high,model 0\n"],
-)
+@pytest.mark.parametrize("trouble", ["epoch,thoughts\n0,mine\n", None])
 def test_a_table_that_cannot_be_read_removes_nothing_and_training_goes_on(run, capsys, trouble):
-    keep(run, {}, 2)
-    (run.folder / "accuracy.csv").write_text(trouble)
-    saver_of(run, trainer_of("--keep_last=1")).save_epoch(6, train.Stop())
-    assert run.epochs() == [0, 1, 2]
+    keep(run, {0: 0.5}, 2)
+    table = run / "accuracy.csv"
+    table.write_text(trouble or table.read_text().replace("0.5", "high"))
+    save_epoch(run, trainer_of("--keep_last=1"), 6)
+    assert resnet50.epochs_in(run) == [0, 1, 2]
     assert "old models and states may stay" in capsys.readouterr().err
 
 
 def test_what_cannot_be_removed_does_not_end_training(run, capsys, monkeypatch):
     saver = saver_of(run, trainer_of("--keep_last=1"))
     keep(run, {}, 2)
-    assert saver.save_rolling(5)
+    saver.save_state(5)
 
     def fail(_: Path) -> None:
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(utils, "remove_folder", fail)
-    saver.save_epoch(6, train.Stop())
-    assert run.epochs() == [0, 1, 2]
-    assert capsys.readouterr().err.count("may stay: [Errno 116] Stale file handle") == 2
+    saver.save_epoch(6, utils.Stop())
+    assert resnet50.epochs_in(run) == [0, 1, 2]
+    assert "may stay: [Errno 116] Stale file handle" in capsys.readouterr().err
+
+
+# --- averaged weights -----------------------------------------------------------------------
+
+
+def variables(network: resnet50.ResNet50) -> list[np.ndarray]:
+    return [variable.numpy() for variable in network.variables]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_ema_averages_weights_and_moving_averages_and_warms_up(replicas):
+    import test_training
+
+    decays = [0.1, 2 / 11, 0.2, 0.2]  # min(0.2, (1 + n) / (10 + n))
+    trainer = trainer_of("--ema_decay=0.2")
+    if replicas == 2:
+        trainer = test_training.make_trainer(test_training.two_replicas(), ema_decay=0.2)
+    expected = [value.astype(np.float64) for value in variables(trainer.network)]
+    for step, decay in enumerate(decays):
+        take_step(trainer, seed=step, rate=0.1)
+        now = variables(trainer.network)
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now, strict=True)]
+    for found, value in zip(variables(trainer.averaged), expected, strict=True):
+        np.testing.assert_allclose(found, value, atol=1e-6)
+    assert not same(variables(trainer.averaged), variables(trainer.network))
+
+
+def test_the_model_holds_the_averages_and_its_state_the_weights_exactly(run, tmp_path):
+    trainer = trainer_of("--ema_decay=0.5")
+    plain = trainer_of()
+    for each in (trainer, plain):
+        take_step(each, rate=0.1), take_step(each, seed=1, rate=0.1)
+    save_epoch(run, trainer, 2)
+    for step, place in ((2, "0"), (3, "state_1_1")):
+        if step == 3:
+            take_step(trainer, seed=2, rate=0.1), take_step(plain, seed=2, rate=0.1)
+            saver_of(run, trainer).save_state(3)
+            assert (run / place).is_dir()
+        other = trainer_of("--resume", "--ema_decay=0.5")
+        assert restore(run, other) == step
+        assert same(variables(other.averaged), variables(trainer.averaged))
+        assert same(everything(other), everything(trainer))
+        assert same(everything(other), everything(plain))  # training itself does not change
+    new = trainer_of(f"--init_from={run / '0'}")
+    (tmp_path / "new").mkdir()
+    restore(tmp_path / "new", new)
+    network = tf.train.load_checkpoint(str(run / "0" / "variables" / "variables"))
+    bias = network.get_tensor("network/dense_bias/.ATTRIBUTES/VARIABLE_VALUE")
+    np.testing.assert_array_equal(new.network.dense_bias, bias)
+    assert not np.array_equal(bias, trainer.network.dense_bias)
+
+
+def test_ema_may_be_switched_on_and_off_between_runs(run):
+    trainer = trainer_of("--ema_decay=0.5")
+    take_step(trainer), take_step(trainer)
+    save_epoch(run, trainer, 2)
+    off = trainer_of("--resume")
+    restore(run, off)
+    assert same(everything(off), everything(trainer))
+    save_epoch(run, off, 4)
+    on = trainer_of("--resume", "--ema_decay=0.5")
+    restore(run, on)
+    assert same(variables(on.averaged), variables(off.network))
 
 
 # --- the step -------------------------------------------------------------------------------
@@ -610,15 +831,23 @@ def test_averages_of_a_batch_in_pieces_are_those_of_the_mean_statistics():
     assert int(trainer.updates.numpy()) == 1  # one update, however many pieces
 
 
-def test_a_batch_that_pieces_do_not_divide_is_refused():
-    with pytest.raises(utils.UserError, match="--batch_size=4.*3 pieces"):
-        trainer_of("--accumulation_steps=3")
+@pytest.mark.parametrize(
+    ("flags", "gpus", "words"),
+    [
+        (["--accumulation_steps=3"], 0, "--accumulation_steps=3 needs a multiple of 3$"),
+        (["--gpu=0,1", "--accumulation_steps=4"], 2, "on each of 2 GPUs needs a multiple of 8$"),
+    ],
+)
+def test_a_batch_that_cannot_be_split_is_refused_at_once(monkeypatch, flags, gpus, words):
+    monkeypatch.setattr(utils, "choose_gpus", lambda wanted, required: wanted[:gpus])
+    with pytest.raises(utils.UserError, match=f"--batch_size=4 cannot.*{words}"):
+        train.open_devices(arguments(*flags))
 
 
 def operations(trainer: train.Trainer) -> list[str]:
     """Types of all operations of the step, those of the functions that it calls included."""
-    images, labels = trainer.put(*batch())
-    step = trainer._step.get_concrete_function(images, labels, tf.constant(0.1), tf.constant(0.0))
+    inputs = *trainer.to_device(*batch()), tf.constant(0.1), tf.constant(0.0)
+    step = trainer._compiled_batch.get_concrete_function(*inputs)
     graph = step.graph.as_graph_def()
     nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
     return [node.op for node in nodes]
@@ -634,10 +863,9 @@ def test_float16_decides_about_skipping_a_step_on_the_device():
 
 def test_jit_compile_compiles_the_whole_step_on_one_device():
     trainer = trainer_of("--jit_compile")
-    images, labels = trainer.put(*batch())
-    inputs = images, labels, tf.constant(0.1), tf.constant(0.0)
-    compiled = trainer._step.experimental_get_compiler_ir(*inputs)(stage="hlo")
-    step = trainer._step.get_concrete_function(*inputs)
+    inputs = *trainer.to_device(*batch()), tf.constant(0.1), tf.constant(0.0)
+    compiled = trainer._compiled_batch.experimental_get_compiler_ir(*inputs)(stage="hlo")
+    step = trainer._compiled_batch.get_concrete_function(*inputs)
     assert step.function_def.attr["_XlaMustCompile"].b
     updated = len([v for v in step.graph.variables]) - 1
     # All variables, the update included, go into the one compiled program and come out of it.
@@ -664,6 +892,34 @@ def test_the_gradients_norm_does_not_depend_on_the_loss_scale():
     full, half = (take_step(trainer_of(f"--precision={p}")) for p in train.PRECISIONS[:2])
     assert full["gradient_norm"] == pytest.approx(half["gradient_norm"], rel=0.05)
     assert (full["loss_scale"], half["loss_scale"]) == (1, 2**15)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_fifty_updates_are_those_of_keras_bit_for_bit(momentum):
+    """From the same gradients, which the changes of weight and momentum reveal."""
+    import keras
+
+    trainer = trainer_of(train__sgd_momentum=momentum)
+    weights = trainer.network.trainable_variables[:6]
+    theirs = [keras.Variable(weight.numpy()) for weight in weights]
+    sgd = keras.optimizers.SGD(momentum=momentum)
+    sgd.build(theirs)
+    seen, piece = [], trainer._compiled_piece
+
+    def spy(images: tf.Tensor, labels: tf.Tensor) -> tuple:
+        result = piece(images, labels)
+        seen.append(result[0][:6])
+        return result
+
+    trainer._compiled_piece = spy
+    trainer._compiled_batch = trainer._batch  # step by step, so that gradients can be seen
+    apply = tf.function(lambda gradients: sgd.apply(gradients, theirs))
+    for step in range(50 if momentum else 5):
+        take_step(trainer, seed=step, rate=0.01 / (1 + step))
+        sgd.learning_rate = 0.01 / (1 + step)
+        apply(seen.pop())
+    for weight, their in zip(weights, theirs, strict=True):
+        np.testing.assert_array_equal(weight.numpy(), np.array(their))
 
 
 # --- devices and machines -------------------------------------------------------------------
@@ -694,22 +950,19 @@ def test_machines_begin_with_the_same_of_everything(monkeypatch, replicas):
     [
         ([], {}, {"seed": 7}, "seed"),
         ([], {}, {"N": 11}, "N"),
-        ([], {}, {"classes": 9}, "classes"),
-        ([], {}, {"class_names": ["a"] * 8}, "class_names"),
+        ([], {}, {"classes": 9, "class_names": ["a"] * 9}, "classes"),
         ([], {}, {"batch_size": 8}, "batch_size"),
         (["--learning_rate=0.02"], {}, {}, "--learning_rate"),
         (["--accumulation_steps=2"], {}, {}, "--accumulation_steps"),
-        ([], {"train__sgd_momentum": 0.8}, {}, "sgd_momentum"),
-        ([], {"l2__l2_penalty": 0.1}, {}, "[l2]"),
-        ([], {"batch_renorm__rmax_max": 2.0}, {}, "[batch_renorm]"),
+        (["--ema_decay=0.9"], {}, {}, "--ema_decay"),
+        ([], {"train__sgd_momentum": 0.8}, {}, "[train] sgd_momentum"),
+        ([], {"l2__l2_penalty": 0.1}, {}, "[l2] l2_penalty"),
+        ([], {"batch_renorm__rmax_max": 2.0}, {}, "[batch_renorm] rmax_max"),
     ],
 )
 def test_machines_compare_pictures_flags_and_settings(flags, settings, spec, word):
-    def values(trainer: train.Trainer, spec: BatchSpec) -> dict[str, object]:
-        return train.spec_and_settings(spec, trainer.config, trainer.args)
-
-    ours = values(trainer_of(), SPEC)
-    theirs = values(trainer_of(*flags, **settings), dataclasses.replace(SPEC, worker=1, **spec))
+    spec = dataclasses.replace(SPEC, worker=0, **spec)
+    ours, theirs = settings_of(trainer_of()), settings_of(trainer_of(*flags, **settings), spec)
     assert [name for name in ours if repr(ours[name]) != repr(theirs[name])] == [word]
 
 
@@ -721,42 +974,50 @@ def test_the_checksum_changes_with_any_weight():
     assert trainer.checksum() != before
 
 
-def test_the_preprocessor_is_told_of_the_end_once_the_chief_has_saved(monkeypatch, capsys):
-    """On the chief `train` returns after that; the others wait for it in `agree`."""
-    told = []
-    args = arguments("--run_folder=new")
-    stand = types.SimpleNamespace(checksum=lambda: 77, put=None, config=None)
-    log = contextlib.nullcontext(types.SimpleNamespace(time_taken=lambda: "1 s"))
-    log.time_taken = lambda: "1 s"
-    reader = contextlib.nullcontext()
-    reader.folder = "buffer"
-    run = types.SimpleNamespace(claim=lambda _: None, folder="run", chief=False)
+def told_by_main(monkeypatch, place: train.Place, *flags: str) -> list:
+    """What `main` does with its parts, in order."""
+    told, args = [], arguments(*flags)
+    stand = types.SimpleNamespace(checksum=lambda: 77, to_device=None, config=None)
+    run = types.SimpleNamespace(claim=lambda: place, folder="run")
+    part = contextlib.nullcontext()
+    part.time_taken = lambda: "1 s"
     replaced = {
-        "parse_arguments": lambda: args, "open_devices": lambda _: None,
-        "Run": lambda *_, **__: run,
-        "wait_for_buffer": lambda *_: SPEC, "Trainer": lambda *_: stand, "restore": lambda *_: 0,
-        "Saver": lambda *_: None, "Log": lambda *_: log, "plan": lambda *_: [],
-        "BatchReader": lambda *_: reader, "train": lambda *_: told.append("train") or True,
-        "end_preprocessing": lambda *_: told.append("end"),
-        "agree": lambda _, values: told.append(list(values)),
+        "parse_arguments": lambda: args, "open_devices": lambda _: None, "Run": lambda *_: run,
+        "wait_for_buffer": lambda *_: SPEC, "Trainer": lambda *_: stand, "restore": lambda *_: None,
+        "Saver": lambda *_: None, "Log": lambda *_: part, "plan": lambda *_: [],
+        "BatchReader": lambda *_: part, "Display": lambda *_: part,
+        "train": lambda *_: told.append("train") or 18,
+        "end_preprocessing": lambda _config, _args, spec=None: told.append(("end", spec)),
+        "agree": lambda _, values: told.append(values),
     }  # fmt: skip
     for name, value in replaced.items():
         monkeypatch.setattr(train, name, value)
     train.main()
-    assert "seed" in told.pop(0)
-    assert told == [["first step", "weights"], "train", ["last step"], "end"]
+    return told
+
+
+def test_the_preprocessor_is_told_of_the_end_once_the_chief_has_saved(monkeypatch):
+    """On the chief `train` returns after that; the others wait for it in `agree`."""
+    told = told_by_main(monkeypatch, train.Place(1, 1, None))
+    settings = told.pop(0)
+    assert settings["seed"] == 0 and settings["class names"] == SPEC.class_names
+    first = {"first step": 3, "weights": 77}
+    assert told == [first, "train", {"last step": 18}, ("end", SPEC)]
+
+
+def test_a_finished_run_does_not_end_the_preprocessor_of_another(monkeypatch, capsys):
+    """`end_preprocessing` without batches that this training has read asks whose they are."""
+    told = told_by_main(monkeypatch, train.Place(9, 0, Path("8")), "--resume")
+    assert told == [("end", None)]
+    assert "already trained to the end of epoch 8" in capsys.readouterr().out
 
 
 def test_the_plan_of_two_replicas(run):
     import test_training
 
-    strategy = test_training.two_replicas()
-    trainer = train.Trainer(
-        strategy, utils.load_config(toolkit.ROOT / "config.txt"), 8, arguments()
-    )
-    assert any(
-        "2 replicas" in line for line in train.plan(run, trainer, SPEC, range(18), arguments())
-    )
+    trainer = test_training.make_trainer(test_training.two_replicas())
+    lines = list(train.plan(train.Run(run, arguments()), trainer, SPEC, range(18)))
+    assert "2 replicas" in lines[0]
 
 
 def test_random_batches_are_no_measure_of_several_machines(monkeypatch):
@@ -799,16 +1060,23 @@ def test_deterministic_is_tensorflows_own(monkeypatch):
 
 
 def test_failures_of_the_device_and_of_other_machines_are_explained(monkeypatch):
+    def fail(error: type) -> None:
+        def main() -> None:
+            raise error(None, None, "gone")
+
+        monkeypatch.setattr(train, "main", main)
+        train.explained_main()
+
     for error, workers, words in (
         (tf.errors.ResourceExhaustedError, 1, "--accumulation_steps"),
         (tf.errors.UnavailableError, 2, "another machine"),
     ):
         monkeypatch.setattr(train, "worker_of_workers", lambda workers=workers: (0, workers))
-        with pytest.raises(utils.UserError, match=words), train.explained_failures():
-            raise error(None, None, "gone")
+        with pytest.raises(utils.UserError, match=words):
+            fail(error)
     monkeypatch.setattr(train, "worker_of_workers", lambda: (0, 1))
-    with pytest.raises(tf.errors.UnavailableError), train.explained_failures():
-        raise tf.errors.UnavailableError(None, None, "gone")
+    with pytest.raises(tf.errors.UnavailableError):
+        fail(tf.errors.UnavailableError)
 
 
 @pytest.mark.parametrize(
@@ -817,7 +1085,6 @@ def test_failures_of_the_device_and_of_other_machines_are_explained(monkeypatch)
         (["--lr_drop_epochs=3"], "needs --lr_schedule=step"),
         (["--lr_schedule=step"], "needs --lr_drop_epochs"),
         (["--warmup_epochs=9"], "must be less than --epoch_end=9"),
-        (["--init_from=a", "--epoch_start=1"], "needs --epoch_start=0"),
         (["--label_smoothing=2"], "label_smoothing"),
         (["--lr_schedule=step", "--lr_drop_epochs=5,3"], "increasing"),
     ],
@@ -825,6 +1092,13 @@ def test_failures_of_the_device_and_of_other_machines_are_explained(monkeypatch)
 def test_flags_that_do_not_go_together_are_refused(flags, words):
     with pytest.raises(utils.UserError, match=words):
         arguments(*flags)
+
+
+def test_a_rate_that_never_drops_is_warned_of(capsys):
+    arguments("--lr_schedule=step", "--lr_drop_epochs=3,8")
+    assert capsys.readouterr().err == ""
+    arguments("--lr_schedule=step", "--lr_drop_epochs=3,9")
+    assert "ends before epoch 9 (--epoch_end=9), so the rate does not" in capsys.readouterr().err
 
 
 def test_the_chosen_gpus_alone_are_seen_and_their_memory_is_taken_as_needed(monkeypatch):
@@ -847,71 +1121,97 @@ def test_the_chosen_gpus_alone_are_seen_and_their_memory_is_taken_as_needed(monk
 
 
 def values_of(step: int, loss: float = 1.0, skipped: bool = False) -> tf.Tensor:
-    return tf.constant([loss, loss / 2, 0.25, step, 1.0, 0.0, skipped, 8.0, 0.0], tf.float32)
+    """What a step returns: METRICS."""
+    return tf.constant([loss, loss / 2, 0.25, step, 1.0, 0.0, 8.0, skipped, 0.0], tf.float32)
 
 
-def log_of(run: train.Run, steps: range, *flags: str, compute_type=tf.float32) -> train.Log:
-    trainer = types.SimpleNamespace(compute_type=compute_type, args=arguments())
-    return train.Log(run, trainer, SPEC, steps, arguments(*flags))
+def finished(step: int, at: float, idle: float = 0.0, first: bool = False, **metrics: float):
+    values = dict(zip(train.METRICS, values_of(step).numpy().tolist(), strict=True)) | metrics
+    previous = None if first else at - 1
+    return train.Finished(step, 0.5, values, at - 1, idle, previous, at)
 
 
-def logged(run: train.Run, steps: range, upto: int, *flags: str) -> list[dict]:
-    with log_of(run, steps, "--log_seconds=0", *flags) as log:
+def display_of(folder: Path, steps: range, *flags: str, spec: BatchSpec = SPEC) -> train.Display:
+    reader = types.SimpleNamespace(folder=folder / "buffer")
+    return train.Display(train.Run(folder, arguments(*flags)), spec, steps, reader)
+
+
+def log_of(folder: Path, steps: range, *flags: str, spec: BatchSpec = SPEC) -> train.Log:
+    display = display_of(folder, steps, *flags, spec=spec)
+    return train.Log(display.run, spec, steps, display)
+
+
+def logged(folder: Path, steps: range, upto: int, *flags: str, spec=SPEC) -> list[dict]:
+    with log_of(folder, steps, "--log_seconds=0", *flags, spec=spec) as log:
         for step in range(steps.start, upto):
             with log.waiting():
                 pass
             log.add(step, 0.5, values_of(step))
         log.settle()
-    return utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
+    return rows_of(folder)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return utils.read_csv(folder / "training_log.csv", resnet50.LOG_COLUMNS)
 
 
 def test_steps_trained_again_are_in_the_log_and_among_the_events_once(run):
     logged(run, range(0, 18), 7)
-    (events,) = (run.folder / "events" / "training").iterdir()
+    (events,) = (run / "events" / "training").iterdir()
     assert "tfevents" in events.name  # or TensorBoard does not find it
-    events.rename(events.with_name("events.out.tfevents.1.toolkit"))  # as if begun long ago
     rows = logged(run, range(4, 18), 9)
-    assert sorted({int(row["step"]) for row in rows}) == [int(row["step"]) for row in rows]
-    assert int(rows[-1]["step"]) == 8
-    assert [float(row["seconds"]) for row in rows] == sorted(float(r["seconds"]) for r in rows)
-    seen = toolkit.scalars(run.folder / "events" / "training")  # fails where one appears twice
-    assert {step for _, step in seen} == {int(row["step"]) for row in rows}
+    assert [row["step"] for row in rows] == list(range(9))
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+    seen = toolkit.scalars(run / "events" / "training")  # fails where one appears twice
+    assert {step for _, step in seen} == set(range(9))
     for row in rows:
-        for name in train.COLUMNS[5:]:
-            assert seen[f"training/{name}", int(row["step"])] == pytest.approx(
-                float(row[name]), rel=1e-4
-            )
-    text = (run.folder / "training_log.csv").read_bytes()
+        for name in row.keys() - {"step", "epoch", "batch", "seconds", "steps"}:
+            assert seen[f"training/{name}", row["step"]] == pytest.approx(row[name], rel=1e-4)
+    text = (run / "training_log.csv").read_bytes()
     assert b"\r" not in text and text.endswith(b"\n")
 
 
-def test_another_batch_size_costs_no_row_of_the_epochs_before(run):
+def test_another_batch_size_costs_no_row_and_no_event(run):
     """Steps of the old rows are counted in batches of another size."""
-    logged(run, range(0, 18), 6)
-    spec = dataclasses.replace(SPEC, batch_size=2, batches_per_epoch=1)
-    trainer = types.SimpleNamespace(compute_type=tf.float32, args=arguments())
-    with train.Log(run, trainer, spec, range(2, 9), arguments()) as log:  # from epoch 2 on
-        log.add(2, 0.5, values_of(2))
-        log.settle()
-    rows = utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
-    assert [(r["epoch"], r["batch"]) for r in rows] == [
-        *[("0", "0"), ("0", "1"), ("1", "0"), ("1", "1"), ("2", "0")]
+    logged(run, range(0, 18), 6)  # two batches an epoch
+    one = dataclasses.replace(SPEC, batch_size=8, batches_per_epoch=1)
+    logged(run, range(3, 9), 5, spec=one)
+    logged(run, range(4, 9), 6, spec=one)  # resumed
+    rows = logged(run, range(12, 18), 13)  # and back
+    assert [(row["epoch"], row["batch"]) for row in rows] == [
+        *((epoch, batch) for epoch in range(3) for batch in range(2)),
+        *[(3, 0), (4, 0), (5, 0), (6, 0)],
     ]
-    assert max(step for _, step in toolkit.scalars(run.folder / "events" / "training")) == 2
+    events = run / "events"
+    seen = {f.name: {step for _, step in toolkit.scalars(f)} for f in events.iterdir()}
+    assert seen == {
+        "training": {0, 1, 2, 3, 4, 5},
+        "training_from_epoch_3": {3, 4, 5},
+        "training_from_epoch_6": {12},
+    }
 
 
 def test_a_row_averages_its_steps(run):
-    with log_of(run, range(0, 18), compute_type=tf.float16) as log:
+    with log_of(run, range(0, 18)) as log:
         for step, loss in enumerate([1.0, 3.0, 8.0]):
             log.add(step, 0.5, values_of(step, loss, skipped=step == 1))
-        log._row_start = time.perf_counter() - 1000
         log.settle()
-    (row,) = utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
-    assert float(row["loss"]) == 4 and float(row["loss_without_l2"]) == 2
-    assert (row["steps"], row["step"], row["epoch"], row["batch"]) == ("3", "2", "1", "0")
-    assert float(row["gradient_norm"]) == 1 and float(row["loss_scale"]) == 8
-    assert row["skipped_steps"] == "1"
-    assert float(row["images_per_second"]) == pytest.approx(3 * 4 / 1000, rel=0.05)
+    (row,) = rows_of(run)
+    assert row["loss"] == 4 and row["loss_without_l2"] == 2
+    assert (row["steps"], row["step"], row["epoch"], row["batch"]) == (3, 2, 1, 0)
+    assert row["gradient_norm"] == 1 and row["loss_scale"] == 8
+    assert row["skipped_steps"] == 1
+
+
+def test_speed_and_waiting_of_a_row_leave_out_the_first_step_which_builds_the_graph():
+    first = finished(4, 1000.0, idle=900.0, first=True)
+    later = [finished(5, 1001.0, idle=0.25), finished(6, 1002.0, idle=0.25)]
+    for steps in ([first, *later], later):
+        row = train.summary(steps, SPEC)
+        assert row["images_per_second"] == 4 and row["waiting_for_data"] == 0.25
+    assert train.summary([first], SPEC)["images_per_second"] == 4  # a row has only one step
+    held_up = train.summary(later, SPEC, waiting=3.0)  # since then
+    assert held_up["images_per_second"] == 8 / 5 and held_up["waiting_for_data"] == 3.5 / 5
 
 
 def test_a_loss_that_is_no_number_stops_training(run):
@@ -922,31 +1222,26 @@ def test_a_loss_that_is_no_number_stops_training(run):
             log.settle()
 
 
-def test_only_time_without_a_step_under_way_counts_as_waiting(run):
+def test_only_time_without_a_step_under_way_counts_as_waiting(monkeypatch):
     """On a GPU a step goes on while the next batch is waited for."""
-    with log_of(run, range(0, 18)) as log:
-        log._finished = 100.0
-        for asked, given, waited in ((90, 95, 0), (90, 103, 3), (102, 103, 1)):
-            log._waited, log._finished, log._wait = 0.0, 100.0, (asked, given)
-            log.add(0, 0.5, values_of(0))
-            log._settle_first()
-            assert log._waited == waited
+    for asked, given, idle in ((90, 95, 0), (90, 103, 3), (102, 103, 1)):
+        pipeline = train.Pipeline(SPEC)
+        times = iter([100.0, 110.0])
+        monkeypatch.setattr(train.time, "perf_counter", lambda times=times: next(times))
+        pipeline.add(0, 0.5, (80, 81), values_of(0))
+        pipeline.add(1, 0.5, (asked, given), values_of(1))
+        first, second = pipeline.finish(leave=0)
+        pipeline.close()
+        assert (first.previous, first.idle, first.at) == (None, 1, 100)
+        assert (second.previous, second.idle, second.at) == (100, idle, 110)
 
 
-def test_a_row_has_the_waiting_of_its_own_steps(run):
-    with log_of(run, range(0, 18)) as log:
-        now = time.perf_counter()
-        log._row_start = log._finished = now - 10
-        log._wait = now - 4, now - 1
-        log.add(0, 0.5, values_of(0))
-        log.settle()
-        assert log._finished >= now  # the next wait counts from here
-        log._wait = now - 4, now - 1  # while the step was under way
-        log.add(1, 0.5, values_of(1))
-        log.settle()
-    rows = utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)
-    assert float(rows[0]["waiting_for_data"]) == pytest.approx(0.3, abs=0.05)
-    assert float(rows[1]["waiting_for_data"]) == 0
+def test_a_step_is_waited_for_when_the_next_has_been_sent():
+    pipeline = train.Pipeline(SPEC)
+    for step in range(3):
+        pipeline.add(step, 0.5, (0, 0), values_of(step))
+        assert [each.step for each in pipeline.finish(leave=1)] == ([step - 1] if step else [])
+    pipeline.close()
 
 
 @pytest.mark.parametrize("error", FULL_DISK)
@@ -956,7 +1251,7 @@ def test_a_full_disk_behind_the_log_does_not_end_training(run, part, error, caps
         raise error
 
     with log_of(run, range(0, 18)) as log:
-        setattr(log, part, types.SimpleNamespace(writerow=full, write=full))
+        setattr(log, part, types.SimpleNamespace(writerow=full, add=full))
         log.add(0, 0.5, values_of(0))
         log.settle()
     assert "the log could not be written: " in capsys.readouterr().err
@@ -964,9 +1259,9 @@ def test_a_full_disk_behind_the_log_does_not_end_training(run, part, error, caps
 
 def test_a_cut_off_row_is_dropped(run):
     logged(run, range(0, 18), 4)
-    path = run.folder / "training_log.csv"
+    path = run / "training_log.csv"
     path.write_bytes(path.read_bytes()[:-20])
-    assert [row["step"] for row in logged(run, range(4, 18), 5)][-1] == "4"
+    assert [row["step"] for row in logged(run, range(4, 18), 5)] == [0, 1, 2, 4]
 
 
 def test_a_state_is_saved_after_the_rows_of_its_steps(run):
@@ -974,84 +1269,184 @@ def test_a_state_is_saved_after_the_rows_of_its_steps(run):
     with log_of(run, range(0, 18)) as log:
         log.add(0, 0.5, values_of(0))
         log.settle()
-        assert len(utils.read_csv(run.folder / "training_log.csv", train.COLUMNS)) == 1
+        assert len(rows_of(run)) == 1
 
 
-def test_a_row_is_printed_once_and_only_when_said(run, capsys):
-    with log_of(run, range(0, 18)) as log:
-        log.add(0, 0.5, values_of(0))
-        log.settle()
-        assert capsys.readouterr().out == ""
-        log.say()
-        log.say()
-    assert capsys.readouterr().out.count("loss 0.500 + 0.500 L2") == 1
-
-
-def test_a_table_of_somebody_else_is_not_written_over(run):
-    path = run.folder / "training_log.csv"
-    path.write_text("step,thoughts\n1,mine\n")
-    with pytest.raises(utils.UserError, match="training_log.csv: not the expected table"):
+@pytest.mark.parametrize("text", ["step,thoughts\n1,mine\n", "cell"])
+def test_a_table_of_somebody_else_is_not_written_over(run, text):
+    path = run / "training_log.csv"
+    if text == "cell":
+        logged(run, range(0, 18), 2)
+        text = path.read_text().replace("0.25", "mine")
+    path.write_text(text)
+    with pytest.raises(utils.UserError, match="training_log.csv: line .*move the file away"):
         logged(run, range(0, 18), 1)
-    assert path.read_text() == "step,thoughts\n1,mine\n"
+    assert path.read_text() == text
+
+
+# --- what is printed ------------------------------------------------------------------------
+
+
+def test_a_row_is_printed_as_a_line(run, capsys):
+    rows = logged(run, range(0, 18), 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows) == 3
+    assert lines[0].startswith("epoch 0, 1 of 2 batches: loss 0.500 + 0.500 L2, top-1 25.0%, ")
+    assert "rate 0.5, waiting for data " in lines[0] and lines[0].endswith(", ? left")
+    assert re.search(r"\d s left$", lines[2])
+
+
+class Terminal:
+    """Standard output that is a terminal of some width."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.patch = monkeypatch
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    def set_width(self, columns: int) -> None:
+        self.patch.setenv("COLUMNS", str(columns))
+
+
+@pytest.fixture
+def terminal(monkeypatch, capsys):
+    return Terminal(monkeypatch)
+
+
+LONG = dataclasses.replace(SPEC, N=4000, batches_per_epoch=1000)
+
+
+def busy_display(run: Path) -> train.Display:
+    """In epoch 3, after the first step: four images a second, a quarter of the time waiting."""
+    display = display_of(run, range(3000, 9000), spec=LONG)
+    (run / "buffer").mkdir()
+    for step in (3299, 3301, 3302, 3400):  # three of them are ready ahead, one was used
+        for path in LONG.files(run / "buffer", step):
+            path.touch()
+    display.add(finished(3299, 500.0, idle=400.0, first=True))
+    display.add(finished(3300, 501.0, idle=0.25))
+    return display
+
+
+def test_the_line_on_a_terminal_says_all_that_fits_its_width(run, terminal):
+    display = busy_display(run)
+    fake_model(run / "1", "one")
+    write_accuracies(run, [(1, 0.625, 0.5, "one")])
+    display.print_row({"epoch": 3, "batch": 300})  # reads the accuracies
+    for columns in range(60, 160, 10):
+        terminal.set_width(columns)
+        assert len(display.status()) < columns
+    terminal.set_width(140)
+    assert display.status() == (
+        "epoch 3 ██████░░░░░░░░░░░░░░ loss 0.500 top-1 25.0% 4 images/s 1 h 35 min left "
+        "waiting 25.0% best 62.5% 3 ready"
+    )
+    terminal.set_width(80)
+    assert display.status().startswith("epoch 3 ██")
+    assert display.status().endswith(" left waiting 25.0%")
+
+
+def test_a_wait_shows_while_it_lasts(run, terminal):
+    display = busy_display(run)
+    terminal.set_width(140)
+    display.waiting_since = time.perf_counter() - 9
+    assert " 0.4 images/s" in display.status() and "waiting 92." in display.status()
+
+
+def test_before_the_first_step_the_line_says_what_is_waited_for(run, terminal):
+    display = display_of(run, range(0, 18))
+    terminal.set_width(80)
+    assert "the first step takes longest" in display.status()
+    display.waiting_since = 1.0
+    assert "waiting for a batch" in display.status()
+
+
+def test_a_terminal_gets_a_row_per_epoch_that_fits(run, terminal, capsys):
+    """It is of the whole epoch, not only of the last row of the log."""
+    terminal.set_width(80)
+    display = display_of(run, range(0, 18))
+    for step, loss in enumerate([9.0, 1.0, 3.0]):  # two a epoch
+        display.add(finished(step, 1.0 + step, loss_without_l2=loss, first=step == 0))
+        row = train.summary([finished(step, 1.0 + step)], SPEC)
+        display.print_row(row)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("epoch 0: loss 5.000 top-1 25.0% 4 images/s ") and len(line) < 80
+
+
+def test_the_line_is_redrawn_on_a_terminal_only(run, terminal, monkeypatch):
+    shown = []
+    monkeypatch.setattr(utils, "show_status", shown.append)
+    monkeypatch.setattr(threading.Event, "wait", lambda *_: len(shown) >= 3)
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        before = threading.active_count()
+        with display_of(run, range(0, 18)):
+            while threading.active_count() > before:
+                time.sleep(0.01)
+        assert len(shown) == 3 * is_terminal
 
 
 # --- the plan -------------------------------------------------------------------------------
 
 
-def renorm_lines(start: int, capsys, first: int = 0) -> str:
-    config = utils.load_config(toolkit.ROOT / "config.txt").batch_renorm
-    config.start_relaxing_rmax = config.start_relaxing_dmax = start
-    config.reach_rmax_max = config.reach_dmax_max = start + 100
-    lines = list(train.renorm_plan(config, 50, first, arguments()))
+def renorm_lines(capsys, start: object, reach: object, begin: int = 0) -> str:
+    trainer = trainer_of(
+        spec=dataclasses.replace(SPEC, N=200, batches_per_epoch=50),
+        batch_renorm__start_relaxing_rmax=start, batch_renorm__reach_rmax_max=reach,
+        batch_renorm__start_relaxing_dmax=start, batch_renorm__reach_dmax_max=reach,
+    )  # fmt: skip
+    lines = list(train.renorm_plan(trainer, range(begin, 450), 50))
     return " ".join(lines) + capsys.readouterr().err
 
 
 def test_the_plan_says_in_which_epochs_the_limits_are_relaxed_or_warns(capsys):
-    said = renorm_lines(100, capsys)
-    assert "r_max to 3 in epochs 2.0 to 4.0" in said and "d_max to 5" in said
-    assert "warning" not in said
-    said = renorm_lines(450, capsys)  # 9 epochs of 50
+    for start, reach in ((100, 200), (utils.Epochs(2), utils.Epochs(4))):
+        said = renorm_lines(capsys, start, reach)
+        assert "r_max to 3 in epochs 2.0 to 4.0" in said and "d_max to 5 in epochs 2" in said
+        assert "warning" not in said
+        assert "in epochs 2.0 to 4.0" in renorm_lines(capsys, start, reach, begin=150)
+        said = renorm_lines(capsys, start, reach, begin=201)
+        assert "r_max to 3 (already relaxed), d_max to 5 (already relaxed)" in said
+    said = renorm_lines(capsys, 450, 500)  # 9 epochs of 50
     assert "warning" in said and "plain batch normalization" in said
-    # After 200 updates of another batch size, which were 4 epochs, now 2: counted from step -100.
-    assert "r_max to 3 in epochs 0.0 to 2.0" in renorm_lines(100, capsys, first=-100)
-    assert "warning" not in renorm_lines(450, capsys, first=-100)
 
 
-def test_the_plan_of_a_resumed_run_has_the_same_limits(run):
-    trainer = trainer_of(batch_renorm__start_relaxing_rmax=4, batch_renorm__reach_rmax_max=8)
-    for done in (0, 6):
-        trainer.updates.assign(done)
-        lines = list(train.plan(run, trainer, SPEC, range(done, 18), trainer.args))
-        assert any("r_max to 3 in epochs 2.0 to 4.0" in line for line in lines)
+def test_limits_in_the_wrong_order_are_one_line():
+    with pytest.raises(utils.UserError, match="config.txt: .*reach_rmax_max"):
+        trainer_of(
+            batch_renorm__start_relaxing_rmax=9, batch_renorm__reach_rmax_max=utils.Epochs(2)
+        )
 
 
 def test_a_share_of_pictures_that_does_not_fill_a_batch_is_warned_of(run, capsys):
     trainer = trainer_of()
-    list(train.plan(run, trainer, SPEC, range(0, 18), trainer.args))
+    place = train.Run(run, trainer.args)
+    list(train.plan(place, trainer, SPEC, range(0, 18)))
     assert "leaves out 2 pictures of 10" in capsys.readouterr().err
     spec = dataclasses.replace(SPEC, N=100, workers=4, batches_per_epoch=6)
-    list(train.plan(run, trainer, spec, range(0, 18), trainer.args))
+    list(train.plan(place, trainer, spec, range(0, 18)))
     assert "leaves out 4 pictures of 100" in capsys.readouterr().err
     spec = dataclasses.replace(SPEC, N=1001, batches_per_epoch=250)
-    list(train.plan(run, trainer, spec, range(0, 18), trainer.args))
+    list(train.plan(place, trainer, spec, range(0, 18)))
     assert "leaves out" not in capsys.readouterr().err
 
 
-def test_models_and_states_remember_their_recipe(run):
-    trainer = trainer_of("--label_smoothing=0.1")
-    saver_of(run, trainer).save_epoch(4, train.Stop())
-    state = json.loads((run.folder / "1" / "training_state" / "state.json").read_text())
-    assert state["step"] == 4 and state["recipe"]["label_smoothing"] == 0.1
-    assert state["mu"] == SPEC.mu
-    recipe = resnet50.model_recipe(run.folder / "1")
-    assert (recipe["step"], recipe["epoch_end"], recipe["learning_rate"]) == (4, 9, 0.01)
-    assert (recipe["label_smoothing"], recipe["batch_size"]) == (0.1, SPEC.batch_size)
+def test_models_and_states_remember_how_they_were_trained(run):
+    save_epoch(run, trainer_of("--label_smoothing=0.1"), 4)
+    state = json.loads((run / "1" / "training_state" / "state.json").read_text())
+    assert (state["step"], state["epoch"], state["batch"]) == (4, 2, 0)
+    assert state["settings"]["--label_smoothing"] == 0.1 and state["settings"]["mu"] == SPEC.mu
+    recipe = resnet50.model_recipe(run / "1")
+    assert (recipe.step, recipe.epoch_end, recipe.mu) == (4, 9, SPEC.mu)
+    assert (recipe.flags["learning_rate"], recipe.flags["label_smoothing"]) == (0.01, 0.1)
 
 
-def test_weights_are_written_once_per_model(run):
-    """The momentum is as large as the weights; nothing else is large."""
-    trainer = trainer_of()
-    saver_of(run, trainer).save_epoch(2, train.Stop())
+@pytest.mark.parametrize(("flags", "most"), [([], 2.2), (["--ema_decay=0.9"], 4.3)])
+def test_weights_are_written_once_per_model(run, flags, most):
+    """The momentum is as large as the weights; nothing else is large. Averages are there twice."""
+    trainer = trainer_of(*flags)
+    save_epoch(run, trainer, 2)
     weights = sum(4 * v.shape.num_elements() for v in trainer.network.variables)
-    size = sum(path.stat().st_size for path in Path(run.folder / "0").rglob("*") if path.is_file())
-    assert size < 2.2 * weights + 1e6
+    size = sum(path.stat().st_size for path in Path(run / "0").rglob("*") if path.is_file())
+    assert size < most * weights + 1e6
+    said = train.disk_plan(run, trainer, epochs=1)
+    assert utils.file_size(size)[:2] in said
