@@ -184,7 +184,7 @@ class BatchSpec:
             "mu": len(self.mu) == 3,
             "sigma": len(self.sigma) == 3 and min(self.sigma) > 0,
             "worker": 0 <= self.worker < self.workers,
-            "batches_per_epoch": 1 <= self.batches_per_epoch <= self.N // self.batch_size,
+            "batches_per_epoch": 1 <= self.batches_per_epoch <= self.N,
             "epochs": len(self.epochs) == 2 and 0 <= self.epochs[0] < self.epochs[1],
             "crop": self.crop in ("side", "area"),
             "dtype": self.dtype == BatchSpec.dtype,
@@ -350,7 +350,7 @@ class Buffer:
     def check_room(self) -> None:
         """Prints how much room the buffer needs and has. Raises UserError if it has too little."""
         folder, size_of = self.folder, utils.file_size
-        own = sum(on_disk((folder / name).stat().st_size) for name in self._batch_names())
+        own = self._bytes_there()
         batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
         room = shutil.disk_usage(folder).free + own - on_disk(1)  # a page for the progress file
         there = f"{folder} has room for {size_of(max(room, 0))}"
@@ -372,7 +372,8 @@ class Buffer:
 
         Raises UserError if nothing says how the batches there were made.
         """
-        names, old = self._batch_names(), utils.read_record(BatchSpec, self.folder / OLDER_JSON)
+        names, older = [entry.name for entry in self._entries()], self.folder / OLDER_JSON
+        old = BatchSpec.read(self.folder) or utils.read_record(BatchSpec, older)
         if names and old is None:
             raise UserError(
                 f"{self.folder / names[0]}: there is no {BUFFER_JSON} that says how it was made. "
@@ -409,11 +410,10 @@ class Buffer:
         """Steps of the batches whose two files both exist and are complete."""
         sizes = {"X": self.x_bytes, "Y": self.y_bytes}
         complete: dict[str, set[int]] = {"X": set(), "Y": set()}
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                step, kind = self.spec.step_of(entry.name), entry.name[0]
-                if step is not None and _size(entry) == sizes[kind]:
-                    complete[kind].add(step)
+        for entry in self._entries():
+            step, kind = self.spec.step_of(entry.name), entry.name[0]
+            if step is not None and _size(entry) == sizes[kind]:
+                complete[kind].add(step)
         return complete["X"] & complete["Y"]
 
     def wanted_first(self) -> int:
@@ -427,7 +427,8 @@ class Buffer:
 
     def remove_all_but(self, window: range) -> None:
         """Removes all batches outside the window, no matter which run made them."""
-        self._remove(name for name in self._batch_names() if self.spec.step_of(name) not in window)
+        names = [entry.name for entry in self._entries()]
+        self._remove(name for name in names if self.spec.step_of(name) not in window)
 
     def remove(self, steps: Iterable[int]) -> None:
         """Removes these batches if they exist."""
@@ -449,20 +450,25 @@ class Buffer:
 
     def say_what_stays(self) -> None:
         """Prints how much memory the batches take, and how to free it."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
-            if size := sum(_size(entry) for entry in entries if BATCH_FILE.fullmatch(entry.name)):
-                print(
-                    f"{utils.file_size(size)} of batches stay in {self.folder} for the next run; "
-                    f"to delete them: rm {self.pattern}"
-                )
+        if size := self._bytes_there():
+            print(
+                f"{utils.file_size(size)} of batches stay in {self.folder} for the next run; to "
+                f"delete them: rm {self.pattern}"
+            )
 
     @property
     def pattern(self) -> str:
         """What the shell calls the batches."""
         return f"{shlex.quote(str(self.folder))}/[XY]_[0-9]*.npy"
 
-    def _batch_names(self) -> list[str]:
-        return [name for name in os.listdir(self.folder) if BATCH_FILE.fullmatch(name)]
+    def _entries(self) -> list[os.DirEntry]:
+        """The batch files. None if the folder was removed just now."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            return [entry for entry in entries if BATCH_FILE.fullmatch(entry.name)]
+        return []
+
+    def _bytes_there(self) -> int:
+        return sum(on_disk(_size(entry)) for entry in self._entries())
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
@@ -633,7 +639,8 @@ def workers(buffer: Buffer, threads: int) -> Iterator[Executor]:
             for process in multiprocessing.active_children():
                 process.kill()  # it may hang
         pool.shutdown(cancel_futures=True)
-        buffer.remove_leftovers()
+        if lock_file(buffer.folder) == buffer.held:
+            buffer.remove_leftovers()
 
 
 _buffer: Buffer
@@ -1238,7 +1245,7 @@ def draw_preview(batches: Batches, file: Path, most: int = 32) -> None:
     shown = f"first {len(pixels)} of {len(x)} pictures" if len(x) > most else f"{len(x)} pictures"
     title = f"{spec.position(step)}: {shown}, as the network sees them"
     captions = [[spec.class_names[label]] for label in y[:most]]
-    sheet = contact_sheet(pixels, captions, title, columns=8)
+    sheet = contact_sheet(pixels, captions, title, columns=min(8, len(pixels)))
     if file.is_dir():
         raise UserError(f"--preview={file} is a folder, not a file")
     try:

@@ -21,30 +21,31 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import toolkit
 import utils
-from toolkit import recipe_of
-from utils import CROP
+from toolkit import batches_of
 
 import numpy as np
 import pytest
 
 import runtime_preprocessing
+from preprocess import CROP
 from runtime_preprocessing import (
+    Batches,
     BatchReader,
     BatchSpec,
     Buffer,
-    Recipe,
-    Workers,
-    check_spec,
     end_preprocessing,
     keep_full,
+    misfit,
     read_progress,
+    take_buffer,
+    wait_for_buffer,
     worker_of_workers,
+    write_batch,
     write_progress,
 )
 
@@ -97,6 +98,24 @@ def finish(process: subprocess.Popen) -> int:
     return process.wait(timeout=PATIENCE)
 
 
+LOCKS = {".preprocessor.lock", ".trainer.lock"}
+"""They stay, empty."""
+
+
+def is_clean(folder: Path) -> bool:
+    return set(os.listdir(folder)) <= LOCKS
+
+
+def make(buffer: Buffer, step: int) -> None:
+    write_batch(buffer, step, buffer.held)
+
+
+def kept_full(buffer: Buffer, threads: int, sleep_time: float = 0.1) -> int:
+    """Runs `keep_full` in this process, as the holder of the lock."""
+    utils.lock(buffer.folder / ".preprocessor.lock", "held")
+    return keep_full(buffer, threads, sleep_time, utils.Stop())
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -118,7 +137,7 @@ def settled(folder: Path, window: range, batches: int = BATCHES) -> Callable[[],
             for kind in "XY"
             for number in window
         }
-        others = {"buffer.json", "training_progress.txt", ".preprocessor.lock"}
+        others = {"buffer.json", "training_progress.txt", *LOCKS}
         return expected <= names <= expected | others
 
     return condition
@@ -145,8 +164,8 @@ def load(folder: Path, position: Position) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def assert_made_by(recipe: Recipe, position: Position, batch: tuple[np.ndarray, np.ndarray]):
-    expected = recipe.make(recipe.spec.step(*position))
+def assert_made_by(batches: Batches, position: Position, batch: tuple[np.ndarray, np.ndarray]):
+    expected = batches.make(batches.spec.step(*position))
     for array, right in zip(batch, expected, strict=True):
         assert array.dtype == right.dtype
         np.testing.assert_array_equal(array, right, err_msg=str(position))
@@ -154,19 +173,19 @@ def assert_made_by(recipe: Recipe, position: Position, batch: tuple[np.ndarray, 
 
 def train(
     folder: Path,
-    recipe: Recipe,
+    batches: Batches,
     numbers: range,
     process: subprocess.Popen,
     look: Callable[[int], None] = lambda number: None,
 ) -> None:
     """Reads the batches in order, checks each, calls `look`, and says that it needs the next."""
-    progress(folder, numbers.start, recipe.spec.batches_per_epoch)
+    progress(folder, numbers.start, batches.spec.batches_per_epoch)
     for number in numbers:
-        position = divmod(number, recipe.spec.batches_per_epoch)
+        position = divmod(number, batches.spec.batches_per_epoch)
         wait_until(files(folder, position)[0].exists, process, position)
-        assert_made_by(recipe, position, load(folder, position))
+        assert_made_by(batches, position, load(folder, position))
         look(number)
-        progress(folder, number + 1, recipe.spec.batches_per_epoch)
+        progress(folder, number + 1, batches.spec.batches_per_epoch)
 
 
 # --- the window -------------------------------------------------------------------------------
@@ -181,9 +200,9 @@ def test_window_across_epochs_and_a_clean_end(tmp_path, toy, ram):
         def look(number):
             assert max(there(ram) | there(ram, "Y")) < min(number + 6, 30)
 
-        train(ram, recipe_of(config), range(30), process, look)
+        train(ram, batches_of(config), range(30), process, look)
         assert finish(process) == 0
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
 def test_window_is_exact_where_epochs_meet(tmp_path, toy, ram):
@@ -223,40 +242,40 @@ def test_starts_where_epoch_start_says(tmp_path, toy, ram):
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
     with preprocessor(config, *span(7, 9)) as process:
         wait_until(settled(ram, range(70, 73)), process, "first window")
-        assert_made_by(recipe_of(config), (7, 1), load(ram, (7, 1)))
+        assert_made_by(batches_of(config), (7, 1), load(ram, (7, 1)))
 
 
 @pytest.mark.parametrize("size, end", [(1, 1), (1000, 2)])
 def test_buffers_of_one_batch_and_larger_than_all(tmp_path, toy, ram, size, end):
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=size)
-    recipe = recipe_of(config)
+    batches = batches_of(config)
     with preprocessor(config, *span(0, end)) as process:
         wait_until(settled(ram, range(min(size, 10 * end))), process, "buffer full")
-        train(ram, recipe, range(10 * end), process)
+        train(ram, batches, range(10 * end), process)
         assert finish(process) == 0
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
 def test_one_batch_an_epoch(tmp_path, toy, ram):
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
-    recipe = recipe_of(config, batch_size=40)
-    assert recipe.spec.batches_per_epoch == 1
+    batches = batches_of(config, batch_size=40)
+    assert batches.spec.batches_per_epoch == 1
     with preprocessor(config, *span(0, 4, 40)) as process:
         wait_until(settled(ram, range(3), batches=1), process, "buffer full")
-        train(ram, recipe, range(4), process)
+        train(ram, batches, range(4), process)
         assert finish(process) == 0
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
 def test_epoch_end_raised_and_started_again(tmp_path, toy, ram):
     """After an end, and after a kill: then the batches that lie there are kept."""
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=4)
-    recipe = recipe_of(config)
+    batches = batches_of(config)
     with preprocessor(config, *span(0, 1)) as process:
-        train(ram, recipe, range(10), process)
+        train(ram, batches, range(10), process)
         assert finish(process) == 0
     with preprocessor(config, *span(1, 2)) as process:
-        train(ram, recipe, range(10, 18), process)
+        train(ram, batches, range(10, 18), process)
         wait_until(lambda: {18, 19} <= there(ram), process, "the last two")
     before = {path.name: path.stat().st_ino for path in ram.glob("[XY]_1_[89].npy")}
     assert len(before) == 4
@@ -264,9 +283,9 @@ def test_epoch_end_raised_and_started_again(tmp_path, toy, ram):
         wait_until(settled(ram, range(18, 22)), process, "buffer full")
         assert {name: (ram / name).stat().st_ino for name in before} == before
         assert "2 batches ready from an earlier run" in said(config)
-        train(ram, recipe, range(18, 30), process)
+        train(ram, batches, range(18, 30), process)
         assert finish(process) == 0
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
 def test_progress_of_an_older_run_does_not_end_it(tmp_path, toy, ram):
@@ -279,9 +298,9 @@ def test_progress_of_an_older_run_does_not_end_it(tmp_path, toy, ram):
         with preprocessor(config, *span(1, 2)) as process:
             wait_until(settled(ram, range(10, 13)), process, "first window")
     with preprocessor(config, *span(1, 2)) as process:
-        train(ram, recipe_of(config), range(10, 20), process)
+        train(ram, batches_of(config), range(10, 20), process)
         assert finish(process) == 0
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
 ENDS_WHILE_IT_STARTS = """
@@ -312,7 +331,7 @@ def test_an_end_written_while_it_started_is_believed(config, ram):
     )
     assert result.returncode == 0, result.stderr
     assert "training has passed epoch 1" in result.stdout
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
 NEVER = 3600
@@ -334,23 +353,20 @@ def test_sleep_time_never_keeps_training_waiting(tmp_path, toy, ram):
 
 
 def test_a_buffer_that_never_gets_full_says_what_it_makes(config, ram, monkeypatch, capsys):
-    """As when training is the faster side."""
-    buffer = Buffer(ram, recipe_of(config, epochs=[0, 2]), 20)
-    buffer.claim()
+    """As when training is the faster side. The progress is looked at every moment."""
     monkeypatch.setattr(runtime_preprocessing, "SAY_FILLING", 0.2)
+    buffer = Taken(ram, batches_of(config, epochs=[0, 2]), 20)
+    utils.lock(ram / ".preprocessor.lock", "held")
+    pauses, wait = [], runtime_preprocessing.wait
 
-    def make_slowly(step: int, make=buffer.make) -> bool:
-        time.sleep(0.3)
-        write_progress(ram, buffer.spec, step + 1)
-        return make(step)
+    def noted(jobs, pause, *more):
+        pauses.append(pause)
+        time.sleep(0.1)
+        return wait(jobs, pause, *more)
 
-    monkeypatch.setattr(buffer, "make", make_slowly)
-    pauses, results = [], Workers.results
-    monkeypatch.setattr(
-        Workers, "results", lambda self, pause: (pauses.append(pause), results(self, pause))[1]
-    )
-    keep_full(buffer, 1, 0.1)
-    assert max(pauses) < 0.05  # the progress is looked at every moment
+    monkeypatch.setattr(runtime_preprocessing, "wait", noted)
+    keep_full(buffer, 1, 0.1, utils.Stop())
+    assert max(pauses) < 0.05
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 3
     assert all(re.search(r"batch(es)? ready ahead of training, [1-9]", line) for line in lines)
@@ -368,14 +384,14 @@ def test_a_batch_that_training_removed_is_made_again_at_once(tmp_path, toy, ram)
             wait_until(settled(ram, range(10)), process, name)
 
 
-class Listed(Buffer):
+class Taken(Buffer):
     """A buffer that counts how often its folder is listed, and whose training is fast."""
 
-    listed = first = 0
+    looked = first = 0
 
-    def ready(self) -> set[int]:
-        self.listed += 1
-        return super().ready()
+    def look(self) -> set[int]:
+        self.looked += 1
+        return super().look()
 
     def wanted_first(self) -> int:
         self.first += self.spec.files(self.folder, self.first)[0].exists()
@@ -384,27 +400,11 @@ class Listed(Buffer):
 
 def test_the_folder_is_not_listed_for_every_batch(config, ram, monkeypatch):
     monkeypatch.setattr(runtime_preprocessing, "LOOK_AGAIN", NEVER)
-    buffer = Listed(ram, recipe_of(config, epochs=[0, 3]), 6)
-    assert keep_full(buffer, 2, NEVER) >= 28  # the last may come after training has passed
-    assert buffer.listed == 1
+    buffer = Taken(ram, batches_of(config, epochs=[0, 3]), 6)
+    assert kept_full(buffer, 2, NEVER) >= 28  # the last may come after training has passed
+    assert buffer.looked == 1
     buffer.leave()
-    assert os.listdir(ram) == []
-
-
-def test_the_order_of_an_epoch_is_drawn_once_for_all_threads(config, monkeypatch):
-    """At 1.28 million pictures each drawing takes 5 MB: 64 threads must not draw at once."""
-    drawn, draw = [], Recipe._draw_order
-
-    def slowly(recipe, epoch):
-        drawn.append(epoch)
-        time.sleep(0.05)
-        return draw(recipe, epoch)
-
-    monkeypatch.setattr(Recipe, "_draw_order", slowly)
-    recipe = recipe_of(config)
-    with ThreadPoolExecutor(8) as pool:
-        orders = list(pool.map(recipe.order, [1] * 8))
-    assert drawn == [1] and all(order is orders[0] for order in orders)
+    assert is_clean(ram)
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ def at_work(config: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
     with preprocessor(config, *span(0, 30)) as process:
         wait_until(lambda: there(utils.load_config(config).train.buffer_folder), process, "begins")
         pids = children(process.pid)
-        assert len(pids) == min(utils.cores(), 2)
+        assert len(pids) == 2
         yield process, pids
 
 
@@ -457,28 +457,57 @@ def test_a_process_that_is_killed_ends_it_in_one_line(tmp_path, toy, ram):
 
 
 def test_an_error_in_a_process_is_raised_with_its_traceback(config, ram, monkeypatch):
-    def broken(recipe, step):
+    def broken(batches, step, failed):
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(Recipe, "parts", broken)
+    monkeypatch.setattr(Batches, "parts", broken)
     with pytest.raises(ZeroDivisionError, match="planted") as error:
-        keep_full(Buffer(ram, recipe_of(config), 3), 2, 0.1)
-    assert "in broken" in error.value.__notes__[0]
+        kept_full(Buffer(ram, batches_of(config, epochs=[0, 1]), 3), 2)
+    assert "in broken" in str(error.value.__cause__)
     assert multiprocessing.active_children() == []
-    assert os.listdir(ram) == []
+    assert not there(ram) and not leftovers(ram)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if ".aside-" in name]
+
+
+def hung(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_a_worker_that_hangs_is_said_and_does_not_hold_up_the_end(config, ram):
+    """Stopped, as by a dead network disk: the others go on, and a signal ends all of them."""
+    stuck = "import sys; sys.path.insert(0, sys.argv.pop(1)); import runtime_preprocessing as r; "
+    stuck += "r.STUCK = 0.5; r.utils.run(r.main)"
+    words = [sys.executable, "-c", stuck, str(toolkit.ROOT), f"--config={config}", *span(0, 30)]
+    log = config.with_name("log.txt")
+    with open(log, "w") as file, subprocess.Popen(words, stdout=file, stderr=file) as process:
+        try:
+            wait_until(lambda: len(children(process.pid)) == 2, process, "workers")
+            pids = children(process.pid)
+            os.kill(pids[0], signal.SIGSTOP)
+            wait_until(lambda: hung(pids[0]), process, "stopped")
+            wait_until(lambda: "no batch was made for" in said(config), process, "said")
+            process.send_signal(signal.SIGTERM)
+            assert finish(process) == 128 + signal.SIGTERM
+            assert gone(pids)
+        finally:
+            process.kill()
+    assert not leftovers(ram) and "Traceback" not in said(config)
 
 
 def test_threads_do_the_same_where_processes_cannot_be_forked(config, ram, monkeypatch):
     monkeypatch.setattr(runtime_preprocessing, "FORK", False)
-    recipe = recipe_of(config, epochs=[0, 1])
-    buffer = Buffer(ram, recipe, 10)
+    batches = batches_of(config, epochs=[0, 1])
+    buffer = Buffer(ram, batches, 10)
     buffer.wanted_first = lambda: 10 if len(there(ram)) == 10 else 0
     before = threading.active_count()
     # All ten may be there before this thread has heard of each.
-    assert 0 < keep_full(buffer, 3, 0.1) <= 10
+    assert 0 < kept_full(buffer, 3) <= 10
     assert threading.active_count() == before
     for number in range(10):
-        assert_made_by(recipe, (0, number), load(ram, (0, number)))
+        assert_made_by(batches, (0, number), load(ram, (0, number)))
 
 
 # --- healing ----------------------------------------------------------------------------------
@@ -504,17 +533,17 @@ def test_heals_whatever_happens_to_the_progress_file(tmp_path, toy, ram):
             wait_until(settled(ram, range(number, number + 4)), process, number)
         file.write_bytes(b"1 \r\n 7")  # as an editor may leave it
         wait_until(settled(ram, range(17, 21)), process, "white space")
-        assert_made_by(recipe_of(config), (2, 0), load(ram, (2, 0)))
+        assert_made_by(batches_of(config), (2, 0), load(ram, (2, 0)))
         progress(ram, 40)
         assert finish(process) == 0
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
 def test_heals_whatever_happens_to_the_batches(tmp_path, toy, ram):
     config = toolkit.write_config(
         tmp_path, toy, ram, train__buffer_size=5, runtime_preprocessing__sleep_time=0.02
     )
-    recipe = recipe_of(config)
+    batches = batches_of(config)
     damages = {
         "deleted": os.unlink,
         "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
@@ -533,13 +562,13 @@ def test_heals_whatever_happens_to_the_batches(tmp_path, toy, ram):
                     f"{path.name} {name}, made again",
                 )
                 wait_until(settled(ram, range(5)), process, "nothing else")
-                assert_made_by(recipe, (0, 2), load(ram, (0, 2)))
+                assert_made_by(batches, (0, 2), load(ram, (0, 2)))
         for path in ram.iterdir():
             path.unlink()
         wait_until(lambda: there(ram) == set(range(5)), process, "all deleted, all made again")
-        train(ram, recipe, range(20), process)
+        train(ram, batches, range(20), process)
         assert finish(process) == 0
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
 def test_a_clock_set_back_changes_nothing(tmp_path, toy, ram):
@@ -557,21 +586,87 @@ def test_a_clock_set_back_changes_nothing(tmp_path, toy, ram):
         wait_until(lambda: said(config).count("buffer: 5 batches") == 2, process, "again")
         wait_until(settled(ram, range(5)), process, "still full")
         assert {path: path.stat().st_ino for path in ram.glob("[XY]_*")} == made
-        train(ram, recipe_of(config), range(20), process)
+        train(ram, batches_of(config), range(20), process)
         assert finish(process) == 0
 
 
-def test_a_folder_that_is_removed_ends_it_in_one_line(tmp_path, toy, ram):
-    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+REMOVALS = {
+    "the files": lambda folder: [path.unlink() for path in folder.iterdir() if path.name[0] != "."],
+    "everything in it": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "the folder": shutil.rmtree,
+}
+"""What a user's rm does, or a logout of systemd."""
+
+
+def made_again(folder: Path, window: range, spec: BatchSpec) -> Callable[[], bool]:
+    def condition() -> bool:
+        lock = folder / ".preprocessor.lock"
+        there_again = folder.is_dir() and settled(folder, window)() and lock.exists()
+        return there_again and BatchSpec.read(folder) == spec and utils.is_locked(lock)
+
+    return condition
+
+
+@pytest.mark.parametrize("what", REMOVALS)
+def test_what_is_removed_is_made_again(tmp_path, toy, ram, what):
+    """The folder, the lock, buffer.json and the batches; the folder for its user alone."""
+    folder = ram / "batches"
+    config = toolkit.write_config(tmp_path, toy, folder, train__buffer_size=3)
+    batches = batches_of(config, epochs=[0, 2])
     with preprocessor(config, *span(0, 2)) as process:
-        wait_until(settled(ram, range(3)), process, "buffer full")
-        moved = ram.rename(ram.with_name(f"{ram.name}-moved"))
-        try:
-            assert finish(process) == 2
-        finally:
-            moved.rename(ram)
-    assert f"error: {ram}: was removed; start again" in said(config)
-    assert "Traceback" not in said(config)
+        wait_until(lambda: folder.is_dir() and settled(folder, range(3))(), process, "full")
+        for _ in range(2):
+            REMOVALS[what](folder)
+            wait_until(made_again(folder, range(3), batches.spec), process, "made again")
+        assert folder.stat().st_mode & 0o777 == 0o700
+        result = toolkit.run("runtime_preprocessing.py", config, *span(0, 2), timeout=PATIENCE)
+        toolkit.assert_one_line_error(result, "runtime_preprocessing.py", "another")
+        with reading(Buffer(folder, batches, 3)) as reader:
+            assert_made_by(batches, (0, 0), next_batch(reader))
+            REMOVALS[what](folder)
+            for number in range(1, 20):
+                assert_made_by(batches, divmod(number, 10), next_batch(reader))
+            assert utils.is_locked(folder / ".trainer.lock")
+        end_preprocessing(folder, 2)
+        assert finish(process) == 0
+    assert is_clean(folder) and "Traceback" not in said(config)
+
+
+def test_a_preprocessor_whose_place_was_taken_stops(tmp_path, toy, ram):
+    """Everything is removed, and another one starts. Not one batch of the first is trained on."""
+    (tmp_path / "other").mkdir()
+    config = toolkit.write_config(
+        tmp_path, toy, ram, train__buffer_size=8, runtime_preprocessing__sleep_time=0.02
+    )
+    other = toolkit.write_config(tmp_path / "other", toy, ram, train__buffer_size=8, train__seed=7)
+    batches = batches_of(other, epochs=[0, 2])
+    with preprocessor(config, *span(0, 2)) as first:
+        wait_until(settled(ram, range(8)), first, "buffer full")
+        first.send_signal(signal.SIGSTOP)
+        for path in ram.iterdir():
+            path.unlink()
+        with preprocessor(other, *span(0, 2)) as second:
+            wait_until(lambda: there(ram), second, "begins")
+            first.send_signal(signal.SIGCONT)
+            assert finish(first) == 2
+            train(ram, batches, range(20), second)
+            assert finish(second) == 0
+    assert "another runtime_preprocessing.py uses this folder" in said(config)
+    assert is_clean(ram)
+
+
+def test_a_batch_is_not_named_once_the_lock_is_another(config, ram):
+    """A worker may finish a batch after another preprocessor has taken the folder."""
+    buffer = Buffer(ram, batches_of(config), 3)
+    utils.lock(ram / ".preprocessor.lock", "held")
+    buffer.look()
+    make(buffer, 0)
+    (ram / ".preprocessor.lock").rename(ram / "gone")
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            make(buffer, 1)
+        (ram / ".preprocessor.lock").touch()
+    assert there(ram) == there(ram, "Y") == {0} and not leftovers(ram)
 
 
 @pytest.mark.parametrize(
@@ -583,62 +678,80 @@ def test_batches_of_another_making_are_removed(tmp_path, toy, ram, change, named
         wait_until(settled(ram, range(4)), process, "buffer full")
     assert "removing" not in said(config)
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=4, **change)
-    recipe = recipe_of(config)
+    batches = batches_of(config)
     with preprocessor(config, *span(0, 1)) as process:
-        wait_until(lambda: BatchSpec.read(ram) == recipe.spec, process, "")
-        train(ram, recipe, range(10), process)
+        wait_until(lambda: BatchSpec.read(ram) == batches.spec, process, "")
+        train(ram, batches, range(10), process)
         assert finish(process) == 0
     (line,) = [line for line in said(config).splitlines() if "removing" in line]
-    assert "8 files" in line and named in line
-    assert os.listdir(ram) == []
+    assert line.endswith(f"removing 8 files, made with other {named}")
+    assert is_clean(ram)
+
+
+OTHERS = {
+    "batch_size": 5, "N": 41, "classes": 5, "class_names": [*"abcd"], "mu": [0.1] * 3,
+    "sigma": [0.1] * 3, "resized": [256], "worker": 1, "workers": 2, "batches_per_epoch": 9,
+    "epochs": [3, 4], "crop": "area", "seed": 9, "dataset": "other", "pictures": "other",
+    "layout": "other",
+}  # fmt: skip
 
 
 def test_every_field_but_the_epochs_makes_another_buffer(config):
-    spec = recipe_of(config).spec
-    for each in dataclasses.fields(spec):
-        other = dataclasses.replace(spec, **{each.name: "other"})
-        assert (other == spec) == (each.name == "epochs"), each.name
+    spec = batches_of(config, workers=2).spec
+    same = {"dtype", "format"}  # other values are refused
+    assert {each.name for each in dataclasses.fields(spec)} - same == set(OTHERS)
+    for name, value in OTHERS.items():
+        changes = {name: value}
+        if name == "classes":
+            changes["class_names"] = [*"abcde"]
+        elif name == "workers":
+            changes["workers"] = 1
+        other = dataclasses.replace(spec, **changes)
+        assert (other == spec) == (name == "epochs"), name
 
 
 def test_what_a_killed_preprocessor_left_is_removed_at_the_next_start(config, ram):
-    left = ram / f".X_0_0.npy.aside-{'0' * 16}"
-    left.write_bytes(b"half")
-    left.with_name(left.name + ".lock").touch()
-    Buffer(ram, recipe_of(config, epochs=[0, 2]), 3).claim()
-    assert not left.exists()
+    aside = [
+        ram / f".{name}.aside-{'0' * 16}" for name in ("X_0_0.npy", "Y_3_1.npy", "buffer.json")
+    ]
+    others = [ram / f".{name}.aside-{'0' * 16}" for name in ("training_progress.txt", "thesis.txt")]
+    for path in (*aside, *others):
+        path.write_bytes(b"half")
+    Buffer(ram, batches_of(config, epochs=[0, 2]), 3).claim()
+    assert not any(path.exists() for path in aside)
+    assert all(path.exists() for path in others)  # another lock covers these names, or none
+    take_buffer(utils.load_config(config))
+    assert [path.exists() for path in others] == [False, True]
 
 
-def test_batches_without_buffer_json_are_of_another_making(tmp_path, toy, ram):
+def test_a_start_that_was_killed_while_it_looked_for_pictures_loses_nothing(config, ram):
+    """Meanwhile buffer.json has another name, so that no training takes it for the new one."""
+    made = stock(config, ram, 3).spec
+    args = Namespace(epoch_start=0, epoch_end=2)
+    for _ in range(2):  # killed the first time
+        runtime_preprocessing.set_aside_older_run(ram, args)
+        assert BatchSpec.read(ram) is None
+    Buffer(ram, batches_of(config, epochs=[0, 2]), 3).claim()
+    assert BatchSpec.read(ram) == made and there(ram) == {0, 1, 2}
+
+
+def test_batches_without_buffer_json_are_refused(tmp_path, toy, ram):
+    """Nobody knows how they were made, or whose they are. A buffer_folder set by mistake loses
+    nothing.
+    """
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=2)
-    recipe = recipe_of(config)
-    x, y = recipe.make(recipe.spec.step(0, 0))
-    np.save(ram / "X_0_0.npy", x + 1)
-    np.save(ram / "Y_0_0.npy", y)
-    with preprocessor(config, *span(0, 1)) as process:
-        wait_until(settled(ram, range(2)), process, "buffer full")
-        assert_made_by(recipe, (0, 0), load(ram, (0, 0)))
-    assert "removing 2 files" in said(config)
+    (ram / "X_0_0.npy").write_bytes(b"a thesis")
+    result = toolkit.run("runtime_preprocessing.py", config, *span(0, 1))
+    toolkit.assert_one_line_error(
+        result, "runtime_preprocessing.py", "X_0_0.npy", "buffer.json", f"rm {ram}/[XY]_[0-9]*.npy"
+    )
+    assert (ram / "X_0_0.npy").read_bytes() == b"a thesis"
 
 
 FOREIGN = [
     "notes.txt", "X_foo.npy", "X_1_1.npy.bak", "x_0_0.npy", "X_0_0.npz", "Z_0_0.npy", "X_0.npy",
     "X_-1_0.npy", "X_0_0_0.npy", ".hidden", "progress.txt", "training_progress.txt.bak",
 ]  # fmt: skip
-
-
-def test_foreign_files_with_names_of_batches_are_refused(tmp_path, toy, ram):
-    """A buffer_folder set by mistake loses nothing."""
-    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
-    (ram / "X_0_0.npy").write_bytes(b"a thesis")
-    np.save(ram / "Y_0_0.npy", np.zeros(40, np.float64))
-    for name in ("X_0_0.npy", "Y_0_0.npy"):
-        content = (ram / name).read_bytes()
-        result = toolkit.run("runtime_preprocessing.py", config, *span(0, 1))
-        toolkit.assert_one_line_error(
-            result, "runtime_preprocessing.py", "_0_0.npy", "folder of its own"
-        )
-        assert (ram / name).read_bytes() == content
-        (ram / name).unlink()
 
 
 def test_foreign_files_are_never_touched(tmp_path, toy, ram):
@@ -649,9 +762,9 @@ def test_foreign_files_are_never_touched(tmp_path, toy, ram):
     (ram / "folder" / "X_0_0.npy").write_text("inside")
     before = {name: (ram / name).stat() for name in FOREIGN}
     with preprocessor(config, *span(0, 1)) as process:
-        train(ram, recipe_of(config), range(10), process)
+        train(ram, batches_of(config), range(10), process)
         assert finish(process) == 0
-    assert sorted(os.listdir(ram)) == sorted([*FOREIGN, "folder"])
+    assert set(os.listdir(ram)) - LOCKS == {*FOREIGN, "folder"}
     for name in FOREIGN:
         after = (ram / name).stat()
         assert (after.st_ino, after.st_mtime_ns) == (before[name].st_ino, before[name].st_mtime_ns)
@@ -700,33 +813,23 @@ def test_killed_at_any_moment(tmp_path, toy, ram):
     config = toolkit.write_config(
         tmp_path, toy, ram, train__buffer_size=6, runtime_preprocessing__sleep_time=0.02
     )
-    recipe, moments, number = recipe_of(config, batch_size=8), random.Random(3), 0
+    batches, moments, number = batches_of(config, batch_size=8), random.Random(3), 0
     for life in range(10):
         with preprocessor(config, *span(0, 40, 8)) as process:
             if life % 2:
-                train(ram, recipe, range(number, number + 1), process)
+                train(ram, batches, range(number, number + 1), process)
                 number += 1
             killed_at = time.monotonic() + moments.uniform(0, 0.4 if life % 2 else 0.8)
             while time.monotonic() < killed_at and number < 150:
                 if number in there(ram, batches=5):
-                    train(ram, recipe, range(number, number + 1), process)
+                    train(ram, batches, range(number, number + 1), process)
                     number += 1
                 time.sleep(0.005)
     with preprocessor(config, *span(0, 40, 8)) as process:
-        train(ram, recipe, range(number, number + 3), process)
-        train(ram, recipe, range(196, 200), process)
+        train(ram, batches, range(number, number + 3), process)
+        train(ram, batches, range(196, 200), process)
         assert finish(process) == 0
-    assert os.listdir(ram) == []
-
-
-def test_what_a_killed_trainer_left_is_gone_after_the_end(tmp_path, toy, ram):
-    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
-    with preprocessor(config, *span(0, 1)) as process:
-        wait_until(settled(ram, range(3)), process, "buffer full")
-        (ram / ".training_progress.txt.aside-0123456789abcdef").write_text("half")
-        progress(ram, 10)
-        assert finish(process) == 0
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
 # --- refusals ---------------------------------------------------------------------------------
@@ -742,29 +845,58 @@ def test_second_preprocessor_is_refused(tmp_path, toy, ram):
         assert {path.name: path.stat().st_mtime_ns for path in ram.iterdir()} == before
         assert process.poll() is None
     with preprocessor(config, *span(0, 2)) as process:  # the lock died with its process
-        train(ram, recipe_of(config), range(4), process)
+        train(ram, batches_of(config), range(4), process)
 
 
-def test_the_lock_of_a_trainer_that_is_at_work_stays(config, ram):
-    """Removed, it would let in a second trainer."""
-    buffer = stock(config, ram, 1)
-    hold = "import sys; sys.path.insert(0, sys.argv[1]); import utils, pathlib; "
-    hold += "utils.lock(pathlib.Path(sys.argv[2]), ''); print('held', flush=True); input()"
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", hold, str(toolkit.ROOT), str(ram / ".trainer.lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert trainer.stdout.readline() == "held\n"
-    buffer.leave()
-    assert os.listdir(ram) == [".trainer.lock"]
-    with pytest.raises(utils.UserError):
-        utils.lock(ram / ".trainer.lock", "refused")
-    trainer.kill()
-    trainer.wait()
-    buffer.leave()
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram)
+    ram.chmod(0o777)
+    result = toolkit.run("runtime_preprocessing.py", config, *span(0, 1))
+    toolkit.assert_one_line_error(result, "runtime_preprocessing.py", str(ram), "chmod o-w")
+    with pytest.raises(utils.UserError, match="chmod o-w"):
+        take_buffer(utils.load_config(config))
     assert os.listdir(ram) == []
+
+
+def test_links_are_not_followed(tmp_path, toy, ram):
+    """Planted under names that the toolkit uses, they would let it overwrite any file."""
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=2)
+    theirs = tmp_path / "keys"
+    theirs.write_text("secret")
+    (ram / ".preprocessor.lock").symlink_to(theirs)
+    result = toolkit.run("runtime_preprocessing.py", config, *span(0, 1))
+    toolkit.assert_one_line_error(result, "runtime_preprocessing.py", "is a link")
+    (ram / ".preprocessor.lock").unlink()
+    for name in ("X_0_0.npy", "Y_0_1.npy", "training_progress.txt"):
+        (ram / name).symlink_to(theirs)
+    (ram / "buffer.json").write_text(json.dumps(dataclasses.asdict(batches_of(config).spec)))
+    with preprocessor(config, *span(0, 1)) as process:
+        batches = [path for number in range(2) for path in files(ram, (0, number))]
+        wait_until(
+            lambda: all(path.exists() and not path.is_symlink() for path in batches),
+            process,
+            "made in place of the links",
+        )
+        train(ram, batches_of(config), range(10), process)
+        assert finish(process) == 0
+    assert theirs.read_text() == "secret" and is_clean(ram)
+
+
+def test_a_pipe_with_the_name_of_a_batch_holds_nobody_up(config, ram):
+    """Neither the preprocessor nor the reader."""
+    buffer = stock(config, ram, 3)
+    with preprocessor(config, *span(0, 2)) as process:
+        wait_until(settled(ram, range(20)), process, "buffer full")
+    for name in ("X_0_0.npy", "Y_0_1.npy", "training_progress.txt"):
+        (ram / name).unlink(missing_ok=True)
+        os.mkfifo(ram / name)
+    with preprocessor(config, *span(0, 2)) as process:
+        with reading(buffer) as reader:
+            for number in range(20):
+                assert_made_by(buffer.batches, divmod(number, 10), next_batch(reader))
+        end_preprocessing(ram, 2)
+        assert finish(process) == 0
+    assert is_clean(ram)
 
 
 def test_batch_larger_than_the_dataset(config):
@@ -790,13 +922,15 @@ def small_disk(tmp_path):
     def mount(kilobytes: int) -> Path:
         folder = tmp_path / f"disk{len(folders)}"
         folder.mkdir()
-        call = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        call = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k,mode=700", "tmpfs", str(folder)]
         if shutil.which("mount") is None or subprocess.run(call, capture_output=True).returncode:
             pytest.skip("mounting a file system is not permitted here")
         folders.append(folder)
         return folder
 
     yield mount
+    for path in [path for path in utils._locks if path.parent in folders]:
+        os.close(utils._locks.pop(path))
     for folder in folders:
         subprocess.run(["umount", str(folder)], check=True)
 
@@ -808,17 +942,17 @@ def test_window_too_large_for_the_disk_is_refused_with_one_that_fits(tmp_path, t
     config = toolkit.write_config(tmp_path, toy, disk, train__buffer_size=500)
     result = toolkit.run("runtime_preprocessing.py", config, *span(0, 100))
     toolkit.assert_one_line_error(
-        result, "runtime_preprocessing.py", "buffer_size", "500", "MB", str(disk)
+        result, "runtime_preprocessing.py", "buffer_size", "500 batches", "MB", str(disk)
     )
     size = int(re.search(r"largest buffer_size that fits is (\d+)", result.stderr)[1])
     assert size in (3, 4)
     config = toolkit.write_config(tmp_path, toy, disk, train__buffer_size=size)
     with preprocessor(config, *span(0, 2)) as process:
         wait_until(settled(disk, range(size)), process, "buffer full")
-        train(disk, recipe_of(config), range(20), process)
+        train(disk, batches_of(config), range(20), process)
         assert finish(process) == 0
     assert "no room" not in said(config)
-    assert os.listdir(disk) == []
+    assert is_clean(disk)
 
 
 def test_disk_too_small_for_one_batch(tmp_path, toy, small_disk):
@@ -864,10 +998,10 @@ def test_waits_for_room_and_goes_on(tmp_path, toy, small_disk):
         assert there(disk) == {0, 2, 3, 4}
         filler.unlink()
         wait_until(lambda: there(disk) == set(range(5)), process, "goes on")
-        train(disk, recipe_of(config), range(20), process)
+        train(disk, batches_of(config), range(20), process)
         assert finish(process) == 0
     assert said(config).count("no room") == 1, said(config)
-    assert os.listdir(disk) == ["other.npy"]
+    assert set(os.listdir(disk)) - LOCKS == {"other.npy"}
 
 
 def test_waits_for_room_under_a_limit(tmp_path, toy, ram):
@@ -887,10 +1021,10 @@ def test_waits_for_room_under_a_limit(tmp_path, toy, ram):
         assert not there(ram) - {0, 1, 2}
         for pid in workers:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
-        train(ram, recipe_of(config), range(3, 10), process)
+        train(ram, batches_of(config), range(3, 10), process)
         assert finish(process) == 0
     assert said(config).count("no room") == 1, said(config)
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
 # --- the training side ------------------------------------------------------------------------
@@ -898,10 +1032,10 @@ def test_waits_for_room_under_a_limit(tmp_path, toy, ram):
 
 def stock(config: Path, folder: Path, batches: int = 4) -> Buffer:
     """A buffer with the first batches, as the preprocessor leaves them."""
-    buffer = Buffer(folder, recipe_of(config, epochs=[0, 2]), 20)
+    buffer = Buffer(folder, batches_of(config, epochs=[0, 2]), 20)
     buffer.claim()
     for number in range(batches):
-        buffer.make(number)
+        make(buffer, number)
     return buffer
 
 
@@ -913,13 +1047,15 @@ def reading(buffer: Buffer, first: Position = (0, 0)):
     train = SimpleNamespace(buffer_folder=buffer.folder, sleep_time=0.05)
     args = Namespace(epoch_start=0, epoch_end=2, batch_size=spec.batch_size, config="config.txt")
     config = SimpleNamespace(train=train)
+    if buffer.folder / ".trainer.lock" not in utils._locks:
+        take_buffer(config)
     with BatchReader(config, spec, steps, lambda *batch: batch, args) as reader:
         yield reader
 
 
 def next_batch(reader, patience: float = 20) -> tuple[np.ndarray, np.ndarray] | None:
     """The reader's next batch, None if none comes in so many seconds."""
-    stop = threading.Event()
+    stop = utils.Stop()
     timer = threading.Timer(patience, stop.set)
     timer.start()
     try:
@@ -933,13 +1069,13 @@ def test_reader_hands_out_the_batches_in_order(config, ram):
     with reading(buffer, (0, 8)) as reader:
         for number in range(8, 12):
             batch = next_batch(reader)
-            assert_made_by(buffer.recipe, divmod(number, 10), batch)
+            assert_made_by(buffer.batches, divmod(number, 10), batch)
             needs = buffer.spec.step(*needed(ram))
             assert number < needs <= number + 3  # one handed out, one waiting, one being read
         assert next_batch(reader, 0.3) is None
         assert needed(ram) == (1, 2)
-        buffer.make(12)
-        assert_made_by(buffer.recipe, (1, 2), next_batch(reader))
+        make(buffer, 12)
+        assert_made_by(buffer.batches, (1, 2), next_batch(reader))
 
 
 def test_reader_waits_where_the_preprocessor_has_left(config, ram, capsys):
@@ -952,7 +1088,7 @@ def test_reader_waits_where_the_preprocessor_has_left(config, ram, capsys):
         assert next_batch(reader, 0.3) is None
         assert "waiting for" in capsys.readouterr().out
         stock(config, ram, 3)
-        assert_made_by(buffer.recipe, (0, 2), next_batch(reader))
+        assert_made_by(buffer.batches, (0, 2), next_batch(reader))
 
 
 def test_waiting_reader_says_again_what_it_needs(config, ram):
@@ -969,18 +1105,34 @@ def test_waiting_reader_says_again_what_it_needs(config, ram):
 
 
 def test_reader_goes_on_without_room_for_the_progress_file(tmp_path, toy, small_disk):
+    """It removes the batches that were used, and so makes room to say what it needs."""
     disk = small_disk(10 * 1300)
-    buffer = stock(toolkit.write_config(tmp_path, toy, disk), disk, 4)
+    buffer = stock(toolkit.write_config(tmp_path, toy, disk), disk, 5)
     with reading(buffer) as reader:
         assert next_batch(reader) is not None
-        filler = fill(disk, but=0)
-        for number in range(1, 4):
-            assert_made_by(buffer.recipe, (0, number), next_batch(reader))
-        filler.unlink()
+        fill(disk, but=0)
+        for number in range(1, 5):
+            assert_made_by(buffer.batches, (0, number), next_batch(reader))
         deadline = time.monotonic() + 10
-        while needed(disk) != (0, 4) and time.monotonic() < deadline:
+        while needed(disk) != (0, 5) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert needed(disk) == (0, 4)
+        assert needed(disk) == (0, 5)
+        assert not {0, 1, 2} & there(disk)
+
+
+def test_a_full_disk_does_not_stand_still(tmp_path, toy, small_disk):
+    """Something else takes all the room while a preprocessor and a reader are at work."""
+    disk = small_disk(8 * 1300)
+    config = toolkit.write_config(tmp_path, toy, disk, train__buffer_size=5)
+    batches = batches_of(config, epochs=[0, 2])
+    with preprocessor(config, *span(0, 2)) as process:
+        wait_until(settled(disk, range(5)), process, "buffer full")
+        fill(disk, but=0)
+        with reading(Buffer(disk, batches, 5)) as reader:
+            for number in range(20):
+                assert_made_by(batches, divmod(number, 10), next_batch(reader, PATIENCE))
+        end_preprocessing(disk, 2)
+        assert finish(process) == 0
 
 
 def saved(save: Callable, *arrays: np.ndarray) -> bytes:
@@ -1025,12 +1177,12 @@ def test_reader_removes_what_is_no_batch_and_says_so(config, ram, capfd, kind, d
     path.write_bytes(WRONG[kind][damage](right))
     assert path.read_bytes() != right
     with reading(buffer) as reader:
-        assert_made_by(buffer.recipe, (0, 0), next_batch(reader))
+        assert_made_by(buffer.batches, (0, 0), next_batch(reader))
         assert next_batch(reader, 0.3) is None
         assert not (ram / "X_0_1.npy").exists() and not (ram / "Y_0_1.npy").exists()
-        buffer.make(1)
+        make(buffer, 1)
         for number in (1, 2):
-            assert_made_by(buffer.recipe, (0, number), next_batch(reader))
+            assert_made_by(buffer.batches, (0, number), next_batch(reader))
     output = capfd.readouterr()
     (line,) = output.err.splitlines()
     assert path.name in line and "removed" in line
@@ -1040,65 +1192,124 @@ def test_reader_removes_what_is_no_batch_and_says_so(config, ram, capfd, kind, d
 def test_reader_and_preprocessor_heal_a_batch_together(tmp_path, toy, ram):
     """A file of the right length with anything in it: only training can see that it is wrong."""
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=5)
-    recipe = recipe_of(config)
+    batches = batches_of(config)
     with preprocessor(config, *span(0, 2)) as process:
         wait_until(settled(ram, range(5)), process, "buffer full")
         path = ram / "X_0_3.npy"
         path.write_bytes(b"\1" * path.stat().st_size)
-        with reading(Buffer(ram, recipe_of(config, epochs=[0, 2]), 5)) as reader:
+        with reading(Buffer(ram, batches_of(config, epochs=[0, 2]), 5)) as reader:
             for number in range(20):
-                assert_made_by(recipe, divmod(number, 10), next_batch(reader))
+                assert_made_by(batches, divmod(number, 10), next_batch(reader))
         assert process.poll() is None
         end_preprocessing(ram, 2)
         assert finish(process) == 0
-    assert os.listdir(ram) == []
+    assert is_clean(ram)
 
 
-def test_training_with_other_arguments_is_told_both_values(config, ram):
-    stock(config, ram, 0)
-    settings, spec = utils.load_config(config), BatchSpec.read(ram)
-    check_spec(spec, settings, 4, ram)
-    for batch_size, seed, words in (
-        (8, 0, ("batch_size = 4", "batch_size = 8")),
-        (4, 3, ("seed = 0", "seed = 3")),
-    ):
-        settings.train.seed = seed
-        with pytest.raises(utils.UserError) as error:
-            check_spec(spec, settings, batch_size, ram)
-        assert all(word in str(error.value) for word in words), error.value
-    (ram / "buffer.json").unlink()
-    assert BatchSpec.read(ram) is None
+ARGS = Namespace(epoch_start=0, epoch_end=2, batch_size=4, config=Path("config.txt"))
+
+
+def settings_of(config: Path, **changes: object) -> SimpleNamespace:
+    """The trainer's settings; `changes` are `section__key=value`."""
+    settings = utils.load_config(config)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        setattr(getattr(settings, section), key, value)
+    return settings
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value"),
-    [("train", "N", 41), ("utils", "mu", [0.1, 0.2, 0.3]), ("utils", "sigma", [0.1, 0.2, 0.3])],
+    "key, value, changes",
+    [
+        ("batch_size", 8, {}),
+        ("seed", 3, {"train__seed": 3}),
+        ("N", 41, {"train__N": 41}),
+        ("mu", [0.1, 0.2, 0.3], {"utils__mu": [0.1, 0.2, 0.3]}),
+        ("sigma", [0.1, 0.2, 0.3], {"utils__sigma": [0.1, 0.2, 0.3]}),
+        ("crop", "area", {"runtime_preprocessing__crop": "area"}),
+    ],
 )
-def test_training_with_other_settings_is_told_both_values(config, ram, section, key, value):
-    stock(config, ram, 0)
-    settings, spec = utils.load_config(config), BatchSpec.read(ram)
-    setattr(getattr(settings, section), key, value)
+def test_training_with_other_settings_is_told_both_values(config, ram, key, value, changes):
+    spec, settings = stock(config, ram, 0).spec, settings_of(config, **changes)
+    assert not misfit(spec, settings_of(config), 4)
+    utils.lock(ram / ".preprocessor.lock", "held")
+    args = Namespace(**vars(ARGS) | {"batch_size": 8 if key == "batch_size" else 4})
     with pytest.raises(utils.UserError) as error:
-        check_spec(spec, settings, 4, ram)
-    assert f"{key} = {getattr(spec, key)}, this training has {key} = {value}" in str(error.value)
+        wait_for_buffer(settings, args)
+    both = f"{key} = {getattr(spec, key)}, this training has {key} = {value}"
+    assert both in str(error.value)
+
+
+def test_training_waits_where_a_stopped_preprocessor_left_other_batches(config, ram, capsys):
+    """Nothing holds the folder: the right preprocessor may still come."""
+    wrong = dataclasses.replace(stock(config, ram, 2).spec, batch_size=8, batches_per_epoch=5)
+    utils.write_record(ram / "buffer.json", wrong)
+    threading.Timer(0.5, Buffer(ram, batches_of(config, epochs=[0, 2]), 3).claim).start()
+    assert wait_for_buffer(settings_of(config), ARGS) == batches_of(config).spec
+    out = capsys.readouterr().out
+    assert "batch_size = 8, this training has batch_size = 4; start python3 runtime_pre" in out
+
+
+def test_training_waits_for_a_preprocessor_that_is_about_to_replace_the_batches(config, ram):
+    """It holds the lock, and finds the pictures first."""
+    wrong = dataclasses.replace(stock(config, ram, 2).spec, batch_size=8, batches_per_epoch=5)
+    utils.write_record(ram / "buffer.json", wrong)
+    utils.lock(ram / ".preprocessor.lock", "held")
+    runtime_preprocessing.set_aside_older_run(ram, ARGS)
+    threading.Timer(0.5, Buffer(ram, batches_of(config, epochs=[0, 2]), 3).claim).start()
+    assert wait_for_buffer(settings_of(config), ARGS) == batches_of(config).spec
+
+
+BAD_SPECS = {
+    "batch_size": [0, -1, 41, "4", None, 1e9], "classes": [0, -1, 10**12, 5], "N": [0, "40"],
+    "mu": [[0.5], [0.5, 0.5, "x"], None, [0.5, 0.5, float("inf")]], "sigma": [[0.1, 0.1, 0]],
+    "batches_per_epoch": [0, -3, 11], "epochs": [[], [2, 2], [-1, 3], ["0", 1], 3],
+    "worker": [1, -1], "workers": [0], "class_names": [[1, 2, 3, 4], {}, "abcd"],
+    "crop": ["middle", None], "format": [2, "1"], "dtype": ["float32"], "seed": [None, 1.5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", BAD_SPECS)
+def test_a_buffer_json_out_of_range_is_one_line(config, ram, key):
+    stock(config, ram, 0)
+    content = json.loads((ram / "buffer.json").read_text())
+    assert BatchSpec.read(ram) == BatchSpec(**content)
+    for value in BAD_SPECS[key]:
+        (ram / "buffer.json").write_text(json.dumps(content | {key: value}))
+        with pytest.raises(utils.UserError, match="buffer.json: not what"):
+            BatchSpec.read(ram)
+    del content[key]
+    (ram / "buffer.json").write_text(json.dumps(content))
+    if key not in ("crop", "format", "dtype"):  # buffers from before there was a choice
+        with pytest.raises(utils.UserError, match=f"{key} is missing"):
+            BatchSpec.read(ram)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "\0" * 99, "[" * 99_999, "\xff"])
+def test_anything_else_in_buffer_json_is_one_line(tmp_path, toy, ram, text):
+    config = toolkit.write_config(tmp_path, toy, ram)
+    (ram / "buffer.json").write_bytes(text.encode("latin1"))
+    result = toolkit.run("runtime_preprocessing.py", config, *span(0, 1))
+    toolkit.assert_one_line_error(result, "runtime_preprocessing.py", str(ram / "buffer.json"))
+    assert (ram / "buffer.json").read_bytes() == text.encode("latin1")
 
 
 def tf_config(kind: str, index: int, **cluster: list[str]) -> str:
     return json.dumps({"cluster": cluster, "task": {"type": kind, "index": index}})
 
 
-def test_training_as_another_worker_is_told_both_values(config, ram, monkeypatch):
-    stock(config, ram, 0)
-    monkeypatch.setenv("TF_CONFIG", tf_config("worker", 1, worker=["a:1", "b:1"]))
-    with pytest.raises(utils.UserError, match="with worker = 0, this training has worker = 1"):
-        check_spec(BatchSpec.read(ram), utils.load_config(config), 4, ram)
-
-
-def test_the_chief_is_told_of_a_preprocessor_without_tf_config(config, ram, monkeypatch):
-    stock(config, ram, 0)
-    monkeypatch.setenv("TF_CONFIG", tf_config("worker", 0, worker=["a:1", "b:1"]))
-    with pytest.raises(utils.UserError, match="with workers = 1, this training has workers = 2"):
-        check_spec(BatchSpec.read(ram), utils.load_config(config), 4, ram)
+@pytest.mark.parametrize(
+    "index, words",
+    [
+        (1, "worker = 0, this training has worker = 1"),
+        (0, "workers = 1, this training has workers = 2"),
+    ],
+)
+def test_training_as_another_worker_is_told_both_values(config, ram, monkeypatch, index, words):
+    """Also the chief, of a preprocessor that was started without TF_CONFIG."""
+    spec = stock(config, ram, 0).spec
+    monkeypatch.setenv("TF_CONFIG", tf_config("worker", index, worker=["a:1", "b:1"]))
+    assert words in misfit(spec, utils.load_config(config), 4)
 
 
 def test_the_chief_is_worker_0(monkeypatch):
@@ -1108,9 +1319,27 @@ def test_the_chief_is_worker_0(monkeypatch):
         assert worker_of_workers() == (expected, 3)
     monkeypatch.setenv("TF_CONFIG", tf_config("worker", 1, worker=["b:1", "c:1"]))
     assert worker_of_workers() == (1, 2)
-    for wrong in (tf_config("worker", 2, **cluster), tf_config("ps", 0, **cluster), "{}", "x"):
-        monkeypatch.setenv("TF_CONFIG", wrong)
-        with pytest.raises(utils.UserError, match="TF_CONFIG"):
+    wrong = [
+        {"cluster": cluster, "task": task}
+        for task in (
+            None,
+            [],
+            {},
+            {"type": "worker"},
+            {"type": "worker", "index": None},
+            {"type": "worker", "index": -1},
+            {"type": ["worker"], "index": 0},
+            {"type": "worker", "index": 2},
+            {"type": "ps", "index": 0},
+        )
+    ]
+    task = {"type": "worker", "index": 0}
+    wrong += [
+        {"cluster": each, "task": task} for each in (None, [], {"worker": None}, {"worker": 3})
+    ]
+    for text in ("{}", "x", "[" * 99_999, "null", "3", *map(json.dumps, wrong)):
+        monkeypatch.setenv("TF_CONFIG", text)
+        with pytest.raises(utils.UserError, match="TF_CONFIG: expected"):
             worker_of_workers()
 
 
@@ -1118,39 +1347,41 @@ def test_a_buffer_that_becomes_another_stops_training(config, ram):
     buffer = stock(config, ram, 1)
     with reading(buffer) as reader:
         assert next_batch(reader) is not None
-        dataclasses.replace(buffer.spec, epochs=[0, 9]).write(ram)  # as a message advises
-        buffer.make(1)
+        other = dataclasses.replace(buffer.spec, epochs=[0, 9])  # as a message advises
+        utils.write_record(ram / "buffer.json", other)
+        make(buffer, 1)
         assert next_batch(reader) is not None
-        dataclasses.replace(buffer.spec, class_names=["cats"] * 4).write(ram)
+        other = dataclasses.replace(buffer.spec, class_names=["cats"] * 4)
+        utils.write_record(ram / "buffer.json", other)
         with pytest.raises(utils.UserError, match="class_names of its batches changed"):
             next_batch(reader)
 
 
 def test_a_passing_error_of_the_storage_does_not_hide_the_progress(config, ram, monkeypatch):
-    spec, failures, read = recipe_of(config).spec, [errno.EIO, errno.ESTALE], os.read
+    spec, failures, open_ = batches_of(config).spec, [errno.EIO, errno.ESTALE], os.open
     write_progress(ram, spec, 13)
 
-    def fails_twice(*arguments: object) -> bytes:
+    def fails_twice(*arguments: object) -> int:
         if failures:
             raise OSError(failures.pop(), "the storage fails")
-        return read(*arguments)
+        return open_(*arguments)
 
     monkeypatch.setattr(utils, "PAUSES", (0, 0))
-    monkeypatch.setattr(os, "read", fails_twice)
+    monkeypatch.setattr(os, "open", fails_twice)
     assert read_progress(ram, spec) == 13
     assert not failures  # they were met
 
 
 def test_a_passing_error_of_the_storage_does_not_lose_the_progress(config, ram, monkeypatch):
-    spec, failures, replace = recipe_of(config).spec, [errno.EIO, errno.ESTALE], os.replace
+    spec, failures, rename = batches_of(config).spec, [errno.EIO, errno.ESTALE], os.rename
 
     def fails_twice(*arguments: object) -> None:
         if failures:
             raise OSError(failures.pop(), "the storage fails")
-        replace(*arguments)
+        rename(*arguments)
 
     monkeypatch.setattr(utils, "PAUSES", (0, 0))
-    monkeypatch.setattr(os, "replace", fails_twice)
+    monkeypatch.setattr(os, "rename", fails_twice)
     write_progress(ram, spec, 13)
     assert read_progress(ram, spec) == 13
     assert not failures  # they were met

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import toolkit
 import utils
-from toolkit import recipe_of
+from toolkit import batches_of
 
 import numpy as np
 import pytest
@@ -30,13 +30,14 @@ from runtime_preprocessing import (
     BatchSpec,
     Buffer,
     is_ram_disk,
-    looks_like_a_ram_disk,
     preprocessor_command,
+    take_buffer,
     why_missing,
 )
 from test_buffer import (
     assert_made_by,
     finish,
+    make,
     next_batch,
     preprocessor,
     progress,
@@ -52,11 +53,18 @@ ARGS = Namespace(epoch_start=0, epoch_end=2, batch_size=4, config=Path("my confi
 
 
 @contextlib.contextmanager
-def reading(buffer: Buffer, put, first: int = 0, sleep_time: float = 0.05):
+def reading(buffer: Buffer, to_device, first: int = 0, sleep_time: float = 0.05):
     train = SimpleNamespace(buffer_folder=buffer.folder, sleep_time=sleep_time)
-    steps = range(first, buffer.spec.step(2))
-    with BatchReader(SimpleNamespace(train=train), buffer.spec, steps, put, ARGS) as reader:
+    config, steps = SimpleNamespace(train=train), range(first, buffer.spec.step(2))
+    if buffer.folder / ".trainer.lock" not in utils._locks:
+        take_buffer(config)
+    with BatchReader(config, buffer.spec, steps, to_device, ARGS) as reader:
         yield reader
+
+
+def released(folder: Path, name: str) -> None:
+    """As if the process that holds this lock had ended."""
+    os.close(utils._locks.pop(folder / name))
 
 
 # --- memory -----------------------------------------------------------------------------------
@@ -71,7 +79,7 @@ def test_tensors_stay_as_they_are_while_more_batches_are_read(config, ram):
         for _ in range(4):
             assert next_batch(reader) is not None  # and forgotten: its memory is free again
         for number, (images, labels) in enumerate(kept):
-            assert_made_by(buffer.recipe, (0, number), (images.numpy(), labels))
+            assert_made_by(buffer.batches, (0, number), (images.numpy(), labels))
 
 
 def test_memory_is_used_again_once_no_tensor_needs_it(config, ram):
@@ -79,11 +87,11 @@ def test_memory_is_used_again_once_no_tensor_needs_it(config, ram):
 
     buffer, places = stock(config, ram, 12), []
 
-    def put(images: np.ndarray, labels: np.ndarray) -> object:
+    def to_device(images: np.ndarray, labels: np.ndarray) -> object:
         places.append(images.ctypes.data)
         return shared(images)
 
-    with reading(buffer, put) as reader:
+    with reading(buffer, to_device) as reader:
         for _ in range(10):
             assert next_batch(reader) is not None
         assert len(places) >= 10 and len(set(places)) <= 4
@@ -122,56 +130,79 @@ def test_buffer_json_is_read_again_only_when_it_has_changed(config, ram, monkeyp
         for _ in range(6):
             assert next_batch(reader) is not None
         assert len(reads) == 1
-        dataclasses.replace(buffer.spec, seed=7).write(ram)
+        utils.write_record(ram / "buffer.json", dataclasses.replace(buffer.spec, seed=7))
         with pytest.raises(utils.UserError, match="seed of its batches changed after this"):
             for _ in range(3):
                 next_batch(reader)
 
 
-def test_a_buffer_json_with_values_of_other_types_or_version_is_none(config, ram):
-    stock(config, ram, 0)
-    content = json.loads((ram / "buffer.json").read_text())
-    assert BatchSpec.read(ram) == BatchSpec(**content)
-    for name, wrong in (("batch_size", "4"), ("mu", None), ("epochs", 3), ("format", 2)):
-        utils.write_text(ram / "buffer.json", json.dumps(content | {name: wrong}))
-        assert BatchSpec.read(ram) is None
+def test_a_buffer_json_that_is_missing_for_a_moment_holds_nobody_up(config, ram):
+    """A preprocessor that starts has set it aside, while it finds the pictures."""
+    buffer = stock(config, ram, 4)
+    with reading(buffer, lambda *batch: batch) as reader:
+        assert next_batch(reader) is not None
+        (ram / "buffer.json").unlink()
+        for number in range(1, 4):
+            assert_made_by(buffer.batches, (0, number), next_batch(reader))
 
 
 def test_storage_that_fails_for_a_moment_is_read_again(config, ram, monkeypatch):
     """Not taken for a broken batch, which would be removed."""
-    buffer, failures, readv = stock(config, ram, 3), [errno.EIO, errno.ESTALE], os.readv
+    buffer, failures, open_ = stock(config, ram, 3), [errno.EIO, errno.ESTALE], os.open
 
-    def failing(descriptor: int, buffers: list) -> int:
-        if failures:
+    def failing(path: Path, *flags: int) -> int:
+        if failures and Path(path).suffix == ".npy":
             raise OSError(failures.pop(), "fails for a moment")
-        return readv(descriptor, buffers)
+        return open_(path, *flags)
 
-    monkeypatch.setattr(os, "readv", failing)
+    monkeypatch.setattr(os, "open", failing)
     monkeypatch.setattr(utils, "PAUSES", (0, 0, 0))
     with reading(buffer, lambda *batch: batch) as reader:
         for number in range(3):
-            assert_made_by(buffer.recipe, (0, number), next_batch(reader))
+            assert_made_by(buffer.batches, (0, number), next_batch(reader))
     assert not failures and len(there(ram)) == 3
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_made_again(config, ram, monkeypatch, capfd):
+    """By whatever else writes there. A file that was mapped into memory would end the process."""
+    buffer, cut, open_ = stock(config, ram, 3), [], os.open
+
+    def opened_and_cut(path: Path, *flags: int) -> int:
+        descriptor = open_(path, *flags)
+        if Path(path).name == "X_0_1.npy" and not cut:
+            cut.append(os.truncate(path, 1_000_000))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", opened_and_cut)
+    with reading(buffer, lambda *batch: batch) as reader:
+        assert next_batch(reader) is not None
+        assert next_batch(reader, 0.5) is None
+        make(buffer, 1)
+        for number in (1, 2):
+            assert_made_by(buffer.batches, (0, number), next_batch(reader))
+    assert cut and "X_0_1.npy" in capfd.readouterr().err
 
 
 def test_of_several_machines_none_stops_while_it_waits(config, ram):
     """The others have sent the step already. Its batch still comes, if there is who makes it."""
     buffer = stock(config, ram, 0)
-    spec = dataclasses.replace(buffer.spec, workers=2)
-    spec.write(ram)
+    spec = dataclasses.replace(buffer.spec, workers=2, batches_per_epoch=5)
+    utils.write_record(ram / "buffer.json", spec)
     train = SimpleNamespace(train=SimpleNamespace(buffer_folder=ram, sleep_time=9))
-    stop = threading.Event()
+    stop = utils.Stop()
     stop.set()
+    take_buffer(train)
     utils.lock(ram / ".preprocessor.lock", "")
-    arguments = train, spec, range(20), lambda *batch: batch, ARGS
+    buffer.held = runtime_preprocessing.lock_file(ram)
+    arguments = train, spec, range(10), lambda *batch: batch, ARGS
     with ThreadPoolExecutor(1) as pool, BatchReader(*arguments) as reader:
-        threading.Timer(0.3, buffer.make, [0]).start()
+        threading.Timer(0.3, make, [buffer, 0]).start()
         assert pool.submit(reader.next, stop).result(20) is not None
-        threading.Timer(0.3, utils.remove_lock, [ram / ".preprocessor.lock"]).start()
+        threading.Timer(0.3, released, [ram, ".preprocessor.lock"]).start()
         assert pool.submit(reader.next, stop).result(20) is None
 
 
-def test_the_end_is_told_without_room_and_without_a_lock(config, ram, monkeypatch):
+def test_the_end_is_told_without_room(config, ram, monkeypatch):
     stock(config, ram, 20)
     write_text = utils.write_text
 
@@ -180,12 +211,20 @@ def test_the_end_is_told_without_room_and_without_a_lock(config, ram, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
         write_text(path, text)
 
-    settings = SimpleNamespace(train=SimpleNamespace(buffer_folder=ram))
-    assert runtime_preprocessing.take_buffer(settings) == ram
     monkeypatch.setattr(utils, "write_text", without_room)
     runtime_preprocessing.end_preprocessing(ram, 2)
     assert (ram / "training_progress.txt").read_text() == "2\n0\n"
-    assert not (ram / ".trainer.lock").exists()
+
+
+def test_a_trainer_whose_place_was_taken_stops(config, ram):
+    buffer = stock(config, ram, 4)
+    with reading(buffer, lambda *batch: batch) as reader:
+        assert next_batch(reader) is not None
+        (ram / ".trainer.lock").unlink()
+        (ram / ".trainer.lock").touch()
+        with pytest.raises(utils.UserError, match="another train.py uses this buffer"):
+            for _ in range(4):
+                next_batch(reader)
 
 
 # --- why a batch is not there -----------------------------------------------------------------
@@ -204,8 +243,8 @@ def test_a_waiting_trainer_says_that_no_preprocessor_runs_and_how_to_start_one(c
 @pytest.mark.parametrize(
     "epochs, first, words",
     [
-        ((1, 2), 0, ("--epoch_start=1", "needs epoch 0", "again with --epoch_start=0")),
-        ((0, 1), 10, ("--epoch_end=1", "needs epoch 1", "again with --epoch_end=2")),
+        ((1, 2), 0, ("--epoch_start=1 --epoch_end=2", "needs epoch 0", "start python3 runtime_")),
+        ((0, 1), 10, ("--epoch_start=0 --epoch_end=1", "needs epoch 1", "start python3 runtime_")),
     ],
 )
 def test_a_waiting_trainer_says_which_flag_is_wrong(
@@ -215,7 +254,7 @@ def test_a_waiting_trainer_says_which_flag_is_wrong(
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
     with preprocessor(config, *span(*epochs)) as process:
         wait_until(lambda: len(there(ram)) == 3, process, "buffer full")
-        buffer = Buffer(ram, recipe_of(config, epochs=list(epochs)), 3)
+        buffer = Buffer(ram, batches_of(config, epochs=list(epochs)), 3)
         with reading(buffer, lambda *batch: batch, first) as reader:
             warning = capsys.readouterr().err
             assert all(word in warning for word in words), warning
@@ -223,8 +262,6 @@ def test_a_waiting_trainer_says_which_flag_is_wrong(
         waiting = capsys.readouterr().out
         if epochs == (1, 2):  # the other one takes training as ended, and leaves
             assert all(word in waiting for word in words), waiting
-            wait_until(lambda: "training needs epoch 0, batch 0" in said(config), process, "")
-            assert said(config).count("before --epoch_start=1") == 1
 
 
 def test_a_waiting_trainer_says_that_the_preprocessor_is_at_work(config, ram):
@@ -237,7 +274,7 @@ def test_a_waiting_trainer_says_that_the_preprocessor_is_at_work(config, ram):
     assert "--epoch_end=2" in why_missing(ram, 20, ARGS)
     buffer.folder.joinpath("buffer.json").unlink()
     assert "starting" in why_missing(ram, 1, ARGS)
-    utils.remove_lock(ram / ".preprocessor.lock")
+    released(ram, ".preprocessor.lock")
     assert "no runtime_preprocessing.py is running" in why_missing(ram, 1, ARGS)
 
 
@@ -253,7 +290,7 @@ def test_slow_batches_are_not_each_said_to_be_late(config, ram, capsys):
         for number in range(1, 8):
             assert next_batch(reader) is not None
             time.sleep(0.1)
-            buffer.make(number)
+            make(buffer, number)
     assert "waiting" not in capsys.readouterr().out
 
 
@@ -278,17 +315,19 @@ def test_a_window_too_large_for_the_free_memory_is_refused(config, ram, monkeypa
     monkeypatch.setattr(runtime_preprocessing, "is_ram_disk", lambda folder: True)
     monkeypatch.setattr(utils, "available_memory", lambda: 24_000_000)
     buffer = stock(config, ram, 3)
-    large = Buffer(ram, buffer.recipe, 20)
-    batch = large.x_bytes + large.y_bytes
-    with pytest.raises(utils.UserError, match="24 MB is free") as error:
+    large = Buffer(ram, buffer.batches, 20)
+    batch = runtime_preprocessing.on_disk(large.x_bytes) + runtime_preprocessing.on_disk(
+        large.y_bytes
+    )
+    with pytest.raises(utils.UserError, match="24 MB of memory is free") as error:
         large.check_room()
     size = int(re.search(r"largest buffer_size that fits is (\d+)", str(error.value))[1])
     # Half of so little memory is left to training; three batches are there already.
     assert size == 12_000_000 // batch + 3
-    assert "free memory: 24 MB" in capsys.readouterr().out
-    Buffer(ram, buffer.recipe, size).check_room()
+    Buffer(ram, buffer.batches, size).check_room()
+    assert "24 MB of memory is free" in capsys.readouterr().out
     with pytest.raises(utils.UserError):
-        Buffer(ram, buffer.recipe, size + 1).check_room()
+        Buffer(ram, buffer.batches, size + 1).check_room()
     monkeypatch.setattr(utils, "available_memory", lambda: None)
     large.check_room()
 
@@ -296,29 +335,6 @@ def test_a_window_too_large_for_the_free_memory_is_refused(config, ram, monkeypa
 def test_ram_disks_are_told_by_their_file_system(tmp_path):
     assert is_ram_disk(Path("/dev/shm"))
     assert not is_ram_disk(Path("/proc"))
-
-
-@pytest.mark.parametrize(
-    "folder, looks",
-    [
-        ("/mnt/ramdisk/batches", True), ("/mnt/ramdsk", True), ("/mnt/RAM_disk/x", True),
-        ("/tmp/ram", True), ("/dev/shm/batches", True), ("/run/user/0/batches", True),
-        ("/mnt/tmpfs1", True), ("/data/batches", False), ("/home/ramona/program", False),
-        ("/", False), ("/home/sham/run", False),
-    ],
-)  # fmt: skip
-def test_folders_that_are_named_as_ram_disks_are(folder, looks):
-    assert looks_like_a_ram_disk(Path(folder)) == looks
-
-
-def test_a_disk_that_looks_meant_as_a_ram_disk_is_warned_of(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtime_preprocessing, "is_ram_disk", lambda folder: False)
-    for name, warned in (("ramdisk", True), ("batches", False)):
-        folder = tmp_path / name
-        folder.mkdir()
-        Buffer(folder, recipe_of(config), 2).check_room()
-        err = capsys.readouterr().err
-        assert (f"buffer_folder {folder} looks like a RAM disk" in err) == warned
 
 
 # --- stopping ---------------------------------------------------------------------------------
@@ -334,77 +350,57 @@ def test_stopped_it_says_what_stays_and_how_to_free_it(tmp_path, toy, ram, numbe
     assert there(ram) == there(ram, "Y") == {0, 1, 2}
     lines = said(config).splitlines()
     assert lines[-1] == "runtime_preprocessing.py: stopped"
-    assert f"3.61 MB of batches stay in {ram} for the next run" in lines[-2]
+    assert f"3.63 MB of batches stay in {ram} for the next run" in lines[-2]
     assert f"rm {ram}/[XY]_[0-9]*.npy" in lines[-2]
     assert "Traceback" not in said(config)
 
 
-def test_under_nohup_a_logout_does_not_stop_it(tmp_path):
-    before = {each: signal.getsignal(each) for each in runtime_preprocessing.STOPPING}
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_under_nohup_a_logout_does_not_stop_it(tmp_path, toy, ram):
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; processes inherit it
     try:
-        with runtime_preprocessing.last_words(tmp_path):
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+        with preprocessor(config, *span(0, 2)) as process:
+            wait_until(settled(ram, range(3)), process, "buffer full")
+            process.send_signal(signal.SIGHUP)
+            progress(ram, 5)
+            wait_until(settled(ram, range(5, 8)), process, "goes on")
+            process.send_signal(signal.SIGTERM)
+            assert finish(process) == 128 + signal.SIGTERM
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        signal.signal(signal.SIGHUP, before)
 
 
-# --- somebody else's files --------------------------------------------------------------------
+# --- batches of another making ----------------------------------------------------------------
 
 
-def test_what_differs_is_said_with_both_values(config, ram, capsys):
+def with_other(batches, **changes):
+    spec = dataclasses.replace(batches.spec, **changes)
+    return runtime_preprocessing.Batches(spec, batches.pictures, batches.copies)
+
+
+def test_what_differs_is_said(config, ram, capsys):
     old = stock(config, ram, 2)
-    spec = dataclasses.replace(old.spec, seed=5, mu=[0.5, 0.5, 0.5], pictures="x", epochs=[0, 9])
-    Buffer(ram, runtime_preprocessing.Recipe(spec, old.recipe.pictures, {}), 3).claim()
-    assert (
-        "removing 4 files: seed was 0, now 5; other pictures; "
-        "mu was [0.4818, 0.44969, 0.39839], now [0.5, 0.5, 0.5]" in capsys.readouterr().out
-    )
+    changes = {"seed": 5, "mu": [0.5, 0.5, 0.5], "pictures": "x", "epochs": [0, 9]}
+    Buffer(ram, with_other(old.batches, **changes), 3).claim()
+    assert "removing 4 files, made with other seed, pictures, mu" in capsys.readouterr().out
+    assert not there(ram) and not there(ram, "Y")
 
 
-@pytest.mark.parametrize("name", ["X_0_0.npy", "Y_3_2.npy", "buffer.json", "training_progress.txt"])
-def test_somebody_elses_files_of_the_same_names_are_refused(config, ram, name):
-    """Also beside batches of the toolkit's own, made with other settings."""
-    recipe = recipe_of(config)
-    for own in (False, True):
-        if own:
-            stock(config, ram, 1)
-        (ram / name).write_text('{"thesis": "years of work"}')
-        before = {path.name: path.read_bytes() for path in ram.iterdir()}
-        buffer = Buffer(ram, with_other(recipe, seed=3), 3)
-        with pytest.raises(utils.UserError, match=f"{name}: not written by this toolkit"):
-            buffer.claim()
-        assert {path.name: path.read_bytes() for path in ram.iterdir()} == before
-        (ram / name).unlink()
+def test_a_buffer_json_of_somebody_else_is_refused_before_anything_is_touched(config, ram):
+    stock(config, ram, 1)
+    (ram / "buffer.json").write_text('{"thesis": "years of work"}')
+    before = {path.name: path.read_bytes() for path in ram.iterdir()}
+    with pytest.raises(utils.UserError, match="buffer.json: not what this toolkit writes"):
+        runtime_preprocessing.set_aside_older_run(ram, ARGS)
+    assert {path.name: path.read_bytes() for path in ram.iterdir()} == before
 
 
-def with_other(recipe, **changes):
-    spec = dataclasses.replace(recipe.spec, **changes)
-    return runtime_preprocessing.Recipe(spec, recipe.pictures, recipe.copies)
-
-
-def test_a_passing_error_of_the_storage_makes_no_file_a_strangers(config, ram, monkeypatch):
-    buffer, failures = stock(config, ram, 1), [errno.EIO, errno.ESTALE]
-
-    def failing(*arguments: object):
-        if failures:
-            raise OSError(failures.pop(), "fails for a moment")
-        return open(*arguments)
-
-    monkeypatch.setattr(runtime_preprocessing, "open", failing, raising=False)
-    monkeypatch.setattr(utils, "PAUSES", (0, 0))
-    Buffer(ram, with_other(buffer.recipe, seed=3), 3).claim()
-    assert not failures and not there(ram)
-
-
-def test_what_a_power_failure_leaves_is_no_strangers(config, ram):
-    buffer = stock(config, ram, 2)
-    for name in ("X_0_0.npy", "Y_0_1.npy", "buffer.json", "training_progress.txt"):
-        (ram / name).write_bytes(b"" if name[0] != "b" else b"\0" * 400)
-    Buffer(ram, buffer.recipe, 3).claim()
-    assert BatchSpec.read(ram) == buffer.spec and not there(ram)
+def test_batches_that_a_power_failure_has_emptied_are_made_again(config, ram):
+    buffer = stock(config, ram, 3)
+    for name in ("X_0_0.npy", "Y_0_1.npy", "training_progress.txt"):
+        (ram / name).write_bytes(b"")
+    Buffer(ram, buffer.batches, 3).claim()
+    assert BatchSpec.read(ram) == buffer.spec and buffer.ready() == {2}
 
 
 # --- other frameworks -------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,8 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import toolkit
 import utils
 
-from benchmark_pipeline import pictures_below, ram_disk, recipe_of
-from runtime_preprocessing import Buffer, Recipe, Workers, benchmark, keep_full, write_progress
+from benchmark_pipeline import batches_of, pictures_below, ram_disk
+from runtime_preprocessing import (
+    Batches,
+    Buffer,
+    benchmark,
+    keep_full,
+    make,
+    workers,
+    write_progress,
+)
 
 SLEEP_TIME = utils.load_config(toolkit.ROOT / "config.txt").runtime_preprocessing.sleep_time
 SHARE = 0.7
@@ -39,15 +48,15 @@ def main() -> None:
     args = parse_arguments()
     pictures = pictures_below(args.folder)
     if args.delay:
-        measure_slow_storage(recipe_of(pictures, batch_size=16), args)
+        measure_slow_storage(batches_of(pictures, batch_size=16), args)
         return
     print(f"{len(pictures)} JPEGs, {args.threads} threads, load {os.getloadavg()[0]:.1f} before")
     for batch_size in args.batch:
-        recipe = recipe_of(pictures, batch_size=batch_size)
-        rate = measure_upkeep(recipe, args)
+        batches = batches_of(pictures, batch_size=batch_size)
+        rate = measure_upkeep(batches, args)
         for size in args.sizes:
             waited = statistics.median(
-                measure_waiting(recipe, size, SHARE * rate, args) for _ in range(args.rounds)
+                measure_waiting(batches, size, SHARE * rate, args) for _ in range(args.rounds)
             )
             print(f"batch {batch_size}, buffer_size {size:5}: waits {waited:7.2%}", flush=True)
 
@@ -72,8 +81,8 @@ def parse_arguments() -> argparse.Namespace:
 class Filled(Buffer):
     """A large buffer, three quarters full, whose training takes a batch whenever one is made."""
 
-    def __init__(self, folder: Path, recipe: Recipe, size: int):
-        super().__init__(folder, recipe, size)
+    def __init__(self, folder: Path, batches: Batches, size: int):
+        super().__init__(folder, batches, size)
         self.start, self.end, self.size = 0, sys.maxsize, size
         self.first, self.ahead, self.until = 0, 3 * size // 4, 0.0
         for step in range(self.ahead):
@@ -88,20 +97,20 @@ class Filled(Buffer):
         return self.end if time.monotonic() > self.until else self.first
 
 
-def measure_upkeep(recipe: Recipe, args: argparse.Namespace) -> float:
+def measure_upkeep(batches: Batches, args: argparse.Namespace) -> float:
     """Prints and returns pictures per second, made alone; beside them those of a kept buffer."""
     turns = {alone: [], kept: []}
     for turn in range(max(3, args.rounds)):
         for system in list(turns)[:: -1 if turn % 2 else 1]:
             with tempfile.TemporaryDirectory(prefix="benchmark-", dir=ram_disk()) as name:
-                turns[system].append(system(recipe, Path(name), args))
+                turns[system].append(system(batches, Path(name), args))
     (rate, cpu_rate), (kept_rate, kept_cpu_rate) = (
         [statistics.median(each) for each in zip(*speeds, strict=True)] for speeds in turns.values()
     )
     ratios = [after[0] / before[0] for before, after in zip(*turns.values(), strict=True)]
     print(
-        f"batch {recipe.spec.batch_size}: {rate:,.0f} pictures/s made alone, {kept_rate:,.0f} into "
-        f"a buffer of {max(args.sizes):,}: {kept_rate / rate:.3f} of it, turn by turn "
+        f"batch {batches.spec.batch_size}: {rate:,.0f} pictures/s made alone, {kept_rate:,.0f} "
+        f"into a buffer of {max(args.sizes):,}: {kept_rate / rate:.3f} of it, turn by turn "
         f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}; {kept_cpu_rate / cpu_rate:.3f} of it "
         f"per second of processor",
         flush=True,
@@ -109,49 +118,52 @@ def measure_upkeep(recipe: Recipe, args: argparse.Namespace) -> float:
     return rate
 
 
-def rate_of(work: Callable[[float], int], recipe: Recipe, seconds: float) -> tuple[float, float]:
+def rate_of(work: Callable[[float], int], batches: Batches, seconds: float) -> tuple[float, float]:
     """Pictures per second, and per second of processor, of what returns its number of batches."""
     start, cpu_start = time.perf_counter(), sum(os.times()[:4])
-    pictures = work(time.monotonic() + seconds) * recipe.spec.batch_size
+    pictures = work(time.monotonic() + seconds) * batches.spec.batch_size
     return pictures / (time.perf_counter() - start), pictures / (sum(os.times()[:4]) - cpu_start)
 
 
-def alone(recipe: Recipe, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
+def alone(batches: Batches, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
     """The threads make batches as above, an old one removed for each, and nothing else happens.
 
     In the same memory: a small part of it, used again and again, is faster.
     """
-    buffer = Filled(folder, recipe, max(args.sizes))
+    buffer = Filled(folder, batches, max(args.sizes))
 
     def work(until: float) -> int:
-        made, ahead = 0, buffer.ahead + 2 * args.threads
-        with Workers(buffer, args.threads) as workers:
-            for step in range(buffer.ahead, ahead):
-                workers.submit(step)
+        made, ahead = 0, buffer.ahead
+        with workers(buffer, args.threads) as pool:
+            under_way = set()
             while time.monotonic() < until:
-                for _ in workers.results(1):
+                while len(under_way) < 2 * args.threads:
+                    under_way.add(pool.submit(make, ahead, None))
+                    ahead += 1
+                done, under_way = wait(under_way, 1, FIRST_COMPLETED)
+                for _ in done:
                     buffer.remove([made])
-                    workers.submit(ahead + made)
                     made += 1
         return made
 
-    return rate_of(work, recipe, args.seconds)
+    return rate_of(work, batches, args.seconds)
 
 
-def kept(recipe: Recipe, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
+def kept(batches: Batches, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
     """The same threads, and all that keeps the largest buffer."""
-    buffer = Filled(folder, recipe, max(args.sizes))
+    buffer = Filled(folder, batches, max(args.sizes))
 
     def work(until: float) -> int:
         buffer.until = until
         with contextlib.redirect_stdout(io.StringIO()):
-            keep_full(buffer, args.threads, SLEEP_TIME)
+            utils.lock(folder / ".preprocessor.lock", "held")
+            keep_full(buffer, args.threads, SLEEP_TIME, utils.Stop())
         return buffer.first
 
-    return rate_of(work, recipe, args.seconds)
+    return rate_of(work, batches, args.seconds)
 
 
-def measure_slow_storage(recipe: Recipe, args: argparse.Namespace) -> None:
+def measure_slow_storage(batches: Batches, args: argparse.Namespace) -> None:
     """The script's own benchmark, each read delayed: more threads hide what storage takes."""
     read_file = utils.read_file
 
@@ -161,40 +173,41 @@ def measure_slow_storage(recipe: Recipe, args: argparse.Namespace) -> None:
 
     utils.read_file = slow
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=ram_disk()) as name:
-        benchmark(recipe, Path(name), args.seconds)
+        benchmark(batches, Path(name), args.seconds)
 
 
 # --- waiting for batches ----------------------------------------------------------------------
 
 
-def measure_waiting(recipe: Recipe, size: int, rate: float, args: argparse.Namespace) -> float:
+def measure_waiting(batches: Batches, size: int, rate: float, args: argparse.Namespace) -> float:
     """Share of its time that a training which takes so many pictures per second waits.
 
     It begins with a full buffer, and takes one and a half buffers, or more in `args.seconds`.
     """
-    recipe = without_end(recipe)
+    batches = without_end(batches)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=ram_disk()) as name:
-        buffer = Buffer(Path(name), recipe, size)
+        buffer = Buffer(Path(name), batches, size)
         work = multiprocessing.get_context("fork").Process(target=follow, args=(buffer, args))
         work.start()
         try:
             while not buffer.spec.files(buffer.folder, size - 1)[0].exists():
                 time.sleep(0.05)
             time.sleep(0.5)
-            return train(buffer, recipe.spec.batch_size / rate, args.seconds)
+            return train(buffer, batches.spec.batch_size / rate, args.seconds)
         finally:
             write_progress(buffer.folder, buffer.spec, buffer.end)
             work.join()
 
 
-def without_end(recipe: Recipe) -> Recipe:
-    spec = dataclasses.replace(recipe.spec, epochs=[0, 1_000_000])
-    return Recipe(spec, recipe.pictures, recipe.copies)
+def without_end(batches: Batches) -> Batches:
+    spec = dataclasses.replace(batches.spec, epochs=[0, 1_000_000])
+    return Batches(spec, batches.pictures, batches.copies)
 
 
 def follow(buffer: Buffer, args: argparse.Namespace) -> None:
+    utils.lock(buffer.folder / ".preprocessor.lock", "held")
     with contextlib.redirect_stdout(io.StringIO()):
-        keep_full(buffer, args.threads, SLEEP_TIME)
+        keep_full(buffer, args.threads, SLEEP_TIME, utils.Stop())
 
 
 def train(buffer: Buffer, pause: float, seconds: float) -> float:

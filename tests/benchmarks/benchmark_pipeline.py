@@ -13,6 +13,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -35,14 +36,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import utils
-from utils import CROP
 
 import get_mu_sigma
 import preprocess
 import preprocess_val
 import runtime_preprocessing
-from preprocess import SIDES, Paths, Pictures
-from runtime_preprocessing import BatchSpec, Buffer, Recipe
+from preprocess import CROP, SIDES, Paths, Pictures
+from runtime_preprocessing import Batches, BatchSpec, Buffer
 
 BATCH = 64
 MU, SIGMA = [0.48180, 0.44969, 0.39839], [0.27336, 0.26435, 0.27563]
@@ -92,9 +92,9 @@ def pictures_below(folder: Path, most: int | None = None) -> Pictures:
     return Pictures(folder, paths, np.zeros(len(paths), np.int32), ["all"], "one class")
 
 
-def recipe_of(
+def batches_of(
     pictures: Pictures, resized: dict[int, Path] | None = None, batch_size: int = BATCH
-) -> Recipe:
+) -> Batches:
     batch_size = min(batch_size, len(pictures))
     spec = BatchSpec(
         batch_size=batch_size,
@@ -112,7 +112,7 @@ def recipe_of(
         batches_per_epoch=len(pictures) // batch_size,
         epochs=[0, 30],
     )
-    return Recipe(spec, pictures, resized or {})
+    return Batches(spec, pictures, resized or {})
 
 
 @contextlib.contextmanager
@@ -134,7 +134,7 @@ def compare_throughput(pictures: Pictures, folder: Path, threads: int, seconds: 
     """Images per second of each system, in turns of `seconds / ROUNDS`."""
     systems = {
         "decode floor (Pillow)": lambda t: decoding_speed(pictures, threads, t),
-        "runtime_preprocessing": lambda t: batch_speed(recipe_of(pictures), folder, threads, t),
+        "runtime_preprocessing": lambda t: batch_speed(batches_of(pictures), folder, threads, t),
         "tf.data, no antialias": lambda t: tf_data_speed(pictures, threads, t, antialias=False),
         "tf.data, antialias": lambda t: tf_data_speed(pictures, threads, t, antialias=True),
     }
@@ -197,12 +197,12 @@ def decoding_speed(pictures: Pictures, threads: int, seconds: float) -> Speed:
         )
 
 
-def batch_speed(recipe: Recipe, folder: Path, threads: int, seconds: float) -> Speed:
+def batch_speed(batches: Batches, folder: Path, threads: int, seconds: float) -> Speed:
     """Whole batches in a buffer on the RAM disk, taken as soon as they are there."""
     cpu_start = sum(os.times()[:4])
     with quiet():
-        rate, batches = runtime_preprocessing.measure(recipe, folder, threads, 0, seconds)
-    return Speed(rate, batches * recipe.spec.batch_size / (sum(os.times()[:4]) - cpu_start))
+        rate, begun = runtime_preprocessing.measure(batches, folder, threads, 0, seconds)
+    return Speed(rate, begun * batches.spec.batch_size / (sum(os.times()[:4]) - cpu_start))
 
 
 def tf_data_speed(pictures: Pictures, threads: int, seconds: float, antialias: bool) -> Speed:
@@ -246,8 +246,8 @@ def measure_scale(pictures: Pictures, folder: Path) -> None:
         folder, folder / "imagenet", folder / "buffer", train__buffer_size=4
     )
     measure_start_and_memory(config, folder / "buffer")
-    recipe = measure_reading(config)
-    measure_rounds(Buffer(folder / "buffer", recipe, 1000))
+    batches = measure_reading(config)
+    measure_rounds(Buffer(folder / "buffer", batches, 1000))
     measure_command_lines()
 
 
@@ -279,7 +279,7 @@ def measure_start_and_memory(config: Path, buffer: Path) -> None:
                     print(f"start to first batch: {time.perf_counter() - start:.1f} s")
                     start = 0
                 time.sleep(0.01)
-            print(f"memory in epoch {epoch}, at its highest: {peak_memory(process.pid):.0f} MB")
+            print(f"memory in epoch {epoch}: {memory(process.pid):.0f} MB")
     finally:
         process.kill()
         process.wait()
@@ -287,31 +287,36 @@ def measure_start_and_memory(config: Path, buffer: Path) -> None:
         path.unlink()
 
 
-def peak_memory(process: int) -> float:
-    """Megabytes of main memory that a process has had at most."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024 / 1e6
+def memory(process: int) -> float:
+    """Megabytes of main memory of a process and its children; what they share counts once."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    total = 0
+    for each in (process, *children):
+        (line,) = re.findall(
+            r"^Pss: +(\d+) kB", Path(f"/proc/{each}/smaps_rollup").read_text(), re.M
+        )
+        total += int(line) * 1024
+    return total / 1e6
 
 
-def measure_reading(config: Path) -> Recipe:
+def measure_reading(config: Path) -> Batches:
     settings = utils.load_config(config)
     start = time.perf_counter()
     pictures = preprocess.training_pictures(settings)
     listed = time.perf_counter()
-    recipe = recipe_of(pictures)
+    batches = batches_of(pictures)
     fingerprint = timed(lambda: pictures.fingerprint)
-    permutation = statistics.median(timed(lambda e=e: recipe.order(e)) for e in range(5))
+    permutation = statistics.median(timed(lambda e=e: batches.order(e)) for e in range(5))
     print(
         f"listing the pictures {listed - start:.1f} s, their fingerprint {fingerprint:.2f} s, "
         f"one epoch's permutation {1000 * permutation:.0f} ms"
     )
-    return recipe
+    return batches
 
 
-def measure_rounds(buffer: Buffer, batches: int = 1000, written: int = 32) -> None:
+def measure_rounds(buffer: Buffer, count: int = 1000, written: int = 32) -> None:
     """Looking at a full buffer (files of the right length without content), and deleting it."""
-    for number in range(batches):
+    for number in range(count):
         x, y = buffer.spec.files(buffer.folder, number)
         for path, size in ((x, buffer.x_bytes), (y, buffer.y_bytes)):
             path.touch()
@@ -319,8 +324,8 @@ def measure_rounds(buffer: Buffer, batches: int = 1000, written: int = 32) -> No
 
     def look() -> None:
         first = buffer.wanted_first()
-        assert buffer.ready() == set(range(batches))
-        buffer.remove_all_but(range(first, first + batches))
+        assert buffer.ready() == set(range(count))
+        buffer.remove_all_but(range(first, first + count))
 
     rounds = [timed(look) for _ in range(20)]
     emptying = timed(lambda: buffer.remove_all_but(range(0)))
@@ -329,9 +334,9 @@ def measure_rounds(buffer: Buffer, batches: int = 1000, written: int = 32) -> No
         x.write_bytes(b"\1" * buffer.x_bytes)
     deleting = timed(lambda: buffer.remove_all_but(range(0))) / written
     print(
-        f"one round over {batches:,} batches {1000 * statistics.median(rounds):.1f} ms (slowest "
-        f"{1000 * max(rounds):.1f} ms); deleting {batches:,} batches: their names "
-        f"{1000 * emptying:.0f} ms, with their content {1000 * batches * deleting:.0f} ms"
+        f"one round over {count:,} batches {1000 * statistics.median(rounds):.1f} ms (slowest "
+        f"{1000 * max(rounds):.1f} ms); deleting {count:,} batches: their names "
+        f"{1000 * emptying:.0f} ms, with their content {1000 * count * deleting:.0f} ms"
     )
 
 
@@ -506,10 +511,10 @@ def measure_resized_folders(pictures: Pictures, folder: Path, seconds: float) ->
     (folder / "batches").mkdir()
     systems = {
         "from the originals": lambda t: batch_speed(
-            recipe_of(pictures), folder / "batches", threads, t
+            batches_of(pictures), folder / "batches", threads, t
         ),
         "from the resized folders": lambda t: batch_speed(
-            recipe_of(pictures, resized), folder / "batches", threads, t
+            batches_of(pictures, resized), folder / "batches", threads, t
         ),
     }
     print(f"\nbatches on {threads} threads")

@@ -60,6 +60,7 @@ def main() -> None:
     for size in map(int, args.batch_sizes.split(",")):
         with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmark-") as folder:
             spec = stock(Path(folder), size)
+            utils.lock(Path(folder) / ".trainer.lock", "held")
             rows: dict[type, list] = {PlainReader: [], TimedReader: []}
             for _ in range(args.rounds):
                 for way, figures in rows.items():
@@ -106,7 +107,7 @@ def stock(folder: Path, size: int) -> BatchSpec:
         size, 0, "", size * batches, "", 1000, [f"n{i:08}" for i in range(1000)], [0.5] * 3,
         [0.25] * 3, [], 0, 1, batches, [0, 1],
     )  # fmt: skip
-    spec.write(folder)
+    utils.write_record(folder / "buffer.json", spec)
     generator = np.random.default_rng(0)
     for step in range(batches):
         x, y = spec.files(folder, step)
@@ -124,10 +125,10 @@ def reader_of(way: type, folder: Path, spec: BatchSpec) -> TimedReader:
     args = Namespace(epoch_start=0, epoch_end=1, batch_size=spec.batch_size, config="config.txt")
     steps = range(spec.batches_per_epoch)
 
-    def put(images: np.ndarray, labels: np.ndarray) -> tuple:
+    def to_device(images: np.ndarray, labels: np.ndarray) -> tuple:
         return tf.identity(shared(images)), tf.constant(labels)  # as train.py does
 
-    return way(config, spec, steps, put, args)
+    return way(config, spec, steps, to_device, args)
 
 
 def rate(way: type, folder: Path, spec: BatchSpec) -> tuple[float, float]:
@@ -135,7 +136,7 @@ def rate(way: type, folder: Path, spec: BatchSpec) -> tuple[float, float]:
 
     The first four batches, for which a reader takes its memory, are left out.
     """
-    stop, held, steps = threading.Event(), deque(maxlen=1), range(spec.batches_per_epoch)
+    stop, held, steps = utils.Stop(), deque(maxlen=1), range(spec.batches_per_epoch)
     with reader_of(way, folder, spec) as reader:
         for step in steps:
             if step == 4:
@@ -150,7 +151,7 @@ def rate(way: type, folder: Path, spec: BatchSpec) -> tuple[float, float]:
 
 def hold_up(way: type, folder: Path, spec: BatchSpec) -> tuple[float, float]:
     """Milliseconds per batch in which a busy thread waits for Python's lock: median and worst."""
-    stop, waited = threading.Event(), []
+    stop, waited = utils.Stop(), []
     with reader_of(way, folder, spec) as reader:
         for _ in range(spec.batches_per_epoch):
             batch = reader.next(stop)
