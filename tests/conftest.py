@@ -1,5 +1,6 @@
 """Fixtures: a toy dataset, a folder on the RAM disk, settings that name both."""
 
+import functools
 import os
 import shutil
 import signal
@@ -13,12 +14,21 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
-import tensorflow as tf  # noqa: E402
 
-# Two logical devices, so that two replicas fit on one processor; only possible before first use.
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
+@functools.cache
+def make_two_devices() -> None:
+    """Two logical devices, so that two replicas fit on one processor; only possible before use."""
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+
+
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """Before a file of tests is imported. Importing TensorFlow takes longer than most tests."""
+    if "\nimport tensorflow" in module_path.read_text():
+        make_two_devices()
 
 
 # A shell that starts the tests in the background makes all that they start deaf to Ctrl-C.
