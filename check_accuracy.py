@@ -38,8 +38,8 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from preprocess import CROP
 from preprocess_val import Crops
+from runtime_preprocessing import contact_sheet
 
 with utils.quiet_tensorflow():
     import tensorflow as tf
@@ -389,45 +389,26 @@ def name_of(label: int, names: list[str]) -> str:
 
 
 def draw_mistakes(
-    answers: SimpleNamespace, crops: Crops, title: str, path: Path, most: int = 20
+    answers: SimpleNamespace, crops: Crops, epoch: str, path: Path, most: int = 20
 ) -> None:
     """A contact sheet of the wrong answers that the model is most sure of."""
     wrong = np.flatnonzero(answers.guess != answers.label)
     shown = wrong[np.argsort(-answers.probability[wrong], kind="stable")[:most]]
     pictures = crops.load(crops.indices[shown])[crops.centre :: crops.count]
     captions = [
-        (
+        [
             f"{name_of(answers.label[i], crops.names)}, taken for",
-            f"{name_of(answers.guess[i], crops.names)} ({answers.probability[i]:.0%})",
-        )
+            f"{answers.probability[i]:.0%} {name_of(answers.guess[i], crops.names)}",
+        ]
         for i in shown
     ]
     title = (
-        f"{title}: {len(wrong):,} of {plural(len(crops), 'answer')} are wrong. "
-        f"The {len(shown)} most confident:"
+        f"{epoch}: {len(wrong):,} of {plural(len(crops), 'answer')} are wrong; "
+        f"the {len(shown)} that the model is most sure of"
     )
-    sheet = contact_sheet(pictures, captions, title)
+    sheet = contact_sheet(pictures, captions, title, columns=5)
     with utils.written_aside(path) as file:
         sheet.save(file, format="PNG")
-
-
-def contact_sheet(pictures: np.ndarray, captions: list[tuple], title: str) -> Image.Image:
-    """`pictures`: uint8 [n, 224, 224, 3], RGB, each with two lines of text below it."""
-    gap, head, columns = 12, 40, 5
-    width, height = CROP + gap, CROP + 48 + gap
-    rows = max(1, -(-len(pictures) // columns))
-    sheet = Image.new("RGB", (gap + columns * width, head + rows * height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    pen.text((gap, 10), title, INK, font)
-    for i, (picture, lines) in enumerate(zip(pictures, captions, strict=True)):
-        left, top = gap + i % columns * width, head + i // columns * height
-        sheet.paste(Image.fromarray(picture), (left, top))
-        for line, colour in zip(lines, (GREY, INK), strict=True):
-            while font.getlength(line) > CROP:
-                line = line.rstrip("…")[:-1] + "…"
-            pen.text((left, top + CROP + 4), line, colour, font)
-            top += 22
-    return sheet
 
 
 # --- charts -----------------------------------------------------------------------------------

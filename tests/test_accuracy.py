@@ -1,8 +1,11 @@
-"""check_accuracy.py with models made here, whose answers are known; its charts."""
+"""check_accuracy.py with models made here, whose answers are known; its charts.
+
+python3 -m pytest tests/test_accuracy.py
+"""
 
 import csv
-import errno
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -18,9 +21,15 @@ import tensorflow as tf
 from PIL import Image
 
 import check_accuracy
-from preprocess_val import Crops
+import resnet50
+from check_accuracy import Model
+from preprocess_val import Crops, Note
+from resnet50 import CheckerPlan, ModelRecipe, TrainerPlan
 
 CLASSES = 7
+NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
+ACCURACIES = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre")
+PLAN = CheckerPlan(0, 9)
 SPAN = ["--run_folder=run", "--epoch_start=0"]
 
 
@@ -38,10 +47,17 @@ class Stand(tf.Module):
         return {"probabilities": tf.nn.softmax(means @ self.weights)}
 
 
-def save_model(folder: Path, seed: int) -> Stand:
+def save_model(folder: Path, seed: int, **facts: object) -> Stand:
     model = Stand(seed)
     tf.saved_model.save(model, str(folder), signatures=model.classify)
+    (folder / "assets").mkdir(exist_ok=True)
+    write_recipe(folder, **({"fingerprint": str(seed), "step": 100 * seed} | facts))
     return model
+
+
+def write_recipe(folder: Path, **facts: object) -> None:
+    facts = {"class_names": NAMES, "mu": [0.5] * 3, "sigma": [0.25] * 3, "flags": {}} | facts
+    utils.write_record(folder / "assets" / "recipe.json", ModelRecipe(**facts))
 
 
 @pytest.fixture
@@ -59,6 +75,7 @@ def prepared(tmp_path, toy, ram):
         crops = low + rng.integers(0, 56, (10, 224, 224, 3))
         np.save(folder / f"X10_{index}.npy", crops.astype(np.uint8))
     np.save(folder / "y.npy", labels.astype(np.int64))
+    utils.write_record(folder / "crops.json", Note("/pictures", "1-2", True, NAMES))
     run = tmp_path / "saved_models" / "run"
     run.mkdir(parents=True)
     return config, folder, run, labels
@@ -66,7 +83,7 @@ def prepared(tmp_path, toy, ram):
 
 def expected_row(model: Stand, folder: Path, labels: np.ndarray) -> dict[str, float]:
     """Accuracies by sorting, in NumPy."""
-    top, losses = {name: [] for name in check_accuracy.ACCURACIES}, []
+    top, losses = {name: [] for name in ACCURACIES}, []
     for index in np.flatnonzero(labels >= 0):
         means = np.load(folder / f"X10_{index}.npy").mean(axis=(1, 2)) / 255
         logits = means @ model.weights.numpy()
@@ -98,8 +115,8 @@ def test_accuracies_against_numpy_and_restart_skips_what_is_done(prepared):
     assert rows(run)[0] != rows(run)[1]
     seen = toolkit.scalars(run / "events" / "accuracy")
     for row in rows(run):
-        for name in check_accuracy.ACCURACIES:
-            shown = seen[f"accuracy/{name}", int(row["epoch"])]
+        for name in ACCURACIES:
+            shown = seen[f"accuracy/{name}", 100 * int(row["epoch"])]
             assert shown == pytest.approx(float(row[name]), abs=1e-6)
     # What stands in the table is not evaluated again: --keep_last may have removed the model.
     before = (run / "accuracy.csv").read_bytes()
@@ -111,37 +128,46 @@ def test_accuracies_against_numpy_and_restart_skips_what_is_done(prepared):
     assert "pictures, epoch 1" not in again.stdout + again.stderr
     assert (run / "accuracy.csv").read_bytes() == before
     assert (run / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert toolkit.scalars(run / "events" / "accuracy") == seen
+
+
+def results(run: Path, crops: Crops, *rows: dict) -> check_accuracy.Results:
+    made = check_accuracy.Results(run, crops)
+    made.rows = {row["epoch"]: row for row in rows}
+    return made
 
 
 def test_a_row_belongs_to_its_model_pictures_and_crops(prepared, capsys):
     _, folder, run, labels = prepared
     save_model(run / "0", 0)
-    (run / "0" / "assets").mkdir(exist_ok=True)
-    crops = Crops(folder, 0)
-    row = check_accuracy.evaluate(run / "0", crops, 6)
-    assert check_accuracy.current_row([row], run / "0", crops) is row
-    assert check_accuracy.current_row([row], run / "0", Crops(folder, 0, 1)) is row
-    only_centre = check_accuracy.evaluate(run / "0", Crops(folder, 0, 1), 6)
-    assert check_accuracy.current_row([only_centre], run / "0", crops) is None
+    crops, centre = Crops(folder, 0), Crops(folder, 0, 1)
+    row, _ = check_accuracy.evaluate(run / "0", crops, 6)
+    assert results(run, crops, row).is_done(0, PLAN)
+    assert results(run, centre, row).is_done(0, PLAN)
+    assert not results(run, centre, row).is_done(1, PLAN)
+    only_centre, _ = check_accuracy.evaluate(run / "0", centre, 6)
+    assert not results(run, crops, only_centre).is_done(0, PLAN)
     assert "again" in capsys.readouterr().out
     shutil.rmtree(run / "0")
-    assert check_accuracy.current_row([only_centre], run / "0", crops) is only_centre
+    assert results(run, crops, only_centre).is_done(0, PLAN)
     save_model(run / "0", 1)  # trained anew
-    assert check_accuracy.current_row([row], run / "0", crops) is None
+    assert not results(run, crops, row).is_done(0, PLAN)
+    (run / "0/assets/recipe.json").write_text("{")  # broken: evaluating it says why
+    assert not results(run, crops, row).is_done(0, PLAN)
 
 
 def test_corrected_labels_or_replaced_pictures_are_evaluated_again(prepared):
     _, folder, run, labels = prepared
     save_model(run / "0", 0)
-    (folder / "pictures.txt").write_text("9 'a/b.jpg'\n")
-    row = check_accuracy.evaluate(run / "0", Crops(folder, 0), 6)
-    assert check_accuracy.current_row([row], run / "0", Crops(folder, 0)) is row
-    (folder / "pictures.txt").write_text("8 'a/b.jpg'\n")
-    assert check_accuracy.current_row([row], run / "0", Crops(folder, 0)) is None
-    (folder / "pictures.txt").write_text("9 'a/b.jpg'\n")
+    row, _ = check_accuracy.evaluate(run / "0", Crops(folder, 0), 6)
+    assert results(run, Crops(folder, 0), row).is_done(0, PLAN)
+    utils.write_record(folder / "crops.json", Note("/pictures", "1-3", True, NAMES))
+    assert not results(run, Crops(folder, 0), row).is_done(0, PLAN)
+    utils.write_record(folder / "crops.json", Note("/moved", "1-2", True, NAMES))
+    assert results(run, Crops(folder, 0), row).is_done(0, PLAN)
     labels[[0, 1]] = labels[[1, 0]]
     np.save(folder / "y.npy", labels)
-    assert check_accuracy.current_row([row], run / "0", Crops(folder, 0)) is None
+    assert not results(run, Crops(folder, 0), row).is_done(0, PLAN)
 
 
 def test_an_epoch_that_is_evaluated_again_has_one_row(prepared):
@@ -171,11 +197,10 @@ def test_a_model_that_was_removed_is_not_waited_for(prepared, capsys):
         shutil.rmtree(run / str(epoch))
     utils.lock(run / ".train.lock", "")  # training goes on
     result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=3", timeout=60)
-    utils.remove_lock(run / ".train.lock")
+    utils._forget_locks()
     assert result.returncode == 0, result.stderr
     assert f"{run / '1'} does not exist, but later ones do" in result.stdout
     assert "epoch 0 keeps its row of other crops: its model is gone" in result.stdout
-    assert (run / ".check_accuracy.lock").read_text() == "1"
     assert [(row["epoch"], row["top1_10crop"] == "") for row in rows(run)] == [
         *[("0", True), ("2", False)]
     ]
@@ -185,12 +210,12 @@ def test_a_row_is_not_believed_while_its_epoch_is_trained_again(prepared):
     _, folder, run, _ = prepared
     save_model(run / "0", 0)
     crops = Crops(folder, 0)
-    row = check_accuracy.evaluate(run / "0", crops, 6)
+    row, _ = check_accuracy.evaluate(run / "0", crops, 6)
     shutil.rmtree(run / "0")
     utils.lock(run / ".train.lock", "")
-    assert check_accuracy.current_row([row], run / "0", crops) is None
-    utils.remove_lock(run / ".train.lock")
-    assert check_accuracy.current_row([row], run / "0", crops) is row
+    assert not results(run, crops, row).is_done(0, PLAN)
+    utils._forget_locks()
+    assert results(run, crops, row).is_done(0, PLAN)
 
 
 def test_charts_that_cannot_be_written_are_a_warning(prepared):
@@ -199,7 +224,7 @@ def test_charts_that_cannot_be_written_are_a_warning(prepared):
     (run / "events").write_text("a file")
     result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
     assert result.returncode == 0, result.stderr
-    assert "charts or events could not be written" in result.stderr.splitlines()[0]
+    assert "events could not be written" in result.stderr.splitlines()[0]
     assert len(rows(run)) == 1
 
 
@@ -208,26 +233,14 @@ def test_the_crops_stay_as_they_are_while_a_checker_uses_them(tmp_path, toy):
     folder = tmp_path / "preprocessed/val"
     assert toolkit.run("preprocess_val.py", config).returncode == 0
     Crops(folder, 0)
-    assert toolkit.run("preprocess_val.py", config).returncode == 0  # nothing to do
-    (folder / "X10_0.npy").unlink()
+    Crops(folder, 0)  # two checkers may use them
     result = toolkit.run("preprocess_val.py", config)
     toolkit.assert_one_line_error(result, "preprocess_val.py", "check_accuracy.py", "wait until")
-    utils.remove_lock(folder / ".preprocess_val.lock")
+    utils._forget_locks()
     utils.lock(folder / ".preprocess_val.lock", "")
     with pytest.raises(utils.UserError, match="preprocess_val.py is at work"):
         Crops(folder, 0)
-    utils.remove_lock(folder / ".preprocess_val.lock")
-
-
-def test_storage_without_locks_can_hold_crops(prepared, monkeypatch):
-    _, folder, _, _ = prepared
-    (folder / ".preprocess_val.lock").touch()
-
-    def unsupported(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(utils.fcntl, "flock", unsupported)
-    assert len(Crops(folder, 0)) == 19
+    utils._forget_locks()
 
 
 def test_a_model_that_fails_is_left_out(prepared, monkeypatch):
@@ -245,15 +258,13 @@ def test_a_model_that_fails_is_left_out(prepared, monkeypatch):
 def test_a_model_that_names_its_weights_is_told_by_them(prepared):
     _, folder, run, _ = prepared
     for epoch, name in (("0", "aaaa"), ("1", "bbbb")):
-        save_model(run / epoch, 0)
-        (run / epoch / "assets").mkdir(exist_ok=True)
-        recipe = {"fingerprint": name, "step": 77}
-        (run / epoch / "assets" / "recipe.json").write_text(json.dumps(recipe))
-    row = check_accuracy.evaluate(run / "0", Crops(folder, 0), 16)
-    assert (row.model, row.step) == ("aaaa", 77)
+        save_model(run / epoch, 0, fingerprint=name, step=77)
+    crops = Crops(folder, 0)
+    row, _ = check_accuracy.evaluate(run / "0", crops, 16)
+    assert (row["model"], row["step"]) == ("aaaa", 77)
     (run / "0").rename(run / "2")
     (run / "1").rename(run / "0")
-    assert check_accuracy.current_row([row], run / "0", Crops(folder, 0)) is None
+    assert not results(run, crops, row).is_done(0, PLAN)
 
 
 def test_the_centre_crop_alone(prepared):
@@ -274,15 +285,13 @@ def test_the_centre_crop_alone(prepared):
 
 def test_a_model_with_other_classes_is_warned_of(prepared):
     config, folder, run, _ = prepared
-    save_model(run / "0", 0)
-    (run / "0" / "assets").mkdir(exist_ok=True)
-    (run / "0" / "assets" / "class_names.txt").write_text("cat\nkäfer\nsea\n")
-    for names, warnings in (["cat", "käfer", "sea"], 0), (["ant", "käfer", "sea"], 1):
-        utils.write_lines(folder / "class_names.txt", names)
+    save_model(run / "0", 0, class_names=["käfer", *NAMES[1:]])
+    for first, warnings in ("käfer", 0), ("ant", 1):
+        utils.write_record(folder / "crops.json", Note("", "", True, [first, *NAMES[1:]]))
         (run / "accuracy.csv").unlink(missing_ok=True)
         result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
         assert result.returncode == 0
-        assert result.stderr.count("its class 0 is cat, but ant in") == warnings
+        assert result.stderr.count("its class 0 is käfer, but ant in") == warnings
 
 
 def test_waits_for_an_epoch_saying_so(prepared, tmp_path):
@@ -305,27 +314,85 @@ def test_waits_for_an_epoch_saying_so(prepared, tmp_path):
 
 def test_waiting_says_whether_training_is_at_work_and_ends_with_it(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    (run / "1" / "assets").mkdir(parents=True)
+    made(run / "1")
     naps = []
 
     def sleep(_: float) -> None:
         naps.append(0)
         assert len(naps) < 9, "waits for ever"
         if len(naps) == 1:
-            utils.remove_lock(run / ".train.lock")  # the training stops
+            utils._forget_locks()  # the training stops
         elif len(naps) == 2:  # it went on, and was asked for two epochs, which are there
-            (run / "1" / "assets" / "recipe.json").write_text('{"epoch_end": 2}')
+            write_recipe(run / "1", epoch_end=2)
 
     utils.lock(run / ".train.lock", "")
     monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
-    assert check_accuracy.wait_for(run / "2") is None
+    assert check_accuracy.wait_for(run, 2, PLAN) is Model.NEVER
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3
     assert "train.py is training this run" in said[0] and "no train.py is running" in said[1]
     assert "training ended before epoch 2" in said[2]
-    (run / "1" / "assets" / "recipe.json").write_text('{"epoch_end": 9}')
-    monkeypatch.setattr(check_accuracy.time, "sleep", lambda _: (run / "2").mkdir())
-    assert check_accuracy.wait_for(run / "2")
+    write_recipe(run / "1", epoch_end=9)
+    monkeypatch.setattr(check_accuracy.time, "sleep", lambda _: made(run / "2"))
+    assert check_accuracy.wait_for(run, 2, PLAN) is Model.SAVED
+
+
+def made(folder: Path, **facts: object) -> None:
+    """What looks like an epoch's model from outside."""
+    (folder / "assets").mkdir(parents=True, exist_ok=True)
+    (folder / "saved_model.pb").write_bytes(b"a model")
+    write_recipe(folder, **facts)
+
+
+def test_other_numbers_in_a_runs_folder_are_no_epochs(tmp_path):
+    """Backups of finished models, of folders and of files, later and earlier."""
+    run = tmp_path / "run"
+    made(run / "2", epoch_end=9)
+    for name in ("20260101", "99", "9"):
+        made(run / name, epoch_end=3)
+    (run / "7").write_text("a file")
+    (run / "8").mkdir()
+    (run / "03").mkdir()
+    states = [check_accuracy.state_of(run, epoch, PLAN) for epoch in (1, 2, 3, 7, 8)]
+    assert states == [Model.REMOVED, Model.SAVED, Model.IDLE, Model.IDLE, Model.IDLE]
+    utils.lock(run / ".train.lock", "")
+    assert check_accuracy.state_of(run, 3, PLAN) is Model.TRAINING
+    utils._forget_locks()
+
+
+def test_an_idle_lock_of_another_user_is_not_held(tmp_path, monkeypatch):
+    """It can be read, not written."""
+    made(tmp_path / "run/0", epoch_end=1)
+    lock = tmp_path / "run/.train.lock"
+    lock.touch()
+    open_ = os.open
+
+    def refused(path, flags, *rest):
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refused)
+    assert check_accuracy.state_of(tmp_path / "run", 3, PLAN) is Model.NEVER
+
+
+def test_nothing_is_written_through_a_link(prepared, tmp_path):
+    """A run that somebody sends as a tar may hold any links."""
+    config, _, run, _ = prepared
+    save_model(run / "0", 0)
+    keys = tmp_path / "keys"
+    keys.write_text("secret")
+    for name in ("accuracy.png", "classes.csv", "mistakes.png", "training.png"):
+        (run / name).symlink_to(keys)
+    lock = run / ".check_accuracy.lock"
+    lock.symlink_to(keys)
+    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
+    toolkit.assert_one_line_error(result, "check_accuracy.py", str(lock), "link")
+    assert keys.read_text() == "secret"
+    lock.unlink()
+    assert toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1").returncode == 0
+    assert keys.read_text() == "secret"
+    assert not (run / "mistakes.png").is_symlink()
 
 
 def test_killed_and_started_again_nothing_is_lost_or_doubled(prepared, tmp_path):
@@ -349,26 +416,30 @@ def _has_rows(run: Path, count: int) -> bool:
 
 def test_broken_models_are_named_and_left_out(prepared):
     config, _, run, _ = prepared
-    (run / "0").mkdir()
+    (run / "0").mkdir()  # no epoch
     save_model(run / "1", 1)
     pb = run / "1" / "saved_model.pb"
     pb.write_bytes(pb.read_bytes()[: pb.stat().st_size // 2])
     save_model(run / "2", 2)
-    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=3")
+    (run / "2/assets/recipe.json").write_text("[" * 100_000)
+    save_model(run / "3", 3)
+    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=4")
     toolkit.assert_one_line_error(result, "check_accuracy.py", "2 epochs could not be evaluated")
+    assert f"{run / '0'} does not exist, but later ones do" in result.stdout
     warnings = [line for line in result.stderr.splitlines() if ": warning: " in line]
-    assert len(warnings) == 2 and f"{run / '0'}: not a model" in warnings[0]
-    assert [row["epoch"] for row in rows(run)] == ["2"]
+    assert len(warnings) == 2
+    assert f"{run / '1'}: the model cannot be loaded" in warnings[0]
+    assert f"{run / '2' / 'assets' / 'recipe.json'}: " in warnings[1]
+    assert [row["epoch"] for row in rows(run)] == ["3"]
 
 
 def test_too_few_classes_are_an_error_of_that_epoch(prepared):
     config, folder, run, labels = prepared
-    labels[1] = CLASSES
-    np.save(folder / "y.npy", labels.astype(np.int64))
+    utils.write_record(folder / "crops.json", Note("", "", True, [*NAMES, "owl"]))
     save_model(run / "0", 0)
     result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
     assert result.returncode == 2
-    assert f"a model of {CLASSES} classes" in result.stderr
+    assert f"a model of {CLASSES} classes, but the validation pictures have 8" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -415,12 +486,83 @@ def test_each_accuracy_is_said_by_its_own_name():
     )
 
 
-def test_on_the_cpu_the_checker_is_the_more_polite_process(monkeypatch):
-    told = []
-    monkeypatch.setattr(utils, "choose_gpus", lambda wanted, required: [])
-    monkeypatch.setattr(check_accuracy.os, "nice", told.append)
-    assert check_accuracy.open_device(None) == "the CPU, at low priority"
-    assert told == [10]
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with as many GPUs as asked for, opened by open_device."""
+
+    def opened(gpu: int | None, run: Path, count: int) -> None:
+        monkeypatch.setattr(
+            utils, "choose_gpus", lambda wanted, required: [g for g in wanted if g < count]
+        )
+        check_accuracy.open_device.cache_clear()
+        check_accuracy.open_device(gpu, run)
+
+    monkeypatch.setattr(check_accuracy.os, "nice", lambda _: print("nice"))
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("training", "gpu", "count", "said"),
+    [
+        (None, None, 2, "evaluating on GPU 1"),
+        (None, None, 1, "nice, evaluating on the CPU, at low priority"),
+        ([0], None, 2, "evaluating on GPU 1"),
+        ([0, 1], None, 2, "nice, evaluating on the CPU, at low priority"),
+        ([1], None, 4, "nice, evaluating on the CPU, at low priority"),
+        ([0, 1], 1, 2, "evaluating on GPU 1"),  # as asked for
+        (None, 0, 2, "evaluating on GPU 0"),
+    ],
+)
+def test_the_gpus_of_training_are_left_alone(training, gpu, count, said, tmp_path, gpus, capsys):
+    if training:
+        utils.lock(tmp_path / ".train.lock", "")
+        resnet50.write_plan(tmp_path / ".train.lock", TrainerPlan(training))
+    gpus(gpu, tmp_path, count)
+    utils._forget_locks()
+    assert ", ".join(capsys.readouterr().out.splitlines()) == said
+
+
+def test_the_gpus_of_a_training_that_has_ended_are_free(tmp_path, gpus, capsys):
+    (tmp_path / ".train.lock").write_text('{"gpus": [0, 1]}')
+    gpus(None, tmp_path, 2)
+    assert capsys.readouterr().out == "evaluating on GPU 1\n"
+    utils.lock(tmp_path / ".train.lock", "")  # it is just starting: its GPUs are not known yet
+    (tmp_path / ".train.lock").write_text("")
+    gpus(None, tmp_path, 2)
+    utils._forget_locks()
+    assert "CPU" in capsys.readouterr().out
+
+
+def test_the_device_is_chosen_when_a_model_is_there(prepared, monkeypatch, tmp_path):
+    """A training that starts after the checker has named its GPUs by then."""
+    config, _, run, _ = prepared
+    order = []
+    monkeypatch.setattr(check_accuracy, "wait_for", lambda *_: order.append("there") or Model.SAVED)
+    monkeypatch.setattr(check_accuracy, "open_device", lambda *_: order.append("opened"))
+    arguments = ["check_accuracy.py", f"--config={config}", *SPAN, "--epoch_end=1"]
+    monkeypatch.setattr(check_accuracy.sys, "argv", arguments)
+    with pytest.raises(utils.UserError):  # there is no model
+        check_accuracy.main()
+    utils._forget_locks()
+    assert order == ["there", "opened"]
+
+
+def test_the_lock_says_what_will_be_evaluated(prepared):
+    config, _, run, _ = prepared
+    save_model(run / "2", 0)
+    arguments = ["--run_folder=run", "--epoch_start=2", "--epoch_end=3", "--every=5"]
+    assert toolkit.run("check_accuracy.py", config, *arguments).returncode == 0
+    lock = run / ".check_accuracy.lock"
+    assert json.loads(lock.read_text()) == {"epoch_start": 2, "epoch_end": 3, "every": 5}
+    assert resnet50.read_plan(CheckerPlan, lock) is None  # the checker has ended
+    utils.lock(lock, "")
+    assert resnet50.read_plan(CheckerPlan, lock) == CheckerPlan(2, 3, 5)
+    lock.write_text("1")
+    assert resnet50.read_plan(CheckerPlan, lock).wants(12345)
+    utils._forget_locks()
+    wanted = [epoch for epoch in range(30) if CheckerPlan(2, 20, 5).wants(epoch)]
+    assert wanted == [4, 9, 14, 19]
+    assert [epoch for epoch in range(9) if CheckerPlan(3, 7, 4).wants(epoch)] == [3, 6]
 
 
 def test_the_chart_names_the_best_epoch(tmp_path, monkeypatch):
@@ -428,20 +570,8 @@ def test_the_chart_names_the_best_epoch(tmp_path, monkeypatch):
     curve = lambda self, points, colour, name, said: notes.update({name: said})  # noqa: E731
     monkeypatch.setattr(check_accuracy.Chart, "curve", curve)
     rows = [table_row(e, top1, 1, top1, 1) for e, top1 in enumerate([0.2, 0.8, 0.6])]
-    check_accuracy.draw_accuracy(rows, [], tmp_path / "chart.png")
+    check_accuracy.draw_accuracy(rows, [], (-1, 2), 7, tmp_path / "chart.png")
     assert notes["top-1, 10 crops"] == ["last 60.00%", "best 80.00% (epoch 1)"]
-
-
-def test_gpu_1_is_the_default_because_gpu_0_trains(monkeypatch):
-    asked = []
-
-    def choose(wanted: list[int], required: bool) -> list[int]:
-        asked.append((wanted, required))
-        return wanted
-
-    monkeypatch.setattr(utils, "choose_gpus", choose)
-    assert [check_accuracy.open_device(gpu) for gpu in (None, 0)] == ["GPU 1", "GPU 0"]
-    assert asked == [([1], False), ([0], True)]
 
 
 def test_second_checker_on_a_run_is_refused(prepared):
@@ -457,11 +587,12 @@ def test_rank_counts_ties_and_nan_against_the_model():
     assert check_accuracy.rank(p, labels).tolist() == [0, 1, 2, 2]
 
 
-def table_row(epoch: int, *accuracies: float, loss: float = 1.0) -> SimpleNamespace:
-    values = dict(zip(check_accuracy.ACCURACIES, accuracies, strict=True))
-    return SimpleNamespace(
-        epoch=epoch, step=epoch, pictures=9, crops="", model="", loss_centre=loss, **values
-    )
+def table_row(epoch: int, *accuracies: float | None, loss: float = 1.0) -> dict:
+    values = dict(zip(ACCURACIES, accuracies, strict=True))
+    return values | {
+        **{"epoch": epoch, "step": epoch, "pictures": 9, "crops": "", "model": ""},
+        "loss_centre": loss,
+    }
 
 
 class Drawn:
@@ -501,7 +632,7 @@ def middles(places: np.ndarray) -> list[float]:
 def test_accuracies_are_drawn_where_they_belong(tmp_path):
     values = [(0.1, 0.4, 0.05, 0.32), (0.3, 0.62, 0.2, 0.5), (0.7, 0.9, 0.55, 0.8)]
     rows = [table_row(epoch, *row) for epoch, row in enumerate(values)]
-    check_accuracy.draw_accuracy(rows, [], tmp_path / "accuracy.png")
+    check_accuracy.draw_charts(tmp_path, rows, classes=7)
     # The line of 0% is the axis.
     drawn = Drawn(tmp_path / "accuracy.png", [0.2, 0.4, 0.6, 0.8, 1.0], [0, 1, 2])
     colours = [getattr(check_accuracy, c) for c in ("ORANGE", "BLUE", "LIGHT_ORANGE", "LIGHT_BLUE")]
@@ -512,50 +643,105 @@ def test_accuracies_are_drawn_where_they_belong(tmp_path):
         assert drawn.values(colour, [0.5, 1.5]) == pytest.approx(halfway, abs=0.012)
 
 
+@pytest.mark.parametrize(("classes", "top5"), [(3, False), (5, False), (6, True)])
+def test_top_5_of_a_few_classes_is_not_drawn(classes, top5, tmp_path):
+    rows = [table_row(epoch, 0.3, 1.0, 0.2, 1.0) for epoch in range(3)]
+    check_accuracy.draw_charts(tmp_path, rows, classes)
+    pixels = np.asarray(Image.open(tmp_path / "accuracy.png")).astype(int)
+    for colour in (check_accuracy.BLUE, check_accuracy.LIGHT_BLUE):
+        assert (np.abs(pixels - colour).max(axis=2) < 5).any() == top5
+    assert (np.abs(pixels - check_accuracy.ORANGE).max(axis=2) < 5).any()
+
+
 @pytest.mark.parametrize("epochs", [1, 30, 90])
 def test_charts_of_any_length_are_drawn(epochs, tmp_path):
     rows = [
         table_row(e, *(min(1.0, 0.3 + 0.2 * i + e / 200) for i in range(4))) for e in range(epochs)
     ]
-    rows[0].top1_10crop = rows[0].top5_10crop = None  # evaluated with --crops=1
-    check_accuracy.draw_accuracy(rows, [0.5], tmp_path / "accuracy.png")
+    rows[0]["top1_10crop"] = rows[0]["top5_10crop"] = None  # evaluated with --crops=1
+    check_accuracy.draw_charts(tmp_path, rows, classes=7)
     assert Image.open(tmp_path / "accuracy.png").size == (1000, 600)
+    assert not (tmp_path / "training.png").exists()
 
 
-def log_rows(count: int, rate=lambda i: 0.1) -> list[SimpleNamespace]:
+def write_log(run: Path, count: int, rate=lambda i: 0.1) -> None:
     """A falling loss and a rising top-1 over 4 epochs."""
-    return [
-        SimpleNamespace(
-            epoch=4 * i // count,
-            batch=i % (count // 4),
-            loss=3 - 2 * i / count,
-            loss_without_l2=2.5 - 2 * i / count,
-            top1=i / count,
-            learning_rate=rate(i),
-        )
+    others = {name: 1 for name in resnet50.LOG_COLUMNS}
+    rows = [
+        others
+        | {
+            "step": i,
+            "epoch": 4 * i // count,
+            "batch": i % (count // 4),
+            "loss": 3 - 2 * i / count,
+            "loss_without_l2": 2.5 - 2 * i / count,
+            "top1": i / count,
+            "learning_rate": rate(i),
+        }
         for i in range(count)
     ]
+    utils.write_csv(run / "training_log.csv", resnet50.LOG_COLUMNS, rows)
 
 
 def test_training_curves_are_drawn_where_they_belong(tmp_path):
-    rows = [table_row(e, 0, 0, 0, 0, loss=2.8 - 0.5 * e) for e in range(4)]
-    check_accuracy.draw_training(log_rows(2000), rows, tmp_path / "training.png")
-    drawn = Drawn(tmp_path / "training.png", [0.5, 1.0, 1.5, 2.0, 2.5, 3.0], [0, 1, 2, 3, 4])
+    """Both charts have the same epochs at the same places."""
+    rows = [table_row(e, 0.1, 0.2, 0.1, 0.2, loss=2.3 - 0.5 * e) for e in range(4)]
+    write_log(tmp_path, 2000)
+    check_accuracy.draw_charts(tmp_path, rows, classes=7)
+    drawn = Drawn(tmp_path / "training.png", [0.5, 1.0, 1.5, 2.0, 2.5], [0, 1, 2, 3])
     for colour, right in (
-        (check_accuracy.BLUE, [2.5, 2.0, 1.5]),
-        (check_accuracy.LIGHT_BLUE, [2.0, 1.5, 1.0]),
-        (check_accuracy.ORANGE, [2.8, 2.3, 1.8]),
-        (check_accuracy.GREEN, [0.75, 1.5, 2.25]),  # top-1, whose 100% is the highest loss
+        (check_accuracy.BLUE, [2.0, 1.5, 1.0]),  # without L2
+        (check_accuracy.ORANGE, [2.3, 1.8, 1.3]),
+        (check_accuracy.GREEN, [0.625, 1.25, 1.875]),  # top-1, whose 100% is the highest loss
     ):
-        assert drawn.values(colour, [1, 2, 3]) == pytest.approx(right, abs=0.04)
+        assert drawn.values(colour, [0, 1, 2]) == pytest.approx(right, abs=0.04)
+    accuracy = Drawn(tmp_path / "accuracy.png", [0.2, 0.4, 0.6, 0.8, 1.0], [0, 1, 2, 3])
+    assert accuracy.x == pytest.approx(drawn.x)
 
 
-def test_events_are_by_training_step_where_the_model_tells_it(tmp_path):
-    rows = [table_row(epoch, 0.1, 0.2, 0.3, 0.4) for epoch in range(2)]
-    rows[0].step, rows[1].step = 700, None
-    check_accuracy.show(tmp_path, rows)
-    seen = toolkit.scalars(tmp_path / "events" / "accuracy")
-    assert {step for _, step in seen} == {700, 1}
+def test_the_l2_part_of_the_loss_is_a_number(tmp_path, monkeypatch):
+    notes = {}
+    curve = lambda self, points, colour, name, said: notes.update({name: said})  # noqa: E731
+    monkeypatch.setattr(check_accuracy.Chart, "curve", curve)
+    write_log(tmp_path, 400)
+    check_accuracy.draw_charts(tmp_path, [table_row(0, 0, 0, 0, 0)], classes=7)
+    assert notes["loss of batches"][1] == "L2 adds 0.500"
+    assert "loss" not in notes
+
+
+def test_events_are_by_training_step_each_once(prepared):
+    """Over restarts, epochs that are evaluated again, and others that were evaluated before."""
+    _, folder, run, _ = prepared
+    rows = [table_row(epoch, 0.1, 0.2, 0.3, 0.4 + epoch / 100) for epoch in range(4)]
+    for epoch, row in enumerate(rows):
+        row["step"] = 700 * (epoch + 1)
+    first = results(run, Crops(folder, 0), *rows[:2])
+    first.show_events(1)
+    first.close()
+    utils._forget_locks()
+    time.sleep(1.1)  # the names of event files have whole seconds
+    second = results(run, Crops(folder, 0), *rows)
+    second.rows[0] = rows[0] | {"top1_centre": 0.9}
+    second.show_events(0)
+    second.show_events(2)
+    second.close()
+    seen = toolkit.scalars(run / "events" / "accuracy")
+    assert {step for _, step in seen} == {700, 1400, 2100, 2800}
+    assert seen["accuracy/top1_centre", 700] == pytest.approx(0.9)
+    assert seen["accuracy/top5_centre", 2800] == pytest.approx(0.43)
+
+
+def test_events_grow_under_a_reader(prepared):
+    """A reader that has the file open sees what comes later."""
+    _, folder, run, _ = prepared
+    made = results(run, Crops(folder, 0), *(table_row(e, 0.1, 0.2, 0.3, 0.4) for e in range(3)))
+    made.show_events(0)
+    (file,) = (run / "events/accuracy").iterdir()
+    with open(file, "rb") as reader:
+        before = reader.read()
+        made.show_events(1)
+        assert len(before) > 100 and len(reader.read()) > 100
+    utils._forget_locks()
 
 
 def test_ticks_are_round_and_few():
@@ -567,20 +753,187 @@ def test_ticks_are_round_and_few():
         assert 2 <= len(values) <= 9 and all(value == int(value) for value in values)
 
 
-def test_rate_drops_are_read_from_the_log():
-    drops = check_accuracy.learning_rate_drops
-    assert drops(log_rows(8, lambda i: 0.1 if i < 6 else 0.01)) == [2.5]
-    assert drops(log_rows(8, lambda i: 0.1 / 6**i)) == []  # falls all the time
+def test_rate_drops_are_read_from_the_log(tmp_path, monkeypatch):
+    marks = []
+    monkeypatch.setattr(check_accuracy.Chart, "mark", lambda self, *mark: marks.append(mark))
+    rows = [table_row(0, 0.1, 0.2, 0.1, 0.2)]
+    for rate in (
+        lambda i: 0.1 if i < 30 else 0.05 if i < 35 else 0.01,
+        lambda i: 0.1 * 0.9**i,  # falls all the time
+        lambda i: min(i, 20) / 100,  # rises
+    ):
+        write_log(tmp_path, 40, rate)
+        check_accuracy.draw_charts(tmp_path, rows, classes=7)
+    assert marks == [(pytest.approx(2), "rate 0.05"), (pytest.approx(2.5), "rate 0.01")]
 
 
-def test_a_log_that_was_edited_is_drawn_as_far_as_it_can_be_read(tmp_path):
-    path = tmp_path / "training_log.csv"
-    assert check_accuracy.read_training_log(path) == []
-    path.write_text(
-        "epoch,batch,loss,loss_without_l2,top1,learning_rate\n0,0,3,2,0.1,0.1\n0,1,?,2,0.1,0.1\n0,2,3\n"
-    )
-    (row,) = check_accuracy.read_training_log(path)
-    assert (row.loss, row.top1) == (3, 0.1)
+def test_charts_without_a_readable_log_are_a_warning(prepared):
+    config, _, run, _ = prepared
+    save_model(run / "0", 0)
+    write_log(run, 40)
+    log = run / "training_log.csv"
+    log.write_text(log.read_text().replace("0.1", "fast", 1))
+    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
+    assert result.returncode == 0
+    assert len(rows(run)) == 1
+    (warning,) = result.stderr.splitlines()
+    assert "charts could not be written" in warning and str(log) in warning
+
+
+BROKEN_TABLES = {
+    "text": "x" * 1000,
+    "columns": "epoch,step\n0,1\n",
+    "nan": "{head}\n0,1,0.1,0.2,nan,0.4,1.5,19,a,b\n",
+    "inf": "{head}\n0,1,0.1,0.2,0.3,0.4,inf,19,a,b\n",
+    "empty": "{head}\n0,1,0.1,0.2,,,,,,\n",
+    "beyond": "{head}\n0,1,0.1,2.5,0.3,0.4,1.5,19,a,b\n",
+    "negative": "{head}\n-1,1,0.1,0.2,0.3,0.4,1.5,19,a,b\n",
+    "long": "{head}\n0,1,0.1,0.2,0.3,0.4,1.5,19,a," + "b" * 200_000,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TABLES)
+def test_a_table_that_is_not_ours_is_one_line_and_kept(name, prepared):
+    config, folder, run, _ = prepared
+    content = BROKEN_TABLES[name].replace("{head}", ",".join(resnet50.ACCURACY_COLUMNS))
+    (run / "accuracy.csv").write_text(content)
+    with pytest.raises(utils.UserError, match="accuracy.csv: .*correct it, or move the file away"):
+        check_accuracy.Results(run, Crops(folder, 0))
+    utils._forget_locks()
+    assert (run / "accuracy.csv").read_text() == content
+
+
+def test_a_row_that_was_cut_off_is_evaluated_again(prepared):
+    _, folder, run, _ = prepared
+    head = ",".join(resnet50.ACCURACY_COLUMNS)
+    (run / "accuracy.csv").write_text(f"{head}\n0,1,,,0.3,0.4,1.5,19,a,b\n1,2,0.1")
+    made = check_accuracy.Results(run, Crops(folder, 0))
+    assert list(made.rows) == [0] and made.rows[0]["top1_10crop"] is None
+    utils._forget_locks()
+
+
+# --- where the model errs ---------------------------------------------------------------------
+
+
+def confident_wrong(model: Stand, folder: Path, labels: np.ndarray, count: int) -> list[tuple]:
+    """(probability, index, label, guess) of each wrong answer, the most confident first."""
+    wrong = []
+    for index in np.flatnonzero(labels >= 0):
+        crops = np.load(folder / f"X10_{index}.npy")
+        means = (crops if count == 10 else crops[8:9]).mean(axis=(1, 2)) / 255
+        logits = means @ model.weights.numpy()
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p = (p / p.sum(axis=1, keepdims=True)).mean(axis=0)
+        if p.argmax() != labels[index]:
+            wrong.append((p.max(), index, labels[index], p.argmax()))
+    return sorted(wrong, reverse=True)
+
+
+@pytest.mark.parametrize("count", [10, 1])
+def test_classes_and_mistakes_of_the_newest_epoch(count, prepared):
+    config, folder, run, labels = prepared
+    models = [save_model(run / str(epoch), epoch) for epoch in range(2)]
+    arguments = [*SPAN, "--epoch_end=2", f"--crops={count}"]
+    assert toolkit.run("check_accuracy.py", config, *arguments).returncode == 0
+    wrong = confident_wrong(models[1], folder, labels, count)
+    with open(run / "classes.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["label"], row["name"]) for row in table] == [
+        (str(label), name) for label, name in enumerate(NAMES)
+    ]
+    for label, row in enumerate(table):
+        its = int((labels == label).sum())
+        taken = [NAMES[guess] for _, _, right, guess in wrong if right == label]
+        assert int(row["pictures"]) == its
+        if its:
+            assert float(row["top1"]) == pytest.approx(1 - len(taken) / its, abs=1e-5)
+            assert float(row["top1"]) <= float(row["top5"]) <= 1
+        most = max(map(taken.count, taken), default=0)
+        assert row["times"] == (str(most) if taken else "")
+        assert not taken or taken.count(row["taken_for"]) == most
+    top1 = sum(float(row["top1"] or 0) * int(row["pictures"]) for row in table) / 19
+    column = "top1_10crop" if count == 10 else "top1_centre"
+    assert top1 == pytest.approx(float(rows(run)[1][column]), abs=1e-5)
+    sheet = np.asarray(Image.open(run / "mistakes.png"))
+    assert len(wrong) >= 6
+    for place, (_, index, _, _) in enumerate(wrong[:20]):
+        centre = np.load(folder / f"X10_{index}.npy")[8]
+        row, column = divmod(place, 5)
+        lines = [
+            y for y in range(row * 224, sheet.shape[0] - 224) if found(sheet, y, column, centre)
+        ]
+        assert len(lines) == 1, place
+
+
+def found(sheet: np.ndarray, top: int, column: int, picture: np.ndarray) -> bool:
+    """Whether a picture stands there in a row of five."""
+    left = 12 + column * 236
+    return np.array_equal(sheet[top : top + 224, left : left + 224], picture)
+
+
+def test_mistakes_name_the_right_class_and_the_guess(prepared, monkeypatch):
+    _, folder, run, labels = prepared
+    model, sheets = save_model(run / "0", 3), []
+
+    def sheet(pictures, captions, title, columns):
+        sheets.append((len(pictures), captions, title))
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(check_accuracy, "contact_sheet", sheet)
+    crops = Crops(folder, 0)
+    row, answers = check_accuracy.evaluate(run / "0", crops, 4)
+    results(run, crops).add(row, answers)
+    utils._forget_locks()
+    wrong = confident_wrong(model, folder, labels, 10)
+    ((count, captions, title),) = sheets
+    assert count == len(captions) == len(wrong)
+    assert f"run, epoch 0: {len(wrong)} of 19 answers are wrong" in title
+    for caption, (probability, _, label, guess) in zip(captions, wrong, strict=True):
+        assert caption == [f"{NAMES[label]}, taken for", f"{probability:.0%} {NAMES[guess]}"]
+
+
+def test_a_model_without_mistakes_or_with_more_classes(prepared):
+    """The validation set may lack classes of the model."""
+    _, folder, run, labels = prepared
+    crops = Crops(folder, 0)
+    utils._forget_locks()
+    right = crops.labels[crops.indices]
+    answers = {"label": right, "guess": right, "probability": np.ones(19), "rank": 0 * right}
+    answers = SimpleNamespace(**answers)
+    check_accuracy.draw_mistakes(answers, crops, "run", run / "mistakes.png")
+    assert Image.open(run / "mistakes.png").size[0] > 224
+    answers.guess = right + CLASSES
+    check_accuracy.write_classes(answers, ["\x1b[31m", "c\udcff", *NAMES[2:]], run / "classes.csv")
+    text = (run / "classes.csv").read_text()
+    assert "class 7" in text and "\\x1b[31m" in text and "\x1b" not in text
+    check_accuracy.draw_mistakes(answers, crops, "run", run / "mistakes.png")
+
+
+def test_an_older_epoch_leaves_the_mistakes_of_the_newest(prepared):
+    config, _, run, _ = prepared
+    for epoch in range(2):
+        save_model(run / str(epoch), epoch)
+    newest = ["--run_folder=run", "--epoch_start=1", "--epoch_end=2"]
+    assert toolkit.run("check_accuracy.py", config, *newest).returncode == 0
+    before = (run / "mistakes.png").read_bytes(), (run / "classes.csv").read_bytes()
+    assert toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1").returncode == 0
+    assert ((run / "mistakes.png").read_bytes(), (run / "classes.csv").read_bytes()) == before
+    assert [row["epoch"] for row in rows(run)] == ["0", "1"]
+
+
+def test_charts_are_drawn_once_for_each_epoch(prepared, monkeypatch):
+    config, _, run, _ = prepared
+    for epoch in range(2):
+        save_model(run / str(epoch), epoch)
+    drawn = []
+    monkeypatch.setattr(check_accuracy, "draw_charts", lambda *_: drawn.append(1))
+    monkeypatch.setattr(check_accuracy, "open_device", lambda *_: None)
+    arguments = ["check_accuracy.py", f"--config={config}", *SPAN, "--epoch_end=2"]
+    monkeypatch.setattr(check_accuracy.sys, "argv", arguments)
+    for count in (2, 3):  # started again, it draws them although nothing is evaluated
+        check_accuracy.main()
+        utils._forget_locks()
+        assert len(drawn) == count
 
 
 def test_subprocess_is_quiet(prepared):
