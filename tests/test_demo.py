@@ -72,7 +72,7 @@ def test_a_killed_demonstration_leaves_no_process_behind():
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "examples")}
     demonstration = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
     )
