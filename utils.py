@@ -994,8 +994,9 @@ def keep_lock(path: Path, refusal: str) -> None:
         if not os.path.samestat(os.fstat(_locks[path]), os.stat(path)):
             raise UserError(refusal)
     except FileNotFoundError:
-        os.close(_locks.pop(path))
+        held = _locks[path]
         lock(path, refusal)
+        os.close(held)
 
 
 def is_locked(path: Path) -> bool:

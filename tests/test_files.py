@@ -477,6 +477,8 @@ def test_a_lock_whose_file_was_removed_is_taken_again(tmp_path):
     assert utils.is_locked(path)
     path.unlink()
     folder.rmdir()
+    with pytest.raises(FileNotFoundError):
+        utils.keep_lock(path, "lost")
     folder.mkdir()
     utils.keep_lock(path, "lost")
     assert utils.is_locked(path)
