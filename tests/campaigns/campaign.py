@@ -31,7 +31,7 @@ import numpy as np
 # isort: split
 import preprocess
 import toy_dataset
-from preprocess import crop_file
+from preprocess import crop_file, side_window
 from runtime_preprocessing import write_progress
 
 PATIENCE = 180
@@ -100,6 +100,11 @@ def processes(place: Place) -> list[int]:
     return found
 
 
+def left_in(buffer: Path) -> list[str]:
+    """What lies in a buffer besides the empty lock files, which stay."""
+    return [name for name in os.listdir(buffer) if not name.endswith(".lock")]
+
+
 def span(epochs: int, batch_size: int) -> list[str]:
     return ["--epoch_start=0", f"--epoch_end={epochs}", f"--batch_size={batch_size}"]
 
@@ -111,8 +116,8 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
     """SIGKILL to runtime_preprocessing.py while a stand-in for training reads batch after batch."""
     moments, lost, with_workers = random.Random(0), 0, 0
     with Place(10, train__buffer_size=6, runtime_preprocessing__sleep_time=0.02) as place:
-        recipe = toolkit.recipe_of(place.config)
-        spec = recipe.spec
+        batches = toolkit.batches_of(place.config)
+        spec = batches.spec
         number = 0
 
         def read_one() -> int:
@@ -122,7 +127,7 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
             if not paths[0].exists():
                 return 0
             arrays = [np.load(path, allow_pickle=False) for path in paths]
-            right = recipe.make(number)
+            right = batches.make(number)
             number += 1
             write_progress(place.buffer, spec, number)
             return sum(not np.array_equal(a, b) for a, b in zip(arrays, right, strict=True))
@@ -146,9 +151,9 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
         lost += number < goal
         write_progress(place.buffer, spec, spec.step(1000))
         lost += process.wait(timeout=PATIENCE) != 0
-        lost += len(os.listdir(place.buffer))
+        lost += len(left_in(place.buffer))
         if lost:
-            print(f"  at {number} of {goal}, {process.returncode}, {os.listdir(place.buffer)}")
+            print(f"  at {number} of {goal}, {process.returncode}, {left_in(place.buffer)}")
             print(place.log.read_text()[-1000:])
         print(f"  {number} batches were read and compared; {with_workers} kills met workers")
     return tries, lost
@@ -175,12 +180,10 @@ def kill_trainer(tries: int = 20, epochs: int = 30) -> tuple[int, int]:
         lost += whole.wait() != 0
         models = utils.load_config(place.config).train.path_for_saving
         place.start("runtime_preprocessing.py", *span(epochs, 4))
-        (models / "killed").mkdir()  # --resume refuses a run that does not exist
         table = models / "killed" / "training_log.csv"
         while True:
-            process = place.start(
-                "train.py", "--run_folder=killed", *arguments, "--resume", "--checkpoint_minutes=0"
-            )
+            more = ["--checkpoint_minutes=0", *["--resume"] * table.exists()]
+            process = place.start("train.py", "--run_folder=killed", *arguments, *more)
             before = row_count(table)
             while kills < tries and process.poll() is None and row_count(table) <= before:
                 time.sleep(0.05)
@@ -280,7 +283,8 @@ def flip_bytes(tries: int = 2000) -> tuple[int, int]:
                 content[rng.integers(len(content))] = rng.integers(256)
             target.write_bytes(content)
             try:
-                crop = crop_file(target, int(rng.choice(preprocess.SIDES)), rng.random(2))
+                side = int(rng.choice(preprocess.SIDES))
+                crop = crop_file(target, side_window(side, rng.random(2)))
                 lost += crop.size != (224, 224) or crop.mode != "RGB"
             except preprocess.BrokenPicture:
                 broken += 1
@@ -344,7 +348,7 @@ def long_run(tries: int = 20_000) -> tuple[int, int]:
     """So many tiny batches: memory, open files and threads stay flat, files within the window."""
     lost, size = 0, 30
     with Place(10, train__buffer_size=size, runtime_preprocessing__sleep_time=0.01) as place:
-        epochs, spec = tries // 40, toolkit.recipe_of(place.config, 1).spec
+        epochs, spec = tries // 40, toolkit.batches_of(place.config, 1).spec
         process = place.start("runtime_preprocessing.py", *span(epochs, 1))
         seen = []
         for number in range(epochs * 40):
@@ -358,7 +362,7 @@ def long_run(tries: int = 20_000) -> tuple[int, int]:
                 # Batches under way when progress moved on may still arrive.
                 lost += len(names) > size + 4
         lost += process.wait(timeout=PATIENCE) != 0
-        lost += len(os.listdir(place.buffer))
+        lost += len(left_in(place.buffer))
         later = seen[len(seen) // 4 :]
         for name in ("memory", "files", "threads"):
             values = [each[name] for each in later]

@@ -34,8 +34,10 @@ import utils
 
 import numpy as np
 
-from campaign import PATIENCE, Place, final_state, print_table, processes, span, tree, wait_for
-from runtime_preprocessing import Recipe, read_progress, write_progress
+from campaign import (
+    PATIENCE, Place, final_state, left_in, print_table, processes, span, tree, wait_for
+)  # fmt: skip
+from runtime_preprocessing import Batches, read_progress, write_progress
 
 PREPARING = {
     "preprocess.py": ["--shorter_side=256"],
@@ -151,12 +153,9 @@ class StandIn:
 
     def __init__(self, place: Place, batch_size: int = 4, tells: bool = True):
         """`tells`: whether it writes its progress."""
-        self.tells = tells
-        self.place, self.recipe = (
-            place,
-            mirrored(place, toolkit.recipe_of(place.config, batch_size)),
-        )
-        self.spec, self.number, self.lost = self.recipe.spec, 0, 0
+        self.place, self.tells = place, tells
+        self.batches = mirrored(place, toolkit.batches_of(place.config, batch_size))
+        self.spec, self.number, self.lost = self.batches.spec, 0, 0
         self.arguments = span(1000, batch_size)
 
     def start(self, **how: object) -> subprocess.Popen:
@@ -175,7 +174,7 @@ class StandIn:
                 self.tell()
                 time.sleep(0.002)
                 continue
-            right = self.recipe.make(self.number)
+            right = self.batches.make(self.number)
             self.lost += any(not np.array_equal(a, b) for a, b in zip(arrays, right, strict=True))
             self.number += 1
             self.tell()
@@ -192,22 +191,22 @@ class StandIn:
         self.lost += not self.take(8, process)  # more than lay ready: it is at work
         write_progress(self.place.buffer, self.spec, self.spec.step(1000))
         self.lost += not ends_well(process)
-        left = os.listdir(self.place.buffer)
+        left = left_in(self.place.buffer)
         self.lost += len(left) + len(processes(self.place))
         if self.lost:
             print(f"  lost {self.lost}; left in the buffer: {left}")
         return self.lost
 
 
-def mirrored(place: Place, recipe: Recipe) -> Recipe:
-    """The recipe from copies of the pictures, which no fault touches."""
-    mirror, folder = place.folder / "mirror", recipe.pictures.folder
+def mirrored(place: Place, batches: Batches) -> Batches:
+    """The same batches from copies of the pictures, which no fault touches."""
+    mirror, folder = place.folder / "mirror", batches.pictures.folder
     shutil.copytree(folder, mirror / "originals", dirs_exist_ok=True)
-    copies = {side: mirror / str(side) for side in recipe.copies}
+    copies = {side: mirror / str(side) for side in batches.copies}
     for side, copy in copies.items():
-        shutil.copytree(recipe.copies[side], copy, dirs_exist_ok=True)
-    pictures = dataclasses.replace(recipe.pictures, folder=mirror / "originals")
-    return Recipe(recipe.spec, pictures, copies)
+        shutil.copytree(batches.copies[side], copy, dirs_exist_ok=True)
+    pictures = dataclasses.replace(batches.pictures, folder=mirror / "originals")
+    return Batches(batches.spec, pictures, copies)
 
 
 def buffer_place(**values: object) -> Place:
@@ -331,69 +330,29 @@ def trainings() -> Trainings:
 CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 """What is started so has processes of its own: it is number 1, and sees no others."""
 
-REMOVER = """
-import sys, time, pathlib
-sys.path.insert(0, sys.argv[1])
-import utils
-end, met = time.monotonic() + float(sys.argv[2]), 0
-while time.monotonic() < end:
-    for folder in map(pathlib.Path, sys.argv[3:]):
-        if folder.is_dir():
-            met += any(utils.is_leftover(path.name) for path in folder.iterdir())
-            utils.remove_leftovers(folder)
-    time.sleep(0.003)
-print(met)
-"""
-
-
-def remove_elsewhere(seconds: float, *folders: Path) -> int:
-    """Removes leftovers again and again in another container. Returns how often it met any."""
-    command = [*CONTAINER, sys.executable, "-c", REMOVER, str(toolkit.ROOT), str(seconds)]
-    result = subprocess.run([*command, *map(str, folders)], capture_output=True, text=True)
-    return int(result.stdout)
-
 
 def containers(tries: int = 30) -> tuple[int, int]:
-    """Each script is process 1 of its container, others remove leftovers meanwhile; kills."""
+    """Each script is process 1 of its container; a second one is refused, the first is killed."""
     tried = lost = 0
     with buffer_place() as place:
         stand_in = StandIn(place)
         process = stand_in.start(before=CONTAINER)
         for turn in range(tries):
-            met: list[int] = []
-            other = threading.Thread(
-                target=lambda met=met: met.append(remove_elsewhere(0.3, place.buffer))
-            )
-            other.start()
-            while other.is_alive():
-                lost += not stand_in.take(4, process)
-            tried += met[0]
-            if turn % 6 == 5:  # a second one, also process 1 of its container
+            lost += not stand_in.take(4, process)
+            if turn % 6 == 5:
                 lost += not ends_in_a_line(stand_in.start(before=CONTAINER))
                 process.kill()
                 process.wait()
                 process = stand_in.start(before=CONTAINER)
-                tried += 2
+            tried += 1
         lost += stand_in.finish(process)
     for script, more in PREPARING.items():
         with buffer_place() as place:
             process = launch(place, script, *more, before=CONTAINER)
-            while process.poll() is None:
-                below = [path for path in results(place).rglob("*") if path.is_dir()]
-                tried += remove_elsewhere(0.3, results(place), *below)
-            lost += not (ends_well(process) and is_equal(place, script))
-    return tried, lost
-
-
-def containers_training(tries: int = 1) -> tuple[int, int]:
-    """A training in two containers, leftovers removed from a third while it saves."""
-    tried = lost = 0
-    for turn in range(tries):
-        name = f"containers{turn}"
-        pair = trainings().pair(name, "--checkpoint_minutes=0", before=CONTAINER)
-        while pair[1].poll() is None:
-            tried += remove_elsewhere(1, trainings().models / name, trainings().place.buffer)
-        lost += trainings().lost(name, *pair)
+            second = launch(place, script, *more, before=CONTAINER)
+            lost += not ends(second) + (not ends_well(process))
+            lost += not is_equal(place, script)
+            tried += 2
     return tried, lost
 
 
@@ -827,53 +786,37 @@ def command(script: str) -> list[str]:
 
 
 def buffer_deleted(tries: int = 20) -> tuple[int, int]:
-    """The buffer's folder is removed under a running preprocessor, and made again or not."""
-    tried = lost = 0
+    """The buffer's folder, or all that lies in it, is removed under a running preprocessor."""
+    lost = 0
     with buffer_place() as place:
         stand_in = StandIn(place)
-        for turn in range(tries):
-            process = stand_in.start()
-            lost += not stand_in.take(6, process)
-            shutil.rmtree(place.buffer, ignore_errors=True)
-            if turn % 2:
-                place.buffer.mkdir(exist_ok=True)
-            stand_in.take(6, process)
-            if process.poll() is None:
-                print("  the preprocessor goes on")
-                process.kill()
-                process.wait()
-            else:
-                lost += not ends_in_a_line(process)
-            place.buffer.mkdir(exist_ok=True)
-            write_progress(place.buffer, stand_in.spec, stand_in.number)
-            tried += 1
         process = stand_in.start()
+        for turn in range(tries):
+            lost += not stand_in.take(6, process)
+            if turn % 2:
+                shutil.rmtree(place.buffer, ignore_errors=True)
+            else:
+                remove_content(place.buffer)
         lost += not stand_in.take(8, process)
         lost += stand_in.finish(process)
-    return tried, lost
+    return tries, lost
+
+
+def remove_content(folder: Path) -> None:
+    """rm -f folder/* folder/.*"""
+    for path in folder.iterdir():
+        path.unlink(missing_ok=True)
 
 
 def buffer_deleted_training(tries: int = 2) -> tuple[int, int]:
-    """The buffer's folder is removed under a pair; both are started again, with --resume."""
-    tried = lost = 0
+    """The buffer is removed under a pair, as a logout does; both go on."""
+    lost = 0
     for turn in range(tries):
-        name, place = f"deleted{turn}", trainings().place
-        pair = trainings().pair(name, "--checkpoint_minutes=0")
-        lines = 1 + 2 * turn
-        wait_for(lambda p=pair, n=lines: p[1].log.read_text().count("images/s") >= n)
-        shutil.rmtree(place.buffer, ignore_errors=True)
-        for process in pair:
-            try:
-                process.wait(20)
-                lost += not ends(process)  # train.py may have read its last batches already
-            except subprocess.TimeoutExpired:
-                print(f"  {process.script} goes on: {process.log.read_text()[-200:]}")
-                process.terminate()
-                process.wait()
-        tried += 1
-        pair = trainings().pair(name, "--checkpoint_minutes=0", "--resume")
-        lost += trainings().lost(name, *pair)
-    return tried, lost
+        pair = trainings().pair(f"deleted{turn}", "--checkpoint_minutes=0")
+        wait_for(lambda p=pair, n=1 + 2 * turn: p[1].log.read_text().count("images/s") >= n)
+        shutil.rmtree(trainings().place.buffer, ignore_errors=True)
+        lost += trainings().lost(f"deleted{turn}", *pair)
+    return tries, lost
 
 
 def outputs() -> dict[str, str]:
@@ -936,7 +879,7 @@ def closed_output_training(tries: int = 1) -> tuple[int, int]:
             command = shell(place, "check_accuracy.py", [f"--run_folder={name}", *epochs],
                             redirection)  # fmt: skip
             lost += subprocess.run(command, stderr=subprocess.DEVNULL).returncode != 0
-            rows = utils.read_csv(models / name / "accuracy.csv")
+            rows = utils.read_csv(models / name / "accuracy.csv", {"epoch": int})
             lost += len(rows) != trainings().epochs
             tried += 2
     return tried, lost
@@ -1079,7 +1022,7 @@ def checker_disturbed(tries: int = 8) -> tuple[int, int]:
 FAULTS = [
     containers, errors_of_storage, full_disk, readonly_disk, stopped_and_continued, dataset_away,
     wrong_clock, few_files_and_little_memory, two_users, buffer_deleted, closed_output,
-    strangers_files, checker_disturbed, containers_training,
+    strangers_files, checker_disturbed,
     errors_of_storage_training, stopped_training, wrong_clock_training, buffer_deleted_training,
     readonly_models, limited_training, closed_output_training, strangers_in_a_run,
 ]  # fmt: skip
