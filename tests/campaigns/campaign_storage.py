@@ -35,7 +35,15 @@ import utils
 import numpy as np
 
 from campaign import (
-    PATIENCE, Place, final_state, left_in, print_table, processes, span, tree, wait_for
+    PATIENCE,
+    Place,
+    final_state,
+    left_in,
+    print_table,
+    processes,
+    span,
+    tree,
+    wait_for,
 )  # fmt: skip
 from runtime_preprocessing import Batches, read_progress, write_progress
 
