@@ -72,20 +72,30 @@ from preprocess import (
 def main() -> None:
     args = parse_arguments()
     config = utils.load_config(args.config)
-    folder = config.train.buffer_folder
-    if not args.preview:
-        utils.make_folder(folder, private=True)
-        utils.lock(folder / LOCK, ANOTHER.format(folder))
-    if not (args.preview or args.benchmark):
-        set_aside_older_run(folder, args)
-    batches = batches_for(config, args)
-    print(describe(batches))
     if args.preview:
-        draw_preview(batches, args.preview)
-    elif args.benchmark:
-        benchmark(batches, folder)
-    else:
-        fill(Buffer(folder, batches, config.train.buffer_size), config.runtime_preprocessing)
+        draw_preview(batches_for(config, args), args.preview)
+        return
+    folder = utils.make_folder(config.train.buffer_folder, private=True)
+    utils.lock(folder / LOCK, ANOTHER.format(folder))
+    if args.benchmark:
+        benchmark(batches_for(config, args), folder)
+        return
+    set_aside_older_run(folder, args)
+    buffer = Buffer(folder, batches_for(config, args), config.train.buffer_size)
+    buffer.check_room()
+    with utils.stop_on_signals() as stop:
+        buffer.claim()
+        settings = config.runtime_preprocessing
+        made = keep_full(buffer, settings.num_of_threads, settings.sleep_time, stop)
+    if stop.is_set():
+        buffer.say_what_stays()
+        print(f"{utils.script_name()}: stopped", file=sys.stderr)
+        sys.exit(128 + stop.number)
+    buffer.leave()
+    print(
+        f"training has passed epoch {args.epoch_end - 1}; {folder} is empty again. "
+        f"Batches made: {made:,}; {buffer.batches.failures}"
+    )
 
 
 def parse_arguments() -> Namespace:
@@ -100,39 +110,19 @@ def parse_arguments() -> Namespace:
     return parser.parse()
 
 
-def describe(batches: "Batches") -> str:
+def describe(spec: "BatchSpec", layout: str) -> str:
     """Says what will be made, and from what."""
-    spec, source = batches.spec, "the originals"
-    if sides := len(batches.copies):
+    source = "the originals" if spec.crop == "side" else 'the originals, crop = "area"'
+    if sides := len(spec.resized):
         source = f"resized copies for {sides} of the {len(SIDES)} shorter sides, else {source}"
-    if spec.crop == "area":
-        source += ', crop = "area"'
     if spec.workers > 1:
         part = plural(spec.N // spec.workers, "picture")
         source += f"; worker {spec.worker} of {spec.workers} takes {part} of each epoch"
     epochs = spec.epochs[1] - spec.epochs[0]
     return (
-        f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}, "
-        f"{batches.pictures.layout}; {plural(spec.batches_per_epoch, 'batch')} of "
-        f"{spec.batch_size} per epoch, {epochs * spec.batches_per_epoch:,} in "
-        f"{plural(epochs, 'epoch')}, from {source}"
-    )
-
-
-def fill(buffer: "Buffer", settings: SimpleNamespace) -> None:
-    """Keeps the buffer full until training has ended, or until a signal to stop."""
-    buffer.check_room()
-    with utils.stop_on_signals() as stop:
-        buffer.claim()
-        made = keep_full(buffer, settings.num_of_threads, settings.sleep_time, stop)
-    if stop.is_set():
-        buffer.say_what_stays()
-        print(f"{utils.script_name()}: stopped", file=sys.stderr)
-        sys.exit(128 + stop.number)
-    buffer.leave()
-    print(
-        f"training has passed epoch {buffer.spec.epochs[1] - 1}; {buffer.folder} is empty again. "
-        f"Batches made: {made:,}; {buffer.batches.failures}"
+        f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}, {layout}; "
+        f"{plural(spec.batches_per_epoch, 'batch')} of {spec.batch_size} per epoch, "
+        f"{epochs * spec.batches_per_epoch:,} in {plural(epochs, 'epoch')}, from {source}"
     )
 
 
@@ -230,7 +220,10 @@ class BatchSpec:
 
 
 def batches_for(config: SimpleNamespace, args: Namespace) -> "Batches":
-    """The batches that the settings and the command line ask for. Raises UserError."""
+    """The batches that the settings and the command line ask for. Says what they are made of.
+
+    Raises UserError.
+    """
     pictures, how = training_pictures(config), config.runtime_preprocessing.crop
     copies = copies_for(config.preprocess.path_to_save, pictures) if how == "side" else {}
     worker, workers = worker_of_workers()
@@ -257,6 +250,7 @@ def batches_for(config: SimpleNamespace, args: Namespace) -> "Batches":
         epochs=[args.epoch_start, args.epoch_end],
         crop=how,
     )
+    print(describe(spec, pictures.layout))
     return Batches(spec, pictures, copies)
 
 
@@ -344,15 +338,36 @@ class Buffer:
         self.folder, self.batches, self.spec = folder, batches, batches.spec
         self.start, self.end = (self.spec.step(epoch) for epoch in self.spec.epochs)
         self.size = min(size, self.end - self.start)
-        self.x_bytes = utils.array_file_size(np.float16, self.spec.shape)
-        self.y_bytes = utils.array_file_size(np.int32, self.spec.shape[:1])
+        self.sizes = {
+            "X": utils.array_file_size(np.float16, self.spec.shape),
+            "Y": utils.array_file_size(np.int32, self.spec.shape[:1]),
+        }
+        """Bytes of a file."""
+
+    def files(self) -> dict[str, int]:
+        """The batch files in the folder, with their sizes in bytes."""
+        found = {}
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                if BATCH_FILE.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError):  # removed just now
+                        found[entry.name] = entry.stat(follow_symlinks=False).st_size
+        return found
+
+    def ready(self, files: dict[str, int]) -> set[int]:
+        """Steps of the batches whose two files are complete."""
+        complete: dict[str, set[int]] = {"X": set(), "Y": set()}
+        for name, size in files.items():
+            step, kind = self.spec.step_of(name), name[0]
+            if step is not None and size == self.sizes[kind]:
+                complete[kind].add(step)
+        return complete["X"] & complete["Y"]
 
     def check_room(self) -> None:
         """Prints how much room the buffer needs and has. Raises UserError if it has too little."""
         folder, size_of = self.folder, utils.file_size
-        own = self._bytes_there()
-        batch = on_disk(self.x_bytes) + on_disk(self.y_bytes)
-        room = shutil.disk_usage(folder).free + own - on_disk(1)  # a page for the progress file
+        own, batch = on_disk(*self.files().values()), on_disk(*self.sizes.values())
+        room = shutil.disk_usage(folder).free + own - on_disk(1)  # for the progress file
         there = f"{folder} has room for {size_of(max(room, 0))}"
         free = utils.available_memory() if is_ram_disk(folder) else None
         if free is not None:
@@ -372,30 +387,26 @@ class Buffer:
 
         Raises UserError if nothing says how the batches there were made.
         """
-        names, older = [entry.name for entry in self._entries()], self.folder / OLDER_JSON
+        files, older = self.files(), self.folder / OLDER_JSON
         old = BatchSpec.read(self.folder) or utils.read_record(BatchSpec, older)
-        if names and old is None:
+        if files and old is None:
             raise UserError(
-                f"{self.folder / names[0]}: there is no {BUFFER_JSON} that says how it was made. "
-                f"Remove it (rm {self.pattern}), or give the buffer a folder of its own "
-                f"([train] buffer_folder)"
+                f"{self.folder / min(files)}: no {BUFFER_JSON} says how it was made; remove it (rm "
+                f"{self.pattern}), or give the buffer a folder of its own ([train] buffer_folder)"
             )
-        if names and old != self.spec:
+        if files and old != self.spec:
             others = ", ".join(old.differences(dataclasses.asdict(self.spec)))
-            print(f"{self.folder}: removing {plural(len(names), 'file')}, made with other {others}")
-            self._remove(names)
+            print(f"{self.folder}: removing {plural(len(files), 'file')}, made with other {others}")
+            self.remove(files)
         self.remove_leftovers()
         utils.write_record(self.folder / BUFFER_JSON, self.spec)
-        self._remove([OLDER_JSON])
-        window = self.window(self.wanted_first())
-        if ready := self.ready().intersection(window):
+        self.remove([OLDER_JSON])
+        if ready := self.ready(self.files()).intersection(self.window(self.wanted_first())):
             print(f"{self.folder}: {plural(len(ready), 'batch')} ready from an earlier run")
 
-    def look(self) -> set[int]:
-        """Returns the steps of the batches that are ready. Makes again what somebody has removed:
-        the folder, the lock, buffer.json.
-
-        Raises UserError if another preprocessor has taken the folder.
+    def look(self) -> dict[str, int]:
+        """Returns the batch files. Makes again what somebody has removed: the folder, the lock,
+        buffer.json. Raises UserError if another preprocessor was faster.
         """
         utils.make_folder(self.folder, private=True)
         with contextlib.suppress(FileNotFoundError):  # removed just now; the next look makes it
@@ -403,18 +414,7 @@ class Buffer:
             self.held = lock_file(self.folder)
             if not (self.folder / BUFFER_JSON).exists():
                 utils.write_record(self.folder / BUFFER_JSON, self.spec)
-            return self.ready()
-        return set()
-
-    def ready(self) -> set[int]:
-        """Steps of the batches whose two files both exist and are complete."""
-        sizes = {"X": self.x_bytes, "Y": self.y_bytes}
-        complete: dict[str, set[int]] = {"X": set(), "Y": set()}
-        for entry in self._entries():
-            step, kind = self.spec.step_of(entry.name), entry.name[0]
-            if step is not None and _size(entry) == sizes[kind]:
-                complete[kind].add(step)
-        return complete["X"] & complete["Y"]
+        return self.files()
 
     def wanted_first(self) -> int:
         """The step that training needs next, or this run's first."""
@@ -425,15 +425,13 @@ class Buffer:
         """The steps that the buffer should hold when training needs `first`."""
         return range(first, min(first + self.size, self.end))
 
-    def remove_all_but(self, window: range) -> None:
-        """Removes all batches outside the window, no matter which run made them."""
-        names = [entry.name for entry in self._entries()]
-        self._remove(name for name in names if self.spec.step_of(name) not in window)
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
-    def remove(self, steps: Iterable[int]) -> None:
-        """Removes these batches if they exist."""
+    def remove_batches(self, steps: Iterable[int]) -> None:
         for step in steps:
-            self._remove(path.name for path in self.spec.files(self.folder, step))
+            self.remove(path.name for path in self.spec.files(self.folder, step))
 
     def remove_leftovers(self) -> None:
         """Removes what a killed process left half-written. The lock makes this process the only
@@ -445,12 +443,11 @@ class Buffer:
 
     def leave(self) -> None:
         """Removes everything but the empty lock files."""
-        self.remove_all_but(range(0))
-        self._remove([PROGRESS, BUFFER_JSON])
+        self.remove([*self.files(), PROGRESS, BUFFER_JSON])
 
     def say_what_stays(self) -> None:
         """Prints how much memory the batches take, and how to free it."""
-        if size := self._bytes_there():
+        if size := sum(self.files().values()):
             print(
                 f"{utils.file_size(size)} of batches stay in {self.folder} for the next run; to "
                 f"delete them: rm {self.pattern}"
@@ -460,19 +457,6 @@ class Buffer:
     def pattern(self) -> str:
         """What the shell calls the batches."""
         return f"{shlex.quote(str(self.folder))}/[XY]_[0-9]*.npy"
-
-    def _entries(self) -> list[os.DirEntry]:
-        """The batch files. None if the folder was removed just now."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
-            return [entry for entry in entries if BATCH_FILE.fullmatch(entry.name)]
-        return []
-
-    def _bytes_there(self) -> int:
-        return sum(on_disk(_size(entry)) for entry in self._entries())
-
-    def _remove(self, names: Iterable[str]) -> None:
-        for name in names:
-            (self.folder / name).unlink(missing_ok=True)
 
 
 def is_ram_disk(folder: Path) -> bool:
@@ -484,16 +468,9 @@ def is_ram_disk(folder: Path) -> bool:
     return mount is not None and mount[1] in (b"tmpfs", b"ramfs", b"devtmpfs")
 
 
-def on_disk(size: int) -> int:
-    """Bytes that a file of this size takes on a RAM disk, in whole pages."""
-    return -(-size // 4096) * 4096
-
-
-def _size(entry: os.DirEntry) -> int:
-    try:
-        return entry.stat(follow_symlinks=False).st_size
-    except FileNotFoundError:  # removed after the folder was listed
-        return 0
+def on_disk(*sizes: int) -> int:
+    """Bytes that files of these sizes take on a RAM disk, in whole pages."""
+    return sum(-(-size // 4096) * 4096 for size in sizes)
 
 
 # --- keeping it full --------------------------------------------------------------------------
@@ -529,14 +506,15 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float, stop: utils.Stop)
         while (first := buffer.wanted_first()) < buffer.end and not stop.is_set():
             window = buffer.window(first)
             if is_due := time.monotonic() >= look_at:
-                ready, look_at = buffer.look(), time.monotonic() + LOOK_AGAIN
+                files, look_at = buffer.look(), time.monotonic() + LOOK_AGAIN
+                ready = buffer.ready(files)
             missing = [step for step in window if step not in ready and step not in under_way]
             if missing and missing[0] < window.start + REFILL_BELOW * buffer.size:
                 filling = True
             if filling:
                 if is_due:
-                    buffer.remove_all_but(window)
-                buffer.remove(ready.difference(window))
+                    buffer.remove(name for name in files if buffer.spec.step_of(name) not in window)
+                buffer.remove_batches(ready.difference(window))
                 ready.intersection_update(window)
                 # Two jobs per thread, so that no thread waits for this loop.
                 for step in missing[: 2 * threads - len(under_way)]:
@@ -544,16 +522,17 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float, stop: utils.Stop)
                 filling = bool(under_way)
             wait(under_way.values(), POLL, "FIRST_COMPLETED") if under_way else stop.wait(POLL)
             done = [step for step in under_way if under_way[step].done()]
-            made = [step for step in done if is_made(buffer, under_way.pop(step))]
+            made = [step for step in done if is_made(step, under_way.pop(step), buffer, ready)]
             if made != done:
-                look_at = 0.0  # the folder may have been removed
+                look_at = 0.0  # another batch or the folder was removed
             ready.update(made)
             diary.note(first, len(ready), len(made), filling)
     return diary.made
 
 
-def is_made(buffer: Buffer, job: Future) -> bool:
-    """Whether a job has made its batch. False if there was no room, or if the folder was removed.
+def is_made(step: int, job: Future, buffer: Buffer, ready: set[int]) -> bool:
+    """Whether a job has made its batch. False if the folder was removed, or if there was no room:
+    then the batch that is needed last makes room.
 
     Raises the exception of a worker, and UserError if too many pictures are broken.
     """
@@ -567,6 +546,7 @@ def is_made(buffer: Buffer, job: Future) -> bool:
         if not buffer.said_no_room:
             utils.warn(f"{buffer.folder}: no room for another batch; waiting for room")
         buffer.said_no_room = True
+        buffer.remove_batches([last] if (last := max(ready, default=step)) > step else [])
         return False
     for path, error in broken:
         buffer.batches.failures.add(path, error)
@@ -605,16 +585,13 @@ class Diary:
             self._alive_at = self._now
             utils.warn(
                 f"no batch was made for {STUCK:.0f} s, although training needs some: a process "
-                f"hangs, or the storage of {self.buffer.batches.pictures.folder} does"
+                f"hangs, the storage of {self.buffer.batches.pictures.folder} does, or no room"
             )
 
 
 FORK = sys.platform == "linux"
 """Whether to make batches in processes, because of Python's global lock. On macOS the system
 libraries break after a fork, so all threads run in this process."""
-
-PR_SET_PDEATHSIG = 1
-"""Linux: which signal a process gets when its parent ends."""
 
 
 @contextlib.contextmanager
@@ -654,7 +631,7 @@ def begin_work(buffer: Buffer) -> None:
     if parent := multiprocessing.parent_process():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the main process decides
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the parent ends
         if os.getppid() != parent.pid:  # it has ended before
             os._exit(1)
 
@@ -889,6 +866,10 @@ def lock_file(folder: Path) -> tuple[int, int] | None:
 LOOK = 0.02
 """Seconds between two checks while training waits for a file."""
 
+SAY_WAITING = 3.0
+"""Seconds after which a missing batch is worth a line. A preprocessor whose lock was removed makes
+it again within one."""
+
 OTHER_TRAINER = "{}: another train.py uses this buffer"
 
 
@@ -938,10 +919,8 @@ def misfit(spec: BatchSpec, config: SimpleNamespace, batch_size: int) -> str:
         "workers": workers,
     }
     for key in spec.differences(ours):
-        return (
-            f"its batches were made with {key} = {getattr(spec, key)}, this training has {key} = "
-            f"{ours[key]}"
-        )
+        made, wanted = getattr(spec, key), ours[key]
+        return f"its batches were made with {key} = {made}, this training has {key} = {wanted}"
     return ""
 
 
@@ -1062,21 +1041,19 @@ class BatchReader:
 
     def _check(self) -> None:
         """Raises UserError if the buffer's batches are not those that training began with."""
-        path = self.folder / BUFFER_JSON
         try:
-            status = utils.patiently(os.stat, path)
+            status = utils.patiently(os.stat, self.folder / BUFFER_JSON)
         except FileNotFoundError:
             return  # a preprocessor is starting; it removes batches of another making first
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if version == self._checked:  # reading 1,000 class names for every batch takes too long
-            return
-        spec = BatchSpec.read(self.folder) or self.spec
-        for key in self.spec.differences(dataclasses.asdict(spec)):
-            if key not in ("epochs", "resized"):
-                raise UserError(
-                    f"{self.folder}: {key} of its batches changed after this training began; "
-                    f"stop runtime_preprocessing.py, or start this training again"
-                )
+        if version != self._checked:  # reading 1,000 class names for every batch takes too long
+            found = BatchSpec.read(self.folder) or self.spec
+            for key in self.spec.differences(dataclasses.asdict(found)):
+                if key not in ("epochs", "resized"):
+                    raise UserError(
+                        f"{self.folder}: {key} of its batches changed after this training began; "
+                        f"stop runtime_preprocessing.py, or start this training again"
+                    )
         self._checked = version
 
     def _tell(self, step: int) -> None:
@@ -1097,15 +1074,9 @@ class BatchReader:
             remove_batches_before(self.folder, self.spec, step)
 
 
-SAY_WAITING = 3.0
-"""Seconds after which a missing batch is worth a line. Within one, a preprocessor makes its lock
-and its buffer.json again."""
-
-
 def remove_batches_before(folder: Path, spec: BatchSpec, step: int) -> None:
     for name in os.listdir(folder):
-        found = spec.step_of(name)
-        if found is not None and found < step:
+        if spec.step_of(name) in range(step):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -1209,9 +1180,9 @@ def measure(
                     under_way[pool.submit(make, step + begun, None)] = step + begun
                     begun += 1
                 for job in wait(under_way, return_when="FIRST_COMPLETED").done:
-                    if not is_made(buffer, job):
+                    if not is_made(step, job, buffer, set()):
                         raise UserError(f"{folder}: no room for two batches per thread")
-                    buffer.remove([under_way.pop(job)])
+                    buffer.remove_batches([under_way.pop(job)])
                     made += 1
                     if made == threads:
                         start = time.perf_counter()

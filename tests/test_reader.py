@@ -316,9 +316,7 @@ def test_a_window_too_large_for_the_free_memory_is_refused(config, ram, monkeypa
     monkeypatch.setattr(utils, "available_memory", lambda: 24_000_000)
     buffer = stock(config, ram, 3)
     large = Buffer(ram, buffer.batches, 20)
-    batch = runtime_preprocessing.on_disk(large.x_bytes) + runtime_preprocessing.on_disk(
-        large.y_bytes
-    )
+    batch = runtime_preprocessing.on_disk(*large.sizes.values())
     with pytest.raises(utils.UserError, match="24 MB of memory is free") as error:
         large.check_room()
     size = int(re.search(r"largest buffer_size that fits is (\d+)", str(error.value))[1])
@@ -350,7 +348,7 @@ def test_stopped_it_says_what_stays_and_how_to_free_it(tmp_path, toy, ram, numbe
     assert there(ram) == there(ram, "Y") == {0, 1, 2}
     lines = said(config).splitlines()
     assert lines[-1] == "runtime_preprocessing.py: stopped"
-    assert f"3.63 MB of batches stay in {ram} for the next run" in lines[-2]
+    assert f"3.61 MB of batches stay in {ram} for the next run" in lines[-2]
     assert f"rm {ram}/[XY]_[0-9]*.npy" in lines[-2]
     assert "Traceback" not in said(config)
 
@@ -400,7 +398,7 @@ def test_batches_that_a_power_failure_has_emptied_are_made_again(config, ram):
     for name in ("X_0_0.npy", "Y_0_1.npy", "training_progress.txt"):
         (ram / name).write_bytes(b"")
     Buffer(ram, buffer.batches, 3).claim()
-    assert BatchSpec.read(ram) == buffer.spec and buffer.ready() == {2}
+    assert BatchSpec.read(ram) == buffer.spec and buffer.ready(buffer.files()) == {2}
 
 
 # --- other frameworks -------------------------------------------------------------------------

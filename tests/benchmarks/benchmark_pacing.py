@@ -87,7 +87,7 @@ class Filled(Buffer):
         self.first, self.ahead, self.until = 0, 3 * size // 4, 0.0
         for step in range(self.ahead):
             x, y = self.spec.files(folder, step)
-            for path, length in ((x, self.x_bytes), (y, self.y_bytes)):
+            for path, length in zip((x, y), self.sizes.values(), strict=True):
                 with open(path, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, length)  # with pages of its own
 
@@ -142,7 +142,7 @@ def alone(batches: Batches, folder: Path, args: argparse.Namespace) -> tuple[flo
                     ahead += 1
                 done, under_way = wait(under_way, 1, FIRST_COMPLETED)
                 for _ in done:
-                    buffer.remove([made])
+                    buffer.remove_batches([made])
                     made += 1
         return made
 

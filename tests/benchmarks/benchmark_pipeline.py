@@ -318,21 +318,21 @@ def measure_rounds(buffer: Buffer, count: int = 1000, written: int = 32) -> None
     """Looking at a full buffer (files of the right length without content), and deleting it."""
     for number in range(count):
         x, y = buffer.spec.files(buffer.folder, number)
-        for path, size in ((x, buffer.x_bytes), (y, buffer.y_bytes)):
+        for path, size in zip((x, y), buffer.sizes.values(), strict=True):
             path.touch()
             os.truncate(path, size)
 
     def look() -> None:
         first = buffer.wanted_first()
-        assert buffer.ready() == set(range(count))
-        buffer.remove_all_but(range(first, first + count))
+        files = buffer.files()
+        assert buffer.ready(files) == set(range(first, first + count))
 
     rounds = [timed(look) for _ in range(20)]
-    emptying = timed(lambda: buffer.remove_all_but(range(0)))
+    emptying = timed(lambda: buffer.remove(buffer.files()))
     for number in range(written):
         x, _ = buffer.spec.files(buffer.folder, number)
-        x.write_bytes(b"\1" * buffer.x_bytes)
-    deleting = timed(lambda: buffer.remove_all_but(range(0))) / written
+        x.write_bytes(b"\1" * buffer.sizes["X"])
+    deleting = timed(lambda: buffer.remove(buffer.files())) / written
     print(
         f"one round over {count:,} batches {1000 * statistics.median(rounds):.1f} ms (slowest "
         f"{1000 * max(rounds):.1f} ms); deleting {count:,} batches: their names "
