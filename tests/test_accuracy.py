@@ -605,7 +605,7 @@ class Drawn:
         ink = self.near(check_accuracy.INK)
         bottom = np.flatnonzero(ink[:, 200:700].sum(axis=1) > 400)[-1]
         ticks = self.near(check_accuracy.INK, 130)[bottom + 4]  # a tick may lie across two columns
-        columns = 88 + np.flatnonzero(ticks[88:])  # not the labels beside the axis
+        columns = 88 + np.flatnonzero(ticks[88:735])  # not the labels beside the axes
         self.y = np.polyfit(middles(rows), y_of_lines[::-1], 1)
         self.x = np.polyfit(middles(columns), x_of_ticks, 1)
 
