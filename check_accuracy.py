@@ -45,7 +45,7 @@ with utils.quiet_tensorflow():
     import tensorflow as tf
 
     import resnet50
-    from resnet50 import CheckerPlan, TrainerPlan, epochs_in, model_recipe
+    from resnet50 import CheckerPlan, ModelRecipe, TrainerPlan, epochs_in, model_recipe
 
 POLL_SECONDS = 2.0
 SAY_AGAIN_SECONDS = 600.0
@@ -154,8 +154,17 @@ def state_of(run: Path, epoch: int, plan: CheckerPlan) -> Model:
         return Model.REMOVED
     if training:
         return Model.TRAINING
-    wanted = model_recipe(run / str(epochs[-1])).epoch_end if epochs else None
-    return Model.NEVER if wanted is not None and wanted <= epochs[-1] + 1 else Model.IDLE
+    recipe = recipe_of(run, epochs[-1]) if epochs else None
+    has_ended = recipe and recipe.epoch_end is not None and recipe.epoch_end <= epochs[-1] + 1
+    return Model.NEVER if has_ended else Model.IDLE
+
+
+def recipe_of(run: Path, epoch: int) -> ModelRecipe | None:
+    """None for a model that is broken: `evaluate` says why."""
+    try:
+        return model_recipe(run / str(epoch))
+    except UserError:
+        return None
 
 
 def wait_for(run: Path, epoch: int, plan: CheckerPlan) -> Model:
@@ -289,7 +298,8 @@ class Results:
             if not same_crops:
                 print(f"epoch {epoch} keeps its row of other crops: its model is gone")
             return True
-        if state is Model.SAVED and same_crops and row["model"] == fingerprint(self.run, epoch):
+        recipe = recipe_of(self.run, epoch) if state is Model.SAVED and same_crops else None
+        if recipe and row["model"] == recipe.fingerprint:
             return True
         print(f"epoch {epoch} is evaluated again: other pictures, crops or weights")
         return False
@@ -337,14 +347,6 @@ class Results:
                 draw_mistakes(answers, self.crops, title, self.run / "mistakes.png")
         except (UserError, OSError) as error:
             utils.warn(f"{self.run}: charts could not be written: {error}")
-
-
-def fingerprint(run: Path, epoch: int) -> str:
-    """Changes when the epoch is trained again. "" for a model that is broken."""
-    try:
-        return model_recipe(run / str(epoch)).fingerprint
-    except UserError:
-        return ""  # `evaluate` says why
 
 
 SCALARS = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre", "loss_centre")

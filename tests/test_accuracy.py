@@ -357,6 +357,8 @@ def test_other_numbers_in_a_runs_folder_are_no_epochs(tmp_path):
     utils.lock(run / ".train.lock", "")
     assert check_accuracy.state_of(run, 3, PLAN) is Model.TRAINING
     utils._forget_locks()
+    (run / "2/assets/recipe.json").write_text("null")  # broken: more may come
+    assert check_accuracy.state_of(run, 3, PLAN) is Model.IDLE
 
 
 def test_an_idle_lock_of_another_user_is_not_held(tmp_path, monkeypatch):
