@@ -279,21 +279,15 @@ class Trainer:
             return self._compiled_piece(images, labels)
         images = tf.reshape(images, [pieces, -1, *images.shape[1:]])
         labels = tf.reshape(labels, [pieces, -1])
-        zeros = (
-            [tf.zeros_like(variable) for variable in self.network.trainable_variables],
-            [
-                (tf.zeros_like(n.moving_mean), tf.zeros_like(n.moving_std))
-                for n in self.network.norms
-            ],
-            tf.zeros([3]),
-        )
+        first = self._compiled_piece(images[0], labels[0])
 
         def add(piece: tf.Tensor, sums: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
             parts = tf.nest.flatten(self._compiled_piece(images[piece], labels[piece]))
             return piece + 1, [s + part / pieces for s, part in zip(sums, parts, strict=True)]
 
-        _, means = tf.while_loop(lambda piece, _: piece < pieces, add, (0, tf.nest.flatten(zeros)))
-        return tf.nest.pack_sequence_as(zeros, means)
+        means = [part / pieces for part in tf.nest.flatten(first)]
+        _, means = tf.while_loop(lambda piece, _: piece < pieces, add, (1, means))
+        return tf.nest.pack_sequence_as(first, means)
 
     def _piece(
         self, images: tf.Tensor, labels: tf.Tensor
@@ -414,6 +408,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--synthetic", None, "measure the speed on random batches and exit")
     add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
     args = parser.parse()
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that do not go together. Warns of a rate that never drops."""
     if args.lr_schedule == "step" and not args.lr_drop_epochs:
         raise UserError("--lr_schedule=step needs --lr_drop_epochs, such as 30,60,80")
     if args.lr_schedule != "step" and args.lr_drop_epochs:
@@ -429,7 +429,6 @@ def parse_arguments() -> argparse.Namespace:
         )
     if args.synthetic and worker_of_workers()[1] > 1:
         raise UserError("--synthetic measures one machine; run it without TF_CONFIG")
-    return args
 
 
 SCHEDULES = ("constant", "step", "cosine")

@@ -279,7 +279,7 @@ def batches(dataset, tmp_path_factory) -> list[Batch]:
     """Those that the commands have, cut to a size that is quick to train on."""
     folder = tmp_path_factory.mktemp("recipe")
     config = toolkit.write_config(folder, dataset, folder, **RECIPE.settings())
-    recipe = toolkit.recipe_of(config, RECIPE.batch_size)
+    recipe = toolkit.batches_of(config, RECIPE.batch_size)
     made = [recipe.make(step) for step in range(STEPS)]
     return [(np.ascontiguousarray(images[:, :128, :128]), labels) for images, labels in made]
 
@@ -337,13 +337,12 @@ class ScriptsTrainer:
         flags += ["--jit_compile"] if way.xla else []
         monkeypatch.setattr("sys.argv", ["train.py", *flags])
         strategy = two_replicas() if way.replicas > 1 else tf.distribute.get_strategy()
-        self.trainer = train.Trainer(
-            strategy, utils.load_config(config), recipe.classes, train.parse_arguments()
-        )
+        settings, args = utils.load_config(config), train.parse_arguments()
+        self.trainer = train.Trainer(strategy, settings, recipe.classes, recipe.batches, args)
 
     def state(self) -> Saved:
         state = self.folder / "training_state"
-        self.trainer.state.write(str(state / "state"))
+        self.trainer.state(averaged=False).write(str(state / "state"))
         tf.train.Checkpoint(network=self.trainer.network).write(str(state / "weights"))
         return oracle.read_state(self.folder)
 
@@ -351,7 +350,8 @@ class ScriptsTrainer:
         """The values of the log that a step has."""
         from train import METRICS
 
-        values = self.trainer.step(*self.trainer.put(images, labels), rate).numpy()
+        batch = self.trainer.to_device(images, labels)
+        values = self.trainer.train_batch(*batch, rate).numpy()
         return dict(zip(METRICS, values.tolist(), strict=True))
 
 

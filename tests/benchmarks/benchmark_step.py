@@ -42,7 +42,6 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-import batch_renorm  # noqa: E402
 import resnet50  # noqa: E402
 from batch_renorm import EPSILON, BatchRenorm, Limits  # noqa: E402
 
@@ -56,8 +55,6 @@ KERAS_OF_A_USER = "Keras as a user starts it"
 def main() -> None:
     args = parse_arguments()
     tf.get_logger().setLevel("ERROR")  # it warns of every step function's first trace
-    if args.without_avx512:
-        batch_renorm._has_avx512 = lambda: False
     if args.serve:
         serve({"training": keras_step, "inference": keras_inference}[args.serve](), args.batch)
     elif args.measure_memory_of:
@@ -214,14 +211,13 @@ def synthetic_batch(batch: int) -> tuple[tf.Tensor, tf.Tensor]:
 class FusedBatchNorm(BatchRenorm):
     """Plain batch normalization by TensorFlow's fused operation and its own gradient."""
 
-    def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
+    def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor | tuple:
         if limits is None:
             return super().__call__(x)
-        y, self.batch_mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
             x=x, scale=self.gamma, offset=self.beta, mean=[], variance=[], epsilon=EPSILON
         )
-        self.batch_std = tf.sqrt(variance + EPSILON)
-        return y
+        return y, mean, tf.sqrt(variance + EPSILON)
 
 
 def our_network(norm: type[BatchRenorm] = BatchRenorm) -> resnet50.ResNet50:
@@ -253,36 +249,38 @@ def keras_network(renorm: bool = False) -> keras.Model:
 def our_step(norm: type[BatchRenorm] = BatchRenorm) -> Callable:
     """The step as train.py takes it, on one device."""
     network = our_network(norm)
+    variables = network.trainable_variables
+    momentum = [tf.Variable(tf.zeros_like(variable), trainable=False) for variable in variables]
 
-    def forward(images: tf.Tensor) -> tf.Tensor:
-        return network(images, Limits(tf.constant(3.0), tf.constant(5.0)))
+    def update(gradients: list[tf.Tensor], statistics: list[tuple]) -> None:
+        for w, v, gradient in zip(variables, momentum, gradients, strict=True):
+            velocity = 0.9 * v - RATE * gradient
+            v.assign(velocity)
+            w.assign(w + velocity)
+        for layer, (mean, std) in zip(network.norms, statistics, strict=True):
+            layer.update(mean, std, tf.constant(MOMENTUM))
 
-    def move_averages() -> None:
-        for layer in network.norms:
-            layer.update(layer.batch_mean, layer.batch_std, tf.constant(MOMENTUM))
-
-    return training_step(forward, network.trainable_variables, network.kernels, move_averages)
+    limits = Limits(tf.constant(3.0), tf.constant(5.0))
+    return training_step(lambda images: network(images, limits), variables, network.kernels, update)
 
 
 def our_step_with_statistics_in_two_more_passes() -> Callable:
     """What the original toolkit did: two more forward passes a step for the moving averages."""
     network = our_network()
     limits = Limits(tf.constant(3.0), tf.constant(5.0))
+    variables = network.trainable_variables
     train = training_step(
-        lambda images: network(images, limits),
-        network.trainable_variables,
-        network.kernels,
-        move_averages=lambda: None,
+        lambda images: network(images, limits), variables, network.kernels, sgd(variables)
     )
 
     @tf.function
     def update(images: tf.Tensor, statistic: str) -> None:
-        network(images, limits)
-        for layer in network.norms:
+        _, statistics = network(images, limits)
+        for layer, (mean, std) in zip(network.norms, statistics, strict=True):
             if statistic == "mean":
-                layer.update(layer.batch_mean, layer.moving_std, tf.constant(MOMENTUM))
+                layer.update(mean, layer.moving_std, tf.constant(MOMENTUM))
             else:
-                layer.update(layer.moving_mean, layer.batch_std, tf.constant(MOMENTUM))
+                layer.update(layer.moving_mean, std, tf.constant(MOMENTUM))
 
     def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         loss = train(images, labels)
@@ -298,28 +296,34 @@ def keras_step(renorm: bool = False) -> Callable:
     network = keras_network(renorm)
     variables = network.trainable_variables
     kernels = [variable for variable in variables if variable.name == "kernel"]
-    return training_step(lambda images: network(images, training=True), variables, kernels)
+
+    def forward(images: tf.Tensor) -> tuple[tf.Tensor, None]:
+        return network(images, training=True), None
+
+    return training_step(forward, variables, kernels, sgd(variables))
 
 
-def training_step(
-    forward: Callable,
-    variables: list,
-    kernels: list,
-    move_averages: Callable = lambda: None,
-) -> Callable:
-    """Loss with L2, gradients, SGD with momentum, moving averages: images, labels -> loss."""
+def sgd(variables: list) -> Callable:
+    """Keras's SGD with momentum, as an update of `training_step`."""
     optimizer = keras.optimizers.SGD(RATE, momentum=0.9)
     optimizer.build(variables)
+    return lambda gradients, _: optimizer.apply(gradients, variables)
+
+
+def training_step(forward: Callable, variables: list, kernels: list, update: Callable) -> Callable:
+    """Loss with L2, gradients, update: images, labels -> loss.
+
+    `forward` returns logits and statistics. `update` takes the gradients and the statistics.
+    """
 
     @tf.function
     def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
-            logits = forward(images)
+            logits, statistics = forward(images)
             loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             penalty = L2_PENALTY * tf.add_n([tf.nn.l2_loss(kernel) for kernel in kernels])
             loss = tf.reduce_mean(loss) + penalty
-        optimizer.apply(tape.gradient(loss, variables), variables)
-        move_averages()
+        update(tape.gradient(loss, variables), statistics)
         return loss
 
     return step

@@ -146,10 +146,18 @@ class Network(tf.Module):
         self.dense_kernel = tf.Variable(tf.random.normal([64, 10], stddev=0.1))
         self.dense_bias = tf.Variable(tf.zeros([10]))
 
-    def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor:
+    def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tuple[tf.Tensor, list]:
+        """Returns the statistics too: (mean, deviation) of each normalisation in training."""
+        statistics = []
         for stride, kernel, norm in zip((1, 2, 2, 2), self.kernels, self.norms, strict=True):
-            x = tf.nn.relu(norm(tf.nn.conv2d(x, kernel, stride, "SAME"), limits))
-        return x[:, 0, 0] @ self.dense_kernel + self.dense_bias
+            x = tf.nn.conv2d(x, kernel, stride, "SAME")
+            if limits is None:
+                x = norm(x)
+            else:
+                x, mean, std = norm(x, limits)
+                statistics.append((mean, std))
+            x = tf.nn.relu(x)
+        return x[:, 0, 0] @ self.dense_kernel + self.dense_bias, statistics
 
 
 class Experiment:
@@ -180,7 +188,8 @@ class Experiment:
             ]
         )
         self.train(tf.constant(batches), limits)
-        predicted = tf.argmax(self.network(tf.constant(self.data.test_images)), 1)
+        logits, _ = self.network(tf.constant(self.data.test_images))
+        predicted = tf.argmax(logits, 1)
         return float(np.mean(predicted == self.data.test_labels))
 
     @tf.function
@@ -206,11 +215,11 @@ class Experiment:
 
     def gradients_and_statistics(self, indices: tf.Tensor, limits: Limits) -> tuple[list, list]:
         with tf.GradientTape() as tape:
-            logits = self.network(tf.gather(self.data.train_images, indices), limits)
+            images = tf.gather(self.data.train_images, indices)
+            logits, statistics = self.network(images, limits)
             labels = tf.gather(self.data.train_labels, indices)
             loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             loss = tf.reduce_mean(loss)
-        statistics = [(norm.batch_mean, norm.batch_std) for norm in self.network.norms]
         return tape.gradient(loss, self.variables), statistics
 
 
