@@ -678,11 +678,10 @@ def opened(content: bytes) -> Image.Image:
     """A picture of which only the header is read. Raises BrokenPicture if it cannot be used."""
     with pillow_decodes():
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-    (shorter, longer), pixels = sorted(image.size), f"{image.width}×{image.height} pixels"
-    if shorter * longer > MOST_PIXELS:
-        raise BrokenPicture(f"cannot be used: {pixels} are too many")
-    if longer > LONGEST * shorter:
-        raise BrokenPicture(f"cannot be used: {pixels} is too long and thin")
+    shorter, longer = sorted(image.size)
+    if longer > LONGEST * shorter or shorter * longer > MOST_PIXELS:
+        why = "too long and thin" if longer > LONGEST * shorter else "too large"
+        raise BrokenPicture(f"cannot be used: {image.width}×{image.height} pixels is {why}")
     return image
 
 
@@ -698,12 +697,14 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Decodes the pixels, 8-bit RGB, also if grey, palette, CMYK, 16-bit or transparent."""
     with pillow_decodes():
         image.load()
-    if image.mode.startswith("I"):  # grey of up to 16 bits, which Pillow would clip, not scale
-        bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
-        grey = np.clip(np.asarray(image).astype(np.int64) >> min(bits, 16) - 8, 0, 255)
-        image = Image.fromarray(grey.astype(np.uint8))
-    with pillow_decodes():
-        return image if image.mode == "RGB" else image.convert("RGB")
+        if image.mode == "RGB":
+            return image
+        if not image.mode.startswith("I"):
+            return image.convert("RGB")
+    # Grey of up to 16 bits: Pillow would clip it, not scale it.
+    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+    grey = np.clip(np.asarray(image).astype(np.int64) >> min(bits, 16) - 8, 0, 255)
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 BITS_PER_SAMPLE = 258

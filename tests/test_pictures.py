@@ -424,7 +424,7 @@ def test_commands_refuse_enormous_pictures_unseen(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = result.stderr.splitlines()
     assert len(lines) == 1
-    assert "warning: cat/bomb.JPEG" in lines[0] and "10000×9500 pixels are too many" in lines[0]
+    assert "warning: cat/bomb.JPEG" in lines[0] and "10000×9500 pixels is too large" in lines[0]
     assert "1 could not be decoded" in result.stdout
 
 
