@@ -183,6 +183,15 @@ def test_work_goes_on_when_the_terminal_is_gone(tmp_path):
     assert process.wait(PATIENCE) == 0 and (tmp_path / "saved").exists()
 
 
+def test_an_output_that_nobody_reads_leaves_the_other_alone(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    body = "for i in range(100): print(i)\ntime.sleep(0.2)\nutils.warn('mind')"
+    result = subprocess.run(script(tmp_path, body), stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, b"script.py: warning: mind\n")
+
+
 @pytest.mark.parametrize(
     "command", [["preprocess.py", "--shorter_side=all"], ["preprocess_val.py"]]
 )
