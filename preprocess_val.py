@@ -55,7 +55,11 @@ def main() -> None:
         needed = len(jobs) * CROP_FILE_BYTES
         print(f"the crops of {len(jobs):,} are still to be cut ({utils.file_size(needed)})")
         utils.check_room(folder, needed, "the crops need")
-    failures = write_crops(pictures, folder, jobs)
+    labels = pictures.labels.astype(np.int64)
+    failures = write_crops(pictures, folder, jobs, labels)
+    os.sync()  # after a power failure, the labels must not exist without the crops
+    utils.save_array(folder / LABELS, labels)
+    write_note(folder, pictures, complete=True)
     print(
         f"ten crops of {plural(len(pictures) - len(failures), 'picture')} are in {folder}; "
         f"{failures}. check_accuracy.py will find them there"
@@ -137,9 +141,9 @@ def ten_crops(image: Image.Image) -> np.ndarray:
     return crops
 
 
-def write_crops(pictures: Pictures, folder: Path, jobs: list[int]) -> Failures:
-    """Cuts the crops of the pictures in `jobs`, then writes the labels: -1 for those that fail."""
-    failures, labels = Failures(len(pictures)), pictures.labels.astype(np.int64)
+def write_crops(pictures: Pictures, folder: Path, jobs: list[int], labels: np.ndarray) -> Failures:
+    """Cuts the crops of the pictures in `jobs`. Sets the labels of those that fail to -1."""
+    failures = Failures(len(pictures))
 
     def write(index: int, image: Image.Image) -> bool:
         utils.save_array(folder / f"X10_{index}.npy", ten_crops(image))
@@ -149,9 +153,6 @@ def write_crops(pictures: Pictures, folder: Path, jobs: list[int]) -> Failures:
     for index, is_written in zip(jobs, written, strict=True):
         if not is_written:
             labels[index] = -1
-    os.sync()  # after a power failure, the labels must not exist without the crops
-    utils.save_array(folder / LABELS, labels)
-    write_note(folder, pictures, complete=True)
     return failures
 
 

@@ -476,7 +476,7 @@ def measure_readers(pictures: Pictures, folder: Path, seconds: float) -> None:
 
     def cut_ten_crops() -> None:
         everything = list(range(len(pictures)))
-        preprocess_val.write_all(pictures, folder / "val", everything, pictures.labels.copy())
+        preprocess_val.write_crops(pictures, folder / "val", everything, pictures.labels.copy())
 
     systems = {
         "decode floor (Pillow)": lambda t: decoding_speed(pictures, cores, t),
