@@ -74,7 +74,6 @@ def main() -> None:
     run = Run(config.train.path_for_saving / args.run_folder, args)
     place = run.claim()
     if place.epoch >= args.epoch_end:
-        end_preprocessing(config, args)
         print(f"{run.folder} is already trained to the end of epoch {args.epoch_end - 1}")
         return
     spec = wait_for_buffer(config, args)  # what the batches are made of
@@ -96,7 +95,7 @@ def main() -> None:
         sys.exit(128 + stop.number)
     # Only after the last model is saved: a kill before that makes training need the batches again.
     agree(strategy, {"last step": steps.stop})  # other machines wait until the chief has saved it
-    end_preprocessing(config, args, spec)
+    end_preprocessing(reader.folder, args.epoch_end)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
         f"in {run.folder}. Next: python3 check_accuracy.py --run_folder={args.run_folder} "
@@ -1173,7 +1172,7 @@ class Display(contextlib.AbstractContextManager):
         return [
             f"loss {row['loss_without_l2']:.3f}",
             f"top-1 {row['top1']:.1%}",
-            f"{row['images_per_second']:,.4g} images/s",
+            f"{row['images_per_second']:,.1f} images/s",
             self._time_left(),
             f"waiting {row['waiting_for_data']:.1%}",
         ]
@@ -1190,7 +1189,7 @@ class Display(contextlib.AbstractContextManager):
         """The present state of training in one line that fits the terminal."""
         recent, since = list(self._recent), self.waiting_since
         step = recent[-1].step + 1 if recent else self.steps.start
-        epoch, batch = divmod(step, self.spec.batches_per_epoch)
+        epoch, batch = divmod(min(step, self.steps.stop - 1), self.spec.batches_per_epoch)
         parts = ["waiting for a batch" if since else "the first step takes longest"]
         if recent:
             waiting = time.perf_counter() - since if since else 0.0
