@@ -13,10 +13,10 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
 
 import utils  # first: it says which package is missing
-from utils import UserError, plural
+from utils import UserError
 
 # isort: split
-import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,34 +36,30 @@ from preprocess import (
 
 
 def main() -> None:
-    args = parse_arguments()
-    config = utils.load_config(args.config)
-    pictures = training_pictures(config)
-    load, source = pictures.decoded, pictures.folder
-    if args.shorter_side:
-        source = folder_of_copies(config.preprocess.path_to_save, pictures, args.shorter_side)
-        load = copy_loader(source, pictures)
-    print(f"{plural(len(pictures), 'training picture')} in {source}, {pictures.layout}")
-    result = utils.make_folder(config.get_mu_sigma.path_to_save) / "mu_sigma.txt"
-    refuse_others_result(result)
-    failures = Failures(len(pictures))
-    text = toml(*mu_sigma(pictures, load, failures))
-    utils.write_text(result, text)
-    print(
-        f"{text}\nAlso saved to {result}; {failures}. Paste it into {args.config} if your pictures "
-        f"do not look like photographs; keep the values there for photographs, and those that a "
-        f"model was trained with for fine-tuning it"
-    )
-
-
-def parse_arguments() -> argparse.Namespace:
     parser = utils.Parser(
         "Computes the mean and standard deviation of the training pictures' channels.",
         "get_mu_sigma.py",
     )
     text = "read preprocess.py's copies, not the originals"
     parser.add("--shorter_side", utils.whole(1), text)
-    return parser.parse()
+    args = parser.parse()
+    config = utils.load_config(args.config)
+    pictures = training_pictures(config)
+    folder, load = pictures.folder, pictures.decoded
+    if args.shorter_side:
+        folder = folder_of_copies(config.preprocess.path_to_save, pictures, args.shorter_side)
+        load = functools.partial(decoded_copy, folder, pictures)
+    print(f"{utils.plural(len(pictures), 'training picture')} in {folder}, {pictures.layout}")
+    result = utils.make_folder(config.get_mu_sigma.path_to_save) / "mu_sigma.txt"
+    refuse_others_result(result)
+    failures = Failures(len(pictures))
+    text = toml(*mu_sigma(pictures, load, failures))
+    utils.write_text(result, text)
+    print(
+        f"{text}\nAlso saved to {result}; {failures}. Paste it into {args.config} only if your "
+        f"pictures do not look like photographs, and never to fine-tune a model: it needs the "
+        f"values that it was trained with"
+    )
 
 
 def folder_of_copies(root: Path, pictures: Pictures, side: int) -> Path:
@@ -77,18 +73,12 @@ def folder_of_copies(root: Path, pictures: Pictures, side: int) -> Path:
     return folder
 
 
-def copy_loader(folder: Path, pictures: Pictures) -> Callable[[int], Image.Image]:
-    """A function that decodes a picture's copy, or the original if the copy is missing or broken,
-    as after a power failure.
-    """
-
-    def load(index: int) -> Image.Image:
-        try:
-            return decode(read_picture(folder / pictures.paths[index]))
-        except BrokenPicture:
-            return pictures.decoded(index)
-
-    return load
+def decoded_copy(folder: Path, pictures: Pictures, index: int) -> Image.Image:
+    """A picture's copy, or the original if a power failure has left the copy empty or broken."""
+    try:
+        return decode(read_picture(folder / pictures.paths[index]))
+    except BrokenPicture:
+        return pictures.decoded(index)
 
 
 def refuse_others_result(result: Path) -> None:

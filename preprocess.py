@@ -265,8 +265,7 @@ def validation_pictures(config: SimpleNamespace) -> Pictures:
 
     Raises UserError, also if only the devkit's ground truth says what the classes are.
     """
-    home = config.preprocess.ImageNet_folder
-    root = _dataset_root(home)
+    root = _dataset_root(config.preprocess.ImageNet_folder)
     part = _validation_part(root)
     if part is None:
         kind = "list" if _has_lists(root) else "folder"
@@ -276,10 +275,10 @@ def validation_pictures(config: SimpleNamespace) -> Pictures:
         )
     if _has_lists(root):
         pictures = _listed(root, part)
-    elif _subfolders(root / part):
+    elif _subfolders(root / part) or not _picture_names(root / part):
         pictures = _in_class_folders(root, part)
     else:
-        pictures = _flat_validation(home, root, part)
+        pictures = _flat_validation(config.preprocess.ImageNet_folder, root, part)
     return _as_expected(pictures, "preprocess", config.preprocess.N)
 
 
@@ -368,11 +367,10 @@ def _content(folder: Path) -> str:
             others = f" and {plural(len(found) - 1, 'other')} are" if len(found) > 1 else " is"
             way_out = way_out.replace("FOLDER", shlex.quote(str(folder)))
             return f"{folder / found[0]}{others} {way_out.replace('NAME', shlex.quote(found[0]))}"
-    if any(map(_is_picture_name, names)):
+    if _picture_names(folder):
         return "its pictures are not in class folders: move each into a folder for its class"
     with contextlib.suppress(OSError):  # it is only a hint
-        below = [e.name for name in _subfolders(folder)[:3] for e in _visible(folder / name)]
-        if any(map(_is_picture_name, below)):
+        if any(_picture_names(folder / name) for name in _subfolders(folder)[:3]):
             return f"its folders look like classes: move them into {folder / 'train'}"
     more = f" and {plural(len(names) - 8, 'other')}" if len(names) > 8 else ""
     holds = f"it holds {', '.join(names[:8])}{more}" if names else "it is empty"
@@ -381,6 +379,11 @@ def _content(folder: Path) -> str:
 
 def _is_picture_name(name: str) -> bool:
     return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def _picture_names(folder: Path) -> list[str]:
+    """Sorted names of the pictures in `folder`, without its subfolders."""
+    return sorted(entry.name for entry in _visible(folder) if _is_picture_name(entry.name))
 
 
 def _visible(folder: Path) -> Iterator[os.DirEntry]:
@@ -394,26 +397,20 @@ def _is_folder(entry: os.DirEntry) -> bool:
     return not entry.is_file(follow_symlinks=False) and os.path.isdir(entry.path)
 
 
-def _subfolders(folder: Path, strict: bool = False) -> list[str]:
-    """Sorted names of the visible folders in `folder`; empty if `folder` is not a folder.
-
-    If `strict`, raises UserError for a link that leads nowhere: without a class, the labels of the
-    classes behind it would be others.
-    """
+def _subfolders(folder: Path) -> list[str]:
+    """Sorted names of the visible folders in `folder`; empty if `folder` is not a folder."""
     if not folder.is_dir():
         return []
-    entries = list(_visible(folder))
-    if strict:
-        for entry in entries:
-            _refuse_broken_link(entry)
-    return sorted(entry.name for entry in entries if _is_folder(entry))
+    return sorted(entry.name for entry in _visible(folder) if _is_folder(entry))
 
 
-def _refuse_broken_link(entry: os.DirEntry) -> None:
-    if entry.is_symlink() and not os.path.exists(entry.path):
-        raise UserError(
-            f"{entry.path}: this link leads nowhere; is a disk not mounted? Mend or remove the link"
-        )
+def _refuse_broken_links(folder: Path, names: Iterable[str]) -> None:
+    """Raises UserError if one of the names in a folder is a link that leads nowhere. Without a
+    class, the labels of the classes behind it would be others.
+    """
+    for path in (folder / name for name in names):
+        if not path.exists():
+            raise UserError(f"{path}: this link leads nowhere; is a disk not mounted?")
 
 
 def _files(folder: Path, below: str, here: str, seen: set[str]) -> Iterator[str]:
@@ -428,8 +425,6 @@ def _files(folder: Path, below: str, here: str, seen: set[str]) -> Iterator[str]
         if _is_folder(entry):
             folders.append(entry)
         else:
-            if not _is_picture_name(entry.name):  # a broken picture is named when it is read
-                _refuse_broken_link(entry)
             yield f"{below}/{entry.name}"
     for entry in sorted(folders, key=lambda entry: (entry.is_symlink(), entry.name)):
         real = os.path.realpath(entry.path)
@@ -453,7 +448,9 @@ def _mapping(root: Path) -> list[list[str]]:
 
 def _ranks(root: Path) -> dict[str, int]:
     """The label of each class folder: its rank among the folders of the training set."""
-    return {name: rank for rank, name in enumerate(_subfolders(root / "train", strict=True))}
+    folder = root / "train"
+    _refuse_broken_links(folder, (entry.name for entry in _visible(folder)))
+    return {name: rank for rank, name in enumerate(_subfolders(folder))}
 
 
 def _readable(root: Path, classes: Iterable[str]) -> list[str]:
@@ -465,7 +462,7 @@ def _readable(root: Path, classes: Iterable[str]) -> list[str]:
 def _in_class_folders(root: Path, part: str) -> Pictures:
     """The pictures in `root/part/<class>/**`. The label is the class's rank in the training set."""
     folder, rank, others = root / part, _ranks(root), []
-    found = _subfolders(folder, strict=True)
+    found = _subfolders(folder)
     if unknown := sorted(set(found).difference(rank)):
         raise UserError(f"{folder / unknown[0]}: {_why_unknown(unknown, list(rank), root)}")
     paths, labels = [], []
@@ -476,6 +473,7 @@ def _in_class_folders(root: Path, part: str) -> Pictures:
         paths += used
         labels += [rank[name]] * len(used)
     others += sorted({entry.name for entry in _visible(folder)}.difference(found))
+    _refuse_broken_links(folder, others)  # a picture that is missing is named when it is read
     _warn_of_unused(folder, others)
     layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
     labels = np.array(labels, np.int32)
@@ -509,35 +507,27 @@ def _warn_of_unused(folder: Path, others: list[str]) -> None:
 
 def _flat_validation(home: Path, root: Path, part: str) -> Pictures:
     """All pictures directly in val/, with their classes from Kaggle's LOC_val_solution.csv."""
-    folder, classes = root / part, _ranks(root)
-    names = sorted(e.name for e in _visible(folder) if _is_picture_name(e.name))
-    solution = _near(root, "LOC_val_solution.csv")
+    folder, rank = root / part, _ranks(root)
+    names, solution = _picture_names(folder), _near(root, "LOC_val_solution.csv")
     if solution is None:
-        raise UserError(f"{folder}: {_why_no_classes(home, folder, names)}")
+        raise UserError(
+            f"{folder}: its pictures are not in class folders; put Kaggle's LOC_val_solution.csv "
+            f"into {home}, or move the pictures into {folder}/<class>/ (for ImageNet, run "
+            f"valprep.sh from soumith/imagenetloader.torch in {folder}). The devkit's "
+            f"ILSVRC2012_validation_ground_truth.txt does not help: it numbers the classes in the "
+            f"devkit's own order, not in sorted order"
+        )
     with open(solution, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
     wnids = {name: answer.split()[0] for name, answer in rows}
-    labels = [classes.get(wnids.get(Path(name).stem), -1) for name in names]
+    labels = [rank.get(wnids.get(Path(name).stem), -1) for name in names]
     if -1 in labels:
         raise UserError(
             f"{folder / names[labels.index(-1)]}: {solution} gives no class for it that is in "
             f"{root / 'train'}"
         )
     labels = np.array(labels, np.int32)
-    return Pictures(folder, Paths(names), labels, _readable(root, classes), "Kaggle layout")
-
-
-def _why_no_classes(home: Path, folder: Path, names: list[str]) -> str:
-    """Why the classes of a flat validation set are not known, and what to do."""
-    if not names:
-        return f"no pictures found; {_content(folder)}"
-    return (
-        f"its pictures are not in class folders; put Kaggle's LOC_val_solution.csv into {home}, or "
-        f"move the pictures into {folder}/<class>/ (for ImageNet, run valprep.sh from "
-        f"soumith/imagenetloader.torch in {folder}). The devkit's "
-        f"ILSVRC2012_validation_ground_truth.txt does not help: it numbers the classes in the "
-        f"devkit's own order, not in sorted order"
-    )
+    return Pictures(folder, Paths(names), labels, _readable(root, rank), "Kaggle layout")
 
 
 def _listed(root: Path, part: str) -> Pictures:
@@ -596,9 +586,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000"
 
 LARGEST_FILE = 1_000_000_000
 """Bytes. Pictures of the most pixels that are accepted take 270 MB, without compression."""
-
-MOST_PIXELS = 89_478_485
-"""As many as Pillow decodes without a warning."""
 
 LONGEST = 100
 """Largest ratio of a picture's longer side to its shorter side. Copies of longer pictures would not
@@ -679,7 +666,7 @@ def opened(content: bytes) -> Image.Image:
     with pillow_decodes():
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     shorter, longer = sorted(image.size)
-    if longer > LONGEST * shorter or shorter * longer > MOST_PIXELS:
+    if longer > LONGEST * shorter or shorter * longer > Image.MAX_IMAGE_PIXELS:
         why = "too long and thin" if longer > LONGEST * shorter else "too large"
         raise BrokenPicture(f"cannot be used: {image.width}×{image.height} pixels is {why}")
     return image
@@ -741,7 +728,7 @@ def side_window(side: int, corner: Sequence[float]) -> Window:
     return window
 
 
-def area_window(tries: Iterable[Sequence[float]]) -> Window:
+def area_window(tries: Sequence[Sequence[float]]) -> Window:
     """A box of 8 to 100% of the area and an aspect of 3/4 to 4/3 (Szegedy et al. 2014).
 
     `tries`: float [n, 4] in [0, 1): area, aspect, and position from left to right and from top to
@@ -771,8 +758,13 @@ def crop_file(path: str | Path, window: Window) -> Image.Image:
 def crop(content: bytes, window: Window) -> Image.Image:
     """The part of a picture in a window, resized to 224x224, RGB. Raises BrokenPicture.
 
-    Decodes and resizes no more than that part needs. Up to one level of 256 differs from cutting
-    the resized picture, because Pillow chooses the order of its two passes by the size.
+    Decodes and resizes no more than that part needs. These differences remain, in levels of 256:
+    - at most 1, in one window of twenty, from the same box of the whole picture, because Pillow
+      chooses the order of its two passes by the height;
+    - at most 2, on average 0.01, from resizing the whole picture and then cutting;
+    - on average 0.6, in single pixels up to 20, if a JPEG of four times the size is halved while
+      it is decoded, as copies are, too;
+    - on average 1.1 if the crop is cut from a resized copy, see QUALITY.
     """
     image = opened(content)
     box = window(*image.size)
@@ -842,7 +834,10 @@ def note_about(root: Path, pictures: Pictures) -> CopiesNote | None:
             what = "pictures were added, removed or replaced after these copies were made"
         elif note.fingerprint == pictures.fingerprint:
             what += " (if they have only moved, correct that file)"
-        raise UserError(f"{root / NOTE}: {what}; remove {root}, or use another path_to_save")
+        raise UserError(
+            f"{root / NOTE}: {what}; remove it and the folders 256 … 480 beside it, or use another "
+            f"path_to_save"
+        )
     return note
 
 
@@ -893,7 +888,6 @@ def missing_copies(pictures: Pictures, folders: dict[int, Path], index: int) -> 
     Decodes the original once, a large JPEG only to twice the size that is needed. Raises
     BrokenPicture right away, not when the first copy is requested.
     """
-
     name = pictures.paths[index]
     wanted = [s for s, folder in folders.items() if size_of_file(f"{folder}/{name}") <= 0]
     if not wanted:

@@ -390,14 +390,15 @@ def test_copies_of_pictures_that_have_changed_since_are_refused(how, tmp_path, m
     reason = "copies.json: pictures were added, removed or replaced after"
     for side in (256, 263):
         result = toolkit.run("preprocess.py", config, f"--shorter_side={side}")
-        words = reason, f"remove {tmp_path / 'preprocessed'}, or use another path_to_save"
+        words = reason, "remove it and the folders 256 … 480", "another path_to_save"
         toolkit.assert_one_line_error(result, "preprocess.py", *words)
     result = preview(config, tmp_path)
     assert reason in result.stderr and "the originals are used" in result.stderr
     assert "from the originals" in result.stdout
     result = toolkit.run("get_mu_sigma.py", config, "--shorter_side=256")
     toolkit.assert_one_line_error(result, "get_mu_sigma.py", "preprocessed/256: no copies")
-    shutil.rmtree(tmp_path / "preprocessed")  # as the refusal says
+    (tmp_path / "preprocessed/copies.json").unlink()  # as the refusal says
+    shutil.rmtree(tmp_path / "preprocessed/256")
     run_well("preprocess.py", config, "--shorter_side=256")
     if how == "replaced":
         assert_contents_are_right(tmp_path / "preprocessed/256", tmp_path / "data")
