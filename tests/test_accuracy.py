@@ -98,6 +98,22 @@ def expected_row(model: Stand, folder: Path, labels: np.ndarray) -> dict[str, fl
     return accuracies | {"loss_centre": float(np.mean(losses))}
 
 
+@pytest.fixture
+def check(monkeypatch):
+    """Runs the script in this process, which spares it the start of TensorFlow."""
+
+    def checked(config: Path, *arguments: str) -> None:
+        command = ["check_accuracy.py", f"--config={config}", *arguments]
+        monkeypatch.setattr(check_accuracy.sys, "argv", command)
+        monkeypatch.setattr(check_accuracy, "open_device", lambda *_: None)
+        try:
+            check_accuracy.main()
+        finally:
+            utils._forget_locks()
+
+    return checked
+
+
 def rows(run: Path) -> list[dict]:
     with open(run / "accuracy.csv", newline="") as file:
         return list(csv.DictReader(file))
@@ -170,29 +186,25 @@ def test_corrected_labels_or_replaced_pictures_are_evaluated_again(prepared):
     assert not results(run, Crops(folder, 0), row).is_done(0, PLAN)
 
 
-def test_an_epoch_that_is_evaluated_again_has_one_row(prepared):
+def test_an_epoch_that_is_evaluated_again_has_one_row(prepared, check):
     config, folder, run, labels = prepared
     for epoch in range(2):
         save_model(run / str(epoch), epoch)
-    command = ["check_accuracy.py", config, *SPAN, "--epoch_end=2"]
-    assert toolkit.run(*command).returncode == 0
+    check(config, *SPAN, "--epoch_end=2")
     before = rows(run)
     labels[[0, 1, 2, 4]] = labels[[4, 2, 0, 1]]
     np.save(folder / "y.npy", labels)
-    assert toolkit.run(*command).returncode == 0
+    check(config, *SPAN, "--epoch_end=2")
     assert [row["epoch"] for row in rows(run)] == ["0", "1"]
     assert all(one["crops"] != other["crops"] for one, other in zip(before, rows(run), strict=True))
 
 
-def test_a_model_that_was_removed_is_not_waited_for(prepared, capsys):
+def test_a_model_that_was_removed_is_not_waited_for(prepared, check):
     """As --keep_last does before a checker starts, or after one that saw only the centre crop."""
     config, _, run, _ = prepared
     for epoch in range(3):
         save_model(run / str(epoch), epoch)
-    assert (
-        toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1", "--crops=1").returncode
-        == 0
-    )
+    check(config, *SPAN, "--epoch_end=1", "--crops=1")
     for epoch in range(2):
         shutil.rmtree(run / str(epoch))
     utils.lock(run / ".train.lock", "")  # training goes on
@@ -282,15 +294,14 @@ def test_the_centre_crop_alone(prepared):
             assert float(row[name]) == pytest.approx(right[name], rel=1e-4)
 
 
-def test_a_model_with_other_classes_is_warned_of(prepared):
+def test_a_model_with_other_classes_is_warned_of(prepared, check, capsys):
     config, folder, run, _ = prepared
     save_model(run / "0", 0, class_names=["käfer", *NAMES[1:]])
     for first, warnings in ("käfer", 0), ("ant", 1):
         utils.write_record(folder / "crops.json", Note("", "", True, [first, *NAMES[1:]]))
         (run / "accuracy.csv").unlink(missing_ok=True)
-        result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
-        assert result.returncode == 0
-        assert result.stderr.count("its class 0 is käfer, but ant in") == warnings
+        check(config, *SPAN, "--epoch_end=1")
+        assert capsys.readouterr().err.count("its class 0 is käfer, but ant in") == warnings
 
 
 def test_waits_for_an_epoch_saying_so(prepared, tmp_path):
@@ -377,7 +388,7 @@ def test_an_idle_lock_of_another_user_is_not_held(tmp_path, monkeypatch):
     assert check_accuracy.state_of(tmp_path / "run", 3, PLAN) is Model.NEVER
 
 
-def test_nothing_is_written_through_a_link(prepared, tmp_path):
+def test_nothing_is_written_through_a_link(prepared, tmp_path, check):
     """A run that somebody sends as a tar may hold any links."""
     config, _, run, _ = prepared
     save_model(run / "0", 0)
@@ -391,7 +402,7 @@ def test_nothing_is_written_through_a_link(prepared, tmp_path):
     toolkit.assert_one_line_error(result, "check_accuracy.py", str(lock), "link")
     assert keys.read_text() == "secret"
     lock.unlink()
-    assert toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1").returncode == 0
+    check(config, *SPAN, "--epoch_end=1")
     assert keys.read_text() == "secret"
     assert not (run / "mistakes.png").is_symlink()
 
@@ -434,13 +445,14 @@ def test_broken_models_are_named_and_left_out(prepared):
     assert [row["epoch"] for row in rows(run)] == ["3"]
 
 
-def test_too_few_classes_are_an_error_of_that_epoch(prepared):
+def test_too_few_classes_are_an_error_of_that_epoch(prepared, check, capsys):
     config, folder, run, labels = prepared
     utils.write_record(folder / "crops.json", Note("", "", True, [*NAMES, "owl"]))
     save_model(run / "0", 0)
-    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
-    assert result.returncode == 2
-    assert f"a model of {CLASSES} classes, but the validation pictures have 8" in result.stderr
+    with pytest.raises(utils.UserError, match="1 epoch could not be evaluated"):
+        check(config, *SPAN, "--epoch_end=1")
+    warning = f"a model of {CLASSES} classes, but the validation pictures have 8"
+    assert warning in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -548,11 +560,10 @@ def test_the_device_is_chosen_when_a_model_is_there(prepared, monkeypatch, tmp_p
     assert order == ["there", "opened"]
 
 
-def test_the_lock_says_what_will_be_evaluated(prepared):
+def test_the_lock_says_what_will_be_evaluated(prepared, check):
     config, _, run, _ = prepared
     save_model(run / "2", 0)
-    arguments = ["--run_folder=run", "--epoch_start=2", "--epoch_end=3", "--every=5"]
-    assert toolkit.run("check_accuracy.py", config, *arguments).returncode == 0
+    check(config, "--run_folder=run", "--epoch_start=2", "--epoch_end=3", "--every=5")
     lock = run / ".check_accuracy.lock"
     assert json.loads(lock.read_text()) == {"epoch_start": 2, "epoch_end": 3, "every": 5}
     assert resnet50.read_plan(CheckerPlan, lock) is None  # the checker has ended
@@ -769,16 +780,15 @@ def test_rate_drops_are_read_from_the_log(tmp_path, monkeypatch):
     assert marks == [(pytest.approx(2), "rate 0.05"), (pytest.approx(2.5), "rate 0.01")]
 
 
-def test_charts_without_a_readable_log_are_a_warning(prepared):
+def test_charts_without_a_readable_log_are_a_warning(prepared, check, capsys):
     config, _, run, _ = prepared
     save_model(run / "0", 0)
     write_log(run, 40)
     log = run / "training_log.csv"
     log.write_text(log.read_text().replace("0.1", "fast", 1))
-    result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
-    assert result.returncode == 0
+    check(config, *SPAN, "--epoch_end=1")
     assert len(rows(run)) == 1
-    (warning,) = result.stderr.splitlines()
+    (warning,) = capsys.readouterr().err.splitlines()
     assert "charts could not be written" in warning and str(log) in warning
 
 
@@ -832,11 +842,10 @@ def confident_wrong(model: Stand, folder: Path, labels: np.ndarray, count: int) 
 
 
 @pytest.mark.parametrize("count", [10, 1])
-def test_classes_and_mistakes_of_the_newest_epoch(count, prepared):
+def test_classes_and_mistakes_of_the_newest_epoch(count, prepared, check):
     config, folder, run, labels = prepared
     models = [save_model(run / str(epoch), epoch) for epoch in range(2)]
-    arguments = [*SPAN, "--epoch_end=2", f"--crops={count}"]
-    assert toolkit.run("check_accuracy.py", config, *arguments).returncode == 0
+    check(config, *SPAN, "--epoch_end=2", f"--crops={count}")
     wrong = confident_wrong(models[1], folder, labels, count)
     with open(run / "classes.csv", newline="") as file:
         table = list(csv.DictReader(file))
@@ -913,30 +922,25 @@ def test_a_model_without_mistakes_or_with_more_classes(prepared):
     check_accuracy.draw_mistakes(answers, crops, "run", run / "mistakes.png")
 
 
-def test_an_older_epoch_leaves_the_mistakes_of_the_newest(prepared):
+def test_an_older_epoch_leaves_the_mistakes_of_the_newest(prepared, check):
     config, _, run, _ = prepared
     for epoch in range(2):
         save_model(run / str(epoch), epoch)
-    newest = ["--run_folder=run", "--epoch_start=1", "--epoch_end=2"]
-    assert toolkit.run("check_accuracy.py", config, *newest).returncode == 0
+    check(config, "--run_folder=run", "--epoch_start=1", "--epoch_end=2")
     before = (run / "mistakes.png").read_bytes(), (run / "classes.csv").read_bytes()
-    assert toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1").returncode == 0
+    check(config, *SPAN, "--epoch_end=1")
     assert ((run / "mistakes.png").read_bytes(), (run / "classes.csv").read_bytes()) == before
     assert [row["epoch"] for row in rows(run)] == ["0", "1"]
 
 
-def test_charts_are_drawn_once_for_each_epoch(prepared, monkeypatch):
+def test_charts_are_drawn_once_for_each_epoch(prepared, monkeypatch, check):
     config, _, run, _ = prepared
     for epoch in range(2):
         save_model(run / str(epoch), epoch)
     drawn = []
     monkeypatch.setattr(check_accuracy, "draw_charts", lambda *_: drawn.append(1))
-    monkeypatch.setattr(check_accuracy, "open_device", lambda *_: None)
-    arguments = ["check_accuracy.py", f"--config={config}", *SPAN, "--epoch_end=2"]
-    monkeypatch.setattr(check_accuracy.sys, "argv", arguments)
     for count in (2, 3):  # started again, it draws them although nothing is evaluated
-        check_accuracy.main()
-        utils._forget_locks()
+        check(config, *SPAN, "--epoch_end=2")
         assert len(drawn) == count
 
 
