@@ -408,22 +408,21 @@ ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 def decode_in_graph(content: tf.Tensor) -> tf.Tensor:
     """A JPEG or PNG file as uint8 [height, width, 3], RGB. content: string [].
 
-    All CMYK JPEGs are taken to be inverted, as Pillow does. TensorFlow inverts only those with
-    Adobe's segment. So one is put at the start; the file's own, if it has one, comes later and
-    counts. TensorFlow reads GIF too, but differently from Pillow, so it is refused.
+    TensorFlow decodes GIF too, but not as Pillow does, so it is refused. Pillow takes every CMYK
+    JPEG for inverted, TensorFlow only those with Adobe's segment. So one is put at the start. A
+    segment of the file itself comes later, and counts.
     """
     is_jpeg = tf.strings.substr(content, 0, 3) == b"\xff\xd8\xff"
     is_png = tf.strings.substr(content, 0, 8) == b"\x89PNG\r\n\x1a\n"
-    tf.debugging.Assert(is_jpeg | is_png, ["neither a JPEG nor a PNG file"])
 
-    def jpeg() -> tf.Tensor:
-        is_cmyk = tf.image.extract_jpeg_shape(content)[2] == 4
+    def marked() -> tf.Tensor:
         rest = tf.strings.substr(content, 2, tf.strings.length(content))
-        marked = tf.strings.join([b"\xff\xd8", ADOBE, rest])
-        contents = tf.where(is_cmyk, marked, content)
-        return tf.io.decode_jpeg(contents, 3, dct_method="INTEGER_ACCURATE")
+        is_cmyk = tf.image.extract_jpeg_shape(content)[2] == 4
+        return tf.where(is_cmyk, tf.strings.join([b"\xff\xd8", ADOBE, rest]), content)
 
-    return tf.cond(is_jpeg, jpeg, lambda: tf.io.decode_png(content, 3))
+    with tf.control_dependencies([tf.debugging.Assert(is_jpeg | is_png, ["not JPEG or PNG"])]):
+        file = tf.cond(is_jpeg, marked, lambda: tf.identity(content))
+    return tf.io.decode_jpeg(file, 3, dct_method="INTEGER_ACCURATE")  # also decodes PNG
 
 
 def export_model(network: ResNet50, folder: Path, recipe: ModelRecipe) -> None:
@@ -443,6 +442,10 @@ def export_model(network: ResNet50, folder: Path, recipe: ModelRecipe) -> None:
     utils.write_record(folder / "assets" / RECIPE, recipe)
 
 
+DAMAGED = (OSError, LookupError, ValueError, AssertionError, RuntimeError, tf.errors.OpError)
+"""What TensorFlow raises for files that are cut off or do not belong together."""
+
+
 def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
     """The function from uint8 crops to probabilities, and its number of classes.
 
@@ -451,8 +454,8 @@ def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
     names = model_recipe(folder).class_names
     try:
         model = tf.saved_model.load(str(folder))
-    except (OSError, tf.errors.OpError) as error:
-        raise UserError(f"{folder}: the model cannot be loaded: {str(error)[:150]}") from None
+    except DAMAGED as error:
+        raise UserError(f"{folder}: the model is damaged: {str(error)[:150]}") from None
     classify = model.signatures["serving_default"]
     classify.model = model  # keeps the model's variables alive
     if classify.structured_outputs["probabilities"].shape[-1] != len(names):
@@ -473,8 +476,8 @@ def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
     try:
         status = checkpoint.read(str(folder / "variables" / "variables"))
         status.assert_existing_objects_matched()
-    except (tf.errors.OpError, ValueError, AssertionError) as error:
-        raise UserError(f"{folder}: its variables cannot be read: {str(error)[:150]}") from None
+    except DAMAGED as error:
+        raise UserError(f"{folder}: the model is damaged: {str(error)[:150]}") from None
     same = recipe.class_names == spec.class_names
     for variable, its in zip(network.variables, source.variables, strict=True):
         if same or "dense" not in variable.name:

@@ -3,8 +3,10 @@
 python3 -m pytest tests/test_model.py
 """
 
+import csv
+import functools
 import io
-import json
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -16,20 +18,32 @@ import utils
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image, features
+from PIL import Image
 
 import import_torchvision
 import preprocess_val
 import resnet50
 from preprocess import decode
-from resnet50 import ResNet50, export_model, load_model, load_signature, model_recipe, read_weights
+from resnet50 import ModelRecipe, ResNet50, export_model, load_model, model_recipe, read_weights
 from test_resnet50 import BLOCKS, EPSILON, keras_resnet50, pour, random_network
 
-NAMES = ["tabby", "tiger cat", "line\nbreak", "Käse", "lone \udcff byte", "f", "g"]
-WRITTEN = ["tabby", "tiger cat", "line\\nbreak", "Käse", "lone \\udcff byte", "f", "g"]
+NAMES = ["tabby", "tiger cat", "line\nbreak", "Käse", "lone \udcff byte", "\x1b]0;owned\x07", "g"]
+IN_GRAPH = [*NAMES[:4], "lone \\udcff byte", *NAMES[5:]]
+PRINTED = ["tabby", "tiger cat", "line\\nbreak", "Käse", IN_GRAPH[4], "\\x1b]0;owned\\x07", "g"]
 MU, SIGMA = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
-RECIPE = {"mu": MU, "sigma": SIGMA, "step": 12, "lr_drop_epochs": (3, 4)}
 SPEC = SimpleNamespace(class_names=NAMES, mu=MU, sigma=SIGMA)
+
+
+def recipe(names: list[str]) -> ModelRecipe:
+    return ModelRecipe(names, MU, SIGMA, {"lr_drop_epochs": [3, 4]}, step=12, epoch_end=11)
+
+
+loaded = functools.cache(lambda model: tf.saved_model.load(str(model)))
+
+
+def signature(model: Path, name: str):
+    """As others use it: TensorFlow's own."""
+    return loaded(model).signatures[name]
 
 
 def trained_network(classes: int, seed: int = 0) -> ResNet50:
@@ -51,8 +65,8 @@ def network() -> ResNet50:
 def run(network, tmp_path_factory) -> Path:
     """The folder of a run that has models of the epochs 2 and 10. Read only."""
     folder = tmp_path_factory.mktemp("saved_models") / "mytestrun"
-    export_model(trained_network(3, seed=5), folder / "2", ["a", "b", "c"], RECIPE)
-    export_model(network, folder / "10", NAMES, RECIPE)
+    export_model(trained_network(3, seed=5), folder / "2", recipe(["a", "b", "c"]))
+    export_model(network, folder / "10", recipe(NAMES))
     return folder
 
 
@@ -109,16 +123,16 @@ def test_the_saved_model_computes_what_keras_layers_do_with_its_variables(model)
     probabilities = classify(images=tf.constant(crops))["probabilities"].numpy()
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities, expected, rtol=1e-3)
-    found = load_signature(model, "features")(images=tf.constant(crops))["features"].numpy()
+    found = signature(model, "features")(images=tf.constant(crops))["features"].numpy()
     expected = pooled(normalised, training=False).numpy()
     assert (found.shape, found.dtype) == ((4, 2048), np.float32)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.std())
 
 
 @pytest.mark.parametrize("shape", [(1, 480, 320, 3), (2, 224, 223, 3), (1, 224, 224, 1)])
-@pytest.mark.parametrize("signature", ["serving_default", "features"])
-def test_crops_of_another_size_are_refused_by_the_served_function(model, signature, shape):
-    function = load_signature(model, signature)
+@pytest.mark.parametrize("name", ["serving_default", "features"])
+def test_crops_of_another_size_are_refused_by_the_served_function(model, name, shape):
+    function = signature(model, name)
     with pytest.raises(tf.errors.InvalidArgumentError, match="224,224,3"):
         function(images=tf.zeros(shape, tf.uint8))
 
@@ -143,6 +157,29 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+
+
+def without_adobe(content: bytes) -> bytes:
+    """The same CMYK picture, as Pillow and other decoders see it, without Adobe's segment."""
+    assert content.count(ADOBE) == 1
+    return content.replace(ADOBE, b"")
+
+
+def deep_grey(size: tuple[int, int], kind: str) -> bytes:
+    """Grey of 16 bits, no two neighbours alike in their lower 8."""
+    grey = np.asarray(drawn(size, "L")).astype(np.uint16)
+    return encoded(Image.fromarray(grey * 256 + np.arange(size[0], dtype=np.uint16) % 251), kind)
+
+
+def transparent_gif() -> bytes:
+    """A GIF with holes, smaller than what it says that the screen is."""
+    image = drawn((330, 300)).quantize(32)
+    content = bytearray(encoded(image, "GIF", transparency=3))
+    content[6:10] = (400).to_bytes(2, "little") + (320).to_bytes(2, "little")
+    return bytes(content)
+
+
 PICTURES = {
     "jpeg": encoded(drawn((500, 375)), "JPEG", quality=85),
     "portrait": encoded(drawn((333, 501)), "JPEG", quality=95, subsampling=0),
@@ -152,7 +189,9 @@ PICTURES = {
     "long": encoded(drawn((1500, 90)), "JPEG"),
     "grey": encoded(drawn((400, 300), "L"), "JPEG"),
     "cmyk": encoded(drawn((300, 400), "CMYK"), "JPEG"),
+    "cmyk without a mark": without_adobe(encoded(drawn((300, 400), "CMYK"), "JPEG")),
     "png": encoded(drawn((400, 301)), "PNG"),
+    "16 bits": deep_grey((320, 300), "PNG"),
     "grey png": encoded(drawn((300, 300), "L"), "PNG"),
     "palette": encoded(drawn((350, 300)).quantize(64), "PNG"),
     "transparent": encoded(drawn((350, 300), "RGBA"), "PNG"),
@@ -169,9 +208,22 @@ def test_a_picture_files_centre_crop_is_the_checkers_within_a_level(name):
     crop = resnet50.centre_crop(tf.constant(PICTURES[name])).numpy().astype(int)
     difference = np.abs(crop - checkers_crop(PICTURES[name]))
     # A CMYK picture's colours are multiplied by the black in whole levels, in another order.
-    assert difference.max() <= (2 if name == "cmyk" else 1)
+    assert difference.max() <= (2 if name.startswith("cmyk") else 1)
     assert difference.mean() < 0.5
-    assert resnet50.SHORTER_SIDE == preprocess_val.SHORTER_SIDE
+
+
+OTHERS = {
+    "transparent.gif": transparent_gif(),
+    "grey16.tif": deep_grey((320, 300), "TIFF"),
+    "picture.bmp": encoded(drawn((300, 280)), "BMP"),
+    "picture.ppm": encoded(drawn((300, 280)), "PPM"),
+}
+
+
+@pytest.mark.parametrize("content", [*OTHERS.values(), b"", b"\xff", b"no picture"])
+def test_picture_files_that_are_neither_jpeg_nor_png_are_refused(model, content):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not JPEG or PNG"):
+        signature(model, "jpeg")(contents=tf.constant([PICTURES["jpeg"], content]))
 
 
 def test_picture_files_get_names_and_probabilities_of_their_five_best_classes(model):
@@ -179,10 +231,10 @@ def test_picture_files_get_names_and_probabilities_of_their_five_best_classes(mo
     the crops here are those that the test above holds against the checker's.
     """
     contents = [PICTURES[name] for name in ("jpeg", "portrait", "grey", "png", "large")]
-    classify, _ = load_model(model)
+    classify = signature(model, "serving_default")
     crops = np.stack([resnet50.centre_crop(tf.constant(content)) for content in contents])
     expected = classify(images=tf.constant(crops))["probabilities"].numpy()
-    best = load_signature(model, "jpeg")(contents=tf.constant(contents))
+    best = signature(model, "jpeg")(contents=tf.constant(contents))
     labels = best["labels"].numpy()
     assert (labels.dtype, best["probabilities"].dtype) == (np.int32, tf.float32)
     found = best["probabilities"].numpy()
@@ -191,11 +243,11 @@ def test_picture_files_get_names_and_probabilities_of_their_five_best_classes(mo
         np.testing.assert_allclose(found[row], np.sort(its)[::-1][:5], rtol=1e-3)
         np.testing.assert_allclose(found[row], its[labels[row]], rtol=1e-3)
         names = [name.decode() for name in best["names"][row].numpy()]
-        assert names == [WRITTEN[label] for label in labels[row]]
+        assert names == [IN_GRAPH[label] for label in labels[row]]
 
 
 def test_a_model_of_three_classes_names_three(run):
-    best = load_signature(run / "2", "jpeg")(contents=tf.constant([PICTURES["png"]]))
+    best = signature(run / "2", "jpeg")(contents=tf.constant([PICTURES["png"]]))
     assert best["probabilities"].shape == (1, 3)
     assert sorted(best["names"][0].numpy()) == [b"a", b"b", b"c"]
 
@@ -204,16 +256,43 @@ def test_a_model_of_three_classes_names_three(run):
 
 
 def test_a_model_holds_its_recipe_and_a_fingerprint_of_its_variables(network, model, run):
-    recipe = model_recipe(model)
+    found, given = model_recipe(model), recipe(NAMES)
     values = b"".join(variable.numpy().tobytes() for variable in network.variables)
-    assert recipe.pop("fingerprint") == f"{zlib.crc32(values):08x}"
-    assert recipe == RECIPE | {"lr_drop_epochs": [3, 4]}
-    assert model_recipe(run / "2")["fingerprint"] != model_recipe(model)["fingerprint"]
-    assert model_recipe(run) == {}
-    assert utils.read_lines(model / "assets" / "class_names.txt") == WRITTEN
-    loaded = tf.saved_model.load(str(model))  # others find both without knowing the folder
-    assert json.loads(tf.io.read_file(loaded.recipe.asset_path).numpy())["step"] == 12
-    assert tf.io.read_file(loaded.class_names.asset_path).numpy().startswith(b"tabby\n")
+    given.fingerprint = f"{zlib.crc32(values):08x}"
+    assert found == given
+    assert model_recipe(run / "2").fingerprint != found.fingerprint
+
+
+def test_a_model_is_saved_where_temporary_files_cannot_be(tmp_path, monkeypatch):
+    """Logouts remove TMPDIR, and Python's tempfile remembers where it was."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    export_model(ResNet50(2), tmp_path / "0", recipe(["a", "b"]))
+    assert load_model(tmp_path / "0")[1] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"mu": [1, 1, 1], "sigma": [1, 1, 1], "step": 3}', "class_names is missing"),  # of old
+        ("[" * 10**5, "too deep"),
+        ("null", "no JSON object"),
+        ('{"class_names": "ab", "mu": [], "sigma": [], "flags": {}}', "class_names is"),
+        ('{"class_names": ["a", 3], "mu": [], "sigma": [], "flags": {}}', "class_names is"),
+        ('{"class_names": ["a"], "mu": [NaN], "sigma": [], "flags": {}}', "mu is"),
+        ('{"class_names": ["a", "b"], "mu": [], "sigma": [], "flags": {}}', "names 2 classes"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused_in_a_line(run, tmp_path, content, words):
+    model = tmp_path / "model"
+    (model / "assets").mkdir(parents=True)
+    for name in ("saved_model.pb", "variables"):
+        (model / name).symlink_to(run / "2" / name)
+    (model / "assets" / "recipe.json").write_text(content)
+    with pytest.raises(utils.UserError) as error:
+        load_model(model)
+    assert words in str(error.value) and str(model) in str(error.value)
 
 
 def test_a_model_moved_elsewhere_without_its_training_state_serves(model, tmp_path):
@@ -264,7 +343,7 @@ def test_weights_reach_every_replica_and_a_model_of_replicas_is_as_any(network, 
     for variable, its in zip(mirrored.variables, network.variables, strict=True):
         for copy in strategy.experimental_local_results(variable):
             np.testing.assert_array_equal(copy, its, variable.name)
-    export_model(mirrored, tmp_path / "0", NAMES, RECIPE)
+    export_model(mirrored, tmp_path / "0", recipe(NAMES))
     assert model_recipe(tmp_path / "0") == model_recipe(model)
     crops = tf.constant(random_crops(2))
     found, expected = (load_model(each)[0](images=crops) for each in (tmp_path / "0", model))
@@ -278,24 +357,79 @@ def test_weights_of_pixels_normalised_otherwise_are_warned_of(model, capsys):
 
 
 def test_a_folder_that_is_no_model_of_the_toolkit_is_refused_in_a_line(run, tmp_path):
-    cut, foreign = tmp_path / "cut", tmp_path / "foreign"
-    (cut / "variables").mkdir(parents=True)
-    for file in (run / "2" / "variables").iterdir():
-        (cut / "variables" / file.name).write_bytes(file.read_bytes()[:100_000])
+    foreign = tmp_path / "foreign"
     module = tf.Module()
     module.weight = tf.Variable([1.0])
     tf.saved_model.save(module, str(foreign))
+    cut = {}
+    for name in ("saved_model.pb", "variables/variables.index", "variables/variables.data-00000"):
+        cut[name] = tmp_path / name.replace("/", "-")
+        shutil.copytree(run / "2", cut[name])
+        (file,) = cut[name].glob(f"{name}*")
+        file.write_bytes(file.read_bytes()[:100])
+    (tmp_path / "empty").mkdir()
     for folder, words in (
         (tmp_path / "none", "there is no such folder"),
-        (cut, "not a model"),
-        (foreign, "no network of this toolkit"),
-        (run, f"a run; name one of its epochs, such as {run / '10'}"),
+        (tmp_path / "empty", "it is not complete"),
+        (foreign, "it is not complete"),
+        (run, f"it is a run; name one of its epochs, such as {run / '10'}"),
+        *((folder, "the model is damaged: ") for folder in cut.values()),
     ):
-        with pytest.raises(utils.UserError, match=str(folder)) as error:
-            read_weights(ResNet50(2), folder, SPEC)
-        assert words in str(error.value) and "\n" not in str(error.value)
-        with pytest.raises(utils.UserError, match=str(folder)):
+        refusals = []
+        if folder != cut["saved_model.pb"]:  # for its variables alone the graph is not needed
+            with pytest.raises(utils.UserError) as error:
+                read_weights(ResNet50(2), folder, SPEC)
+            refusals.append(str(error.value))
+        with pytest.raises(utils.UserError) as error:
             load_model(folder)
+        for refusal in (*refusals, str(error.value)):
+            assert refusal.startswith(f"{folder}: ") and words in refusal
+
+
+# --- the run's folder ---------------------------------------------------------------------------
+
+
+def test_only_folders_of_models_are_epochs(tmp_path):
+    assert resnet50.epochs_in(tmp_path / "gone") == []
+    for name in ("3", "20", "0", "007", "20260101", "1", "state_2_1", "²"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "saved_model.pb").write_bytes(b"content")
+    (tmp_path / "1" / "saved_model.pb").write_bytes(b"")
+    (tmp_path / "30").mkdir()
+    (tmp_path / "31").write_text("a file")
+    (tmp_path / "32").symlink_to("nowhere")
+    assert resnet50.epochs_in(tmp_path) == [0, 3, 20]
+    assert resnet50.epochs_in(tmp_path / "31") == []
+
+
+def cells(columns: dict, **changes: str) -> str:
+    """A table of these columns with a row of ones, but for some cells."""
+    return f"{','.join(columns)}\n{','.join(changes.get(name, '1') for name in columns)}\n"
+
+
+@pytest.mark.parametrize(
+    ("columns", "name", "read", "refused"),
+    [
+        ("LOG_COLUMNS", "step", {"7": 7}, ["", "1.5", "-1", "nan", "x"]),
+        ("LOG_COLUMNS", "loss", {"7.5": 7.5, "1e-3": 0.001}, ["", "nan", "inf", "x"]),
+        ("LOG_COLUMNS", "top1", {"0.5": 0.5}, ["", "1.5", "-0.1"]),
+        ("LOG_COLUMNS", "gradient_norm", {"2": 2, "inf": np.inf}, ["", "x"]),
+        ("ACCURACY_COLUMNS", "epoch", {"7": 7}, ["", "1.5", "inf"]),
+        ("ACCURACY_COLUMNS", "step", {"7": 7, "": None}, ["x"]),
+        ("ACCURACY_COLUMNS", "top1_10crop", {"0.25": 0.25, "": None}, ["nan", "x", "7"]),
+        ("ACCURACY_COLUMNS", "top1_centre", {"0.25": 0.25}, ["", "nan", "x", "7"]),
+        ("ACCURACY_COLUMNS", "model", {"12ab": "12ab"}, []),
+    ],
+)
+def test_tables_are_read_in_their_types_and_ranges(columns, name, read, refused, tmp_path):
+    file, columns = tmp_path / "table.csv", getattr(resnet50, columns)
+    for cell, value in read.items():
+        file.write_text(cells(columns, **{name: cell}))
+        assert utils.read_csv(file, columns)[0][name] == value
+    for cell in refused:
+        file.write_text(cells(columns, **{name: cell}))
+        with pytest.raises(utils.UserError, match="table.csv: line 2"):
+            utils.read_csv(file, columns)
 
 
 # --- torchvision's weights ----------------------------------------------------------------------
@@ -339,7 +473,7 @@ def test_torchvisions_weights_become_a_model_of_the_same_function(theirs, tmp_pa
     np.savez(file, class_names=names, **arrays)
     result = toolkit.run("tests/examples/import_torchvision.py", None, str(file), str(model))
     assert result.returncode == 0, result.stderr
-    assert resnet50.class_names_of(model) == names
+    assert model_recipe(model).class_names == names
     crops = random_crops(3)
     normalised = (crops / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     expected = tf.nn.softmax(reference(normalised.astype(np.float32), training=False)).numpy()
@@ -396,8 +530,14 @@ def test_an_import_that_cannot_be_done_is_refused_in_a_line(theirs, tmp_path, mo
 
 def seen(line: str) -> list[tuple[float, str]]:
     """Percentages and names of "cat.jpg: 93.1% tabby, 4.0% tiger cat"."""
-    parts = [part.split("% ", 1) for part in line.partition(": ")[2].split(", ")]
+    parts = [part.split("% ", 1) for part in line.rpartition(": ")[2].split(", ")]
     return [(float(share), name) for share, name in parts]
+
+
+def expected(model: Path, content: bytes) -> np.ndarray:
+    """The probabilities for the crop that the checker evaluates: float32 [classes]."""
+    crops = tf.constant(checkers_crop(content)[None])
+    return signature(model, "serving_default")(images=crops)["probabilities"].numpy()[0]
 
 
 def test_a_prediction_leaves_the_gpu_to_training(model, tmp_path, monkeypatch, capsys):
@@ -409,34 +549,129 @@ def test_a_prediction_leaves_the_gpu_to_training(model, tmp_path, monkeypatch, c
     assert told == [([], "GPU")] and "%" in capsys.readouterr().out
 
 
-def test_a_picture_gets_a_line_of_its_five_best_classes(model, tmp_path):
-    """Also one of a format that TensorFlow does not read; one that is no picture is named."""
-    (tmp_path / "some.jpg").write_bytes(PICTURES["jpeg"])
+def test_a_picture_of_any_format_gets_a_line_of_its_five_best_classes(model, tmp_path):
+    """Decoded as in training. Names are printable. What is no picture is named. Whatever Keras is
+    said to be, and whether or not Python looks for modules beside the script.
+    """
+    contents = OTHERS | {"some.jpg": PICTURES["jpeg"], "cmyk.jpg": PICTURES["cmyk without a mark"]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "none.jpg").write_bytes(b"no picture")
     (tmp_path / "cut.jpg").write_bytes(PICTURES["jpeg"][:5000])
-    with Image.open(io.BytesIO(PICTURES["jpeg"])) as image:
-        other = "other.webp" if features.check("webp") else "other.tiff"
-        image.save(tmp_path / other, **{"lossless": True} if other == "other.webp" else {})
-    files = [
-        str(tmp_path / name) for name in ("none.jpg", "some.jpg", "cut.jpg", "gone.jpg", other)
-    ]
-    result = toolkit.run("resnet50.py", None, str(model), *files)
+    names = ["none.jpg", *contents, "cut.jpg", "gone.jpg"]
+    result = toolkit.run(
+        "resnet50.py", None, str(model), *(str(tmp_path / name) for name in names),
+        KERAS_BACKEND="torch", TF_USE_LEGACY_KERAS="1", PYTHONSAFEPATH="1",
+    )  # fmt: skip
     assert result.returncode == 2
     lines = result.stdout.splitlines()
-    assert [line.partition(": ")[0] for line in lines] == [files[1], files[4]]
-    best = load_signature(model, "jpeg")(contents=tf.constant([PICTURES["jpeg"]]))
-    for line in lines:
-        shares, names = zip(*seen(line), strict=True)
-        np.testing.assert_allclose(shares, 100 * best["probabilities"][0], atol=0.06)
-        assert list(names) == [name.decode() for name in best["names"][0].numpy()]
+    assert [line.partition(": ")[0] for line in lines] == [str(tmp_path / n) for n in contents]
+    for line, content in zip(lines, contents.values(), strict=True):
+        shares, found = zip(*seen(line), strict=True)
+        probabilities = expected(model, content)
+        np.testing.assert_allclose(shares, 100 * np.sort(probabilities)[::-1][:5], atol=0.06)
+        assert list(found) == [PRINTED[label] for label in np.argsort(-probabilities)[:5]]
     *warnings, error = result.stderr.splitlines()
     assert len(warnings) == 3
-    for file, warning in zip((files[0], files[2], files[3]), warnings, strict=True):
-        assert warning.startswith(f"resnet50.py: warning: {file}: cannot be read: ")
-    assert warnings[2].endswith("No such file or directory")
+    for name in ("none.jpg", "cut.jpg", "gone.jpg"):
+        assert sum(f"warning: {tmp_path / name}: left out, " in each for each in warnings) == 1
     assert error == (
-        "resnet50.py: error: 3 of 5 pictures could not be read; see the warnings above"
+        "resnet50.py: error: 3 of 9 pictures could not be read; see the warnings above"
     )
+
+
+@pytest.fixture
+def folders(run, tmp_path) -> Path:
+    """Folders of the classes a and b, one of them a link, and of others. The model of epoch 2 has
+    the classes a, b and c.
+    """
+    root = tmp_path / "pictures"
+    (root / "a" / "deeper").mkdir(parents=True)
+    (root / "elsewhere").mkdir()
+    (tmp_path / "b").mkdir()
+    (root / "b").symlink_to(tmp_path / "b")
+    for i, content in enumerate(PICTURES.values()):
+        place = ("a", "a/deeper", "b", "elsewhere")[i % 4]
+        (root / place / f"{i}, {place[0]}.jpg").write_bytes(content)
+    (root / "a" / "readme.txt").write_text("no picture")
+    (root / "a" / "._0.jpg").write_text("no picture")
+    return root
+
+
+def test_folders_named_like_classes_are_evaluated_and_a_table_is_written(run, folders, tmp_path):
+    model, table = run / "2", tmp_path / "table.csv"
+    result = toolkit.run("resnet50.py", None, str(model), f"--csv={table}", str(folders))
+    assert result.returncode == 0, result.stderr
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    files = sorted(path for path in folders.rglob("*, *.jpg")) + sorted((folders / "b").iterdir())
+    assert sorted(row["path"] for row in rows) == sorted(map(str, files))
+    right = []
+    for row in rows:
+        path = Path(row["path"])
+        probabilities = expected(model, path.read_bytes())
+        labels = np.argsort(-probabilities).tolist()
+        assert [row[f"label_{i}"] for i in range(1, 6)] == [*map(str, labels), "", ""]
+        assert [row[f"name_{i}"] for i in range(1, 4)] == ["abc"[label] for label in labels]
+        found = [float(row[f"probability_{i}"]) for i in range(1, 4)]
+        np.testing.assert_allclose(found, probabilities[labels], rtol=1e-3, atol=1e-4)
+        if "elsewhere" not in path.parts:
+            right.append(path.relative_to(folders).parts[0] == "abc"[labels[0]])
+    assert 0 < sum(right) < len(right)  # else the share would say little
+    assert result.stdout.splitlines()[-1] == (
+        f"{len(right)} pictures in folders with names of classes: top-1 "
+        f"{np.mean(right):.2%}, top-5 100.00% (centre crop)"
+    )
+    assert f"{len(rows)} of {len(rows)} pictures" in result.stdout
+    assert "%" not in "".join(result.stdout.splitlines()[:-1])  # no lines beside the table
+
+
+def test_the_folder_of_a_class_itself_and_readable_names_count(run, folders, monkeypatch):
+    names = ["a", "b", "c"]
+    assert set(resnet50.find_pictures([folders / "a"], names).values()) == {"a"}
+    monkeypatch.chdir(folders / "a")
+    assert set(resnet50.find_pictures([Path()], names).values()) == {"a"}
+    (folders / "LOC_synset_mapping.txt").write_text("a tench, Tinca tinca\nb goldfish\n")
+    found = resnet50.find_pictures([folders], ["tench, Tinca tinca", "b"])
+    by_folder = {path.relative_to(folders).parts[0]: name for path, name in found.items()}
+    assert by_folder == {"a": "tench, Tinca tinca", "b": "b", "elsewhere": None}
+    with pytest.raises(utils.UserError, match="no pictures in this folder"):
+        resnet50.find_pictures([run / "2" / "assets"], names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "arguments are required: MODEL, PATH"),
+        (["model"], "arguments are required: PATH"),
+        (["picture"], "some.jpg is a file; name the model first"),
+        (["picture", "model"], "some.jpg is a file; name the model first"),
+        (["folder", "model"], "not a saved model such as saved_models/mytestrun/29, nor a run"),
+        (["gone", "picture"], "not a saved model such as saved_models/mytestrun/29, nor a run"),
+        (["model", "picture", "--csv=x.txt"], "--csv=x.txt: expected a name ending in .csv"),
+        (["model", "picture", "--csv=no/x.csv"], "--csv=no/x.csv: expected"),
+        (["model", "folder"], "pictures: no pictures in this folder"),
+    ],
+)
+def test_a_swapped_or_missing_argument_is_named(arguments, words, run, tmp_path, monkeypatch):
+    places = {
+        "model": run / "2",
+        "picture": tmp_path / "some.jpg",
+        "folder": tmp_path / "pictures",
+        "gone": tmp_path / "gone",
+    }
+    (tmp_path / "some.jpg").write_bytes(PICTURES["png"])
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["resnet50.py", *(str(places.get(a, a)) for a in arguments)])
+    with pytest.raises(utils.UserError) as error:
+        resnet50.main()
+    assert words in str(error.value)
+
+
+def test_help_says_that_a_model_can_run_code():
+    result = toolkit.run("resnet50.py", None, "--help")
+    assert "load only models that you trust" in result.stdout.replace("\n", " ")
 
 
 def test_a_run_or_its_name_stands_for_its_newest_epoch(run, tmp_path):
@@ -448,5 +683,5 @@ def test_a_run_or_its_name_stands_for_its_newest_epoch(run, tmp_path):
     )
     assert resnet50.find_model(Path("mytestrun"), settings) == run / "10"
     for given, file in ((Path("mistyped"), settings), (Path("mytestrun"), nowhere)):
-        with pytest.raises(utils.UserError, match=f"{given}: no such folder"):
+        with pytest.raises(utils.UserError, match=f"{given}: not a saved model"):
             resnet50.find_model(given, file)

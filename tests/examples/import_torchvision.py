@@ -32,7 +32,7 @@ with utils.quiet_tensorflow():
     import tensorflow as tf
 
     from batch_renorm import EPSILON
-    from resnet50 import ResNet50, export_model
+    from resnet50 import ModelRecipe, ResNet50, export_model
 
 MU, SIGMA = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 """Of torchvision's `transforms.Normalize`."""
@@ -53,7 +53,7 @@ def main() -> None:
     classes = len(arrays["fc.bias"])
     names = arrays.get("class_names", range(classes))
     if args.class_names:
-        names = utils.read_lines(args.class_names)
+        names = args.class_names.read_text(encoding="utf-8").splitlines()
     if len(names) != classes:
         where = args.class_names or args.weights
         raise UserError(f"{where}: has {len(names):,} names, but there are {classes:,} classes")
@@ -64,8 +64,9 @@ def main() -> None:
         raise UserError(f"{args.weights}: no ResNet-50 of torchvision: {error.args[0]}") from None
     utils.make_folder(args.folder.parent)
     with utils.folder_written_aside(args.folder) as aside:
-        recipe = {"mu": MU, "sigma": SIGMA, "source": f"torchvision, {args.weights.name}"}
-        export_model(network, aside, [str(name) for name in names], recipe)
+        source = {"source": f"torchvision, {args.weights.name}"}
+        recipe = ModelRecipe([str(name) for name in names], MU, SIGMA, source)
+        export_model(network, aside, recipe)
     print(
         f"wrote {args.folder} ({utils.plural(classes, 'class')}). Next: train.py with "
         f"--init_from={args.folder}, and in [utils] of config.txt mu = {MU}, sigma = {SIGMA}"
@@ -80,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("weights", type=Path, metavar="NPZ", help="the state_dict as .npz; see this file's start")
     add("folder", type=Path, metavar="FOLDER", help="the saved model to write")
-    names = "a class name a line, such as the class_names.txt of preprocess_val.py"
+    names = "a file with a class name per line"
     parser.add("--class_names", Path, names)
     return parser.parse()
 
