@@ -406,7 +406,7 @@ def draw_mistakes(
     ]
     title = (
         f"{epoch}: {len(wrong):,} of {plural(len(crops), 'answer')} are wrong. "
-        f"The {len(shown)} surest: what they show, and what the model sees"
+        f"The {len(shown)} that it is most sure of: the right class, and the answer below it"
     )
     sheet = contact_sheet(pictures, captions, title, columns=5)
     with utils.written_aside(path) as file:
