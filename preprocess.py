@@ -36,6 +36,7 @@ import threading
 import unicodedata
 import warnings
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -112,17 +113,21 @@ class Paths(Sequence[str]):
     its reference count, so every forked process soon has its own copy.
     """
 
-    def __init__(self, paths: Iterable[str]):
-        encoded = [os.fsencode(path) for path in paths]
-        self.block = b"".join(encoded)
-        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    def __init__(self, paths: Iterable[str] = ()):
+        self.block, self.ends = bytearray(), array("q", [0])
+        self.extend(paths)
+
+    def extend(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            self.block += os.fsencode(path)
+            self.ends.append(len(self.block))
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> str:
         index = range(len(self))[index]  # accepts negative indices, raises IndexError
-        return os.fsdecode(self.block[self.ends[index] : self.ends[index + 1]])
+        return os.fsdecode(bytes(self.block[self.ends[index] : self.ends[index + 1]]))
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,7 @@ class Pictures:
         second changes when pictures are replaced but keep their names. The sampled pictures are
         evenly spaced: asking for all sizes on a cold disk takes minutes.
         """
-        names = self.labels.tobytes(), self.paths.ends.tobytes(), self.paths.block
+        names = self.labels, self.paths.ends, self.paths.block
         sample = np.linspace(0, len(self) - 1, min(len(self), SAMPLED)).astype(int).tolist()
         with ThreadPoolExecutor(16) as pool:  # a slow disk serves many requests at once
             sizes = np.fromiter(pool.map(size_of_file, map(self.path, sample)), np.int64)
@@ -410,7 +415,7 @@ def _refuse_broken_links(folder: Path, names: Iterable[str]) -> None:
     """
     for path in (folder / name for name in names):
         if not path.exists():
-            raise UserError(f"{path}: this link leads nowhere; is a disk not mounted?")
+            raise UserError(f"{path}: this link leads nowhere; mount its disk, or remove it")
 
 
 def _files(folder: Path, below: str, here: str, seen: set[str]) -> Iterator[str]:
@@ -465,19 +470,19 @@ def _in_class_folders(root: Path, part: str) -> Pictures:
     found = _subfolders(folder)
     if unknown := sorted(set(found).difference(rank)):
         raise UserError(f"{folder / unknown[0]}: {_why_unknown(unknown, list(rank), root)}")
-    paths, labels = [], []
+    paths, counts = Paths(), []
     for name in found:
         files = sorted(_files(folder, name, os.path.realpath(folder / name), set()))
         used = list(filter(_is_picture_name, files))
         others += sorted(set(files).difference(used))
-        paths += used
-        labels += [rank[name]] * len(used)
+        paths.extend(used)
+        counts.append(len(used))
     others += sorted({entry.name for entry in _visible(folder)}.difference(found))
     _refuse_broken_links(folder, others)  # a picture that is missing is named when it is read
     _warn_of_unused(folder, others)
     layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
-    labels = np.array(labels, np.int32)
-    return Pictures(folder, Paths(paths), labels, _readable(root, rank), layout)
+    labels = np.repeat(np.array([rank[name] for name in found], np.int32), counts)
+    return Pictures(folder, paths, labels, _readable(root, rank), layout)
 
 
 def _why_unknown(unknown: list[str], classes: list[str], root: Path) -> str:
@@ -564,20 +569,20 @@ def _names_of_labels(root: Path, paths: Paths, labels: np.ndarray) -> list[str]:
 
 def _read_list(file: Path) -> tuple[Paths, np.ndarray]:
     """The paths and the labels, int32 [n], in `filename label` lines. Raises UserError."""
-    paths, labels = [], []
+    paths, labels = Paths(), array("i")
     content = utils.read_file(file).removeprefix(codecs.BOM_UTF8)
-    for number, line in enumerate(map(os.fsdecode, content.split(b"\n")), 1):
+    for number, line in enumerate(map(os.fsdecode, io.BytesIO(content)), 1):
         where = f"{file}: line {number}"
         if match := re.fullmatch(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*", line):
             if os.path.isabs(match[1]) or ".." in Path(match[1]).parts:
                 raise UserError(f"{where}: {match[1]} is outside the picture folder")
-            paths.append(match[1])
+            paths.extend([match[1]])
             labels.append(int(match[2]))
         elif line.strip():
             raise UserError(f"{where}: expected 'filename label', not {line.strip()!r}")
-    if not paths:
+    if not labels:
         raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
-    return Paths(paths), np.array(labels, np.int32)
+    return paths, np.array(labels, np.int32)
 
 
 # --- reading and decoding a picture ---------------------------------------------------------
@@ -653,7 +658,8 @@ def pillow_decodes() -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:
-        raise BrokenPicture(f"cannot be decoded: not one of {', '.join(FORMATS)}") from None
+        formats = ", ".join(FORMATS)
+        raise BrokenPicture(f"cannot be decoded: damaged, or not one of {formats}") from None
     except PILLOW_ERRORS as error:
         # Decoders also report "broken data" if memory runs out. Then this line raises MemoryError.
         np.empty(1 << 26, np.uint8)
