@@ -692,7 +692,7 @@ class Batches:
         """
         spec, size = self.spec, self.spec.batch_size
         epoch, batch = divmod(step, spec.batches_per_epoch)
-        chosen = self.order(epoch)[batch * size : (batch + 1) * size].tolist()
+        chosen = np.zeros(size, np.intp)
         choices = draw_choices(self._generator(1, epoch, batch, spec.worker), size, spec.crop)
 
         def cut_out(slot: int, choice: Choice) -> Image.Image:

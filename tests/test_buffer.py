@@ -361,10 +361,11 @@ def test_a_buffer_that_never_gets_full_says_what_it_makes(config, ram, monkeypat
 
     def noted(jobs, pause, *more):
         pauses.append(pause)
-        time.sleep(0.1)
+        time.sleep(0.25)
         return wait(jobs, pause, *more)
 
     monkeypatch.setattr(runtime_preprocessing, "wait", noted)
+    capsys.readouterr()
     keep_full(buffer, 1, 0.1, utils.Stop())
     assert max(pauses) < 0.05
     lines = capsys.readouterr().out.splitlines()
