@@ -519,7 +519,8 @@ def main() -> None:
     args = parse_arguments()
     tf.config.set_visible_devices([], "GPU")  # train.py may need all of the GPU's memory
     model = find_model(args.model, args.config)
-    (classify, _), names = load_model(model), model_recipe(model).class_names
+    classify, _ = load_model(model)
+    names = model_recipe(model).class_names
     pictures = find_pictures(args.paths, names)
     seen, progress = {}, utils.Progress(len(pictures), "pictures")
     for path, best in predict(classify, names, list(pictures)):
@@ -534,17 +535,25 @@ def main() -> None:
     if args.csv:
         utils.write_csv(args.csv, COLUMNS, [as_row(path, best) for path, best in seen.items()])
         print(f"wrote {args.csv}")
-    hits = [[n == pictures[p] for _, n, _ in best] for p, best in seen.items() if pictures[p]]
+    say_accuracy(seen, pictures)
+    if failed := len(pictures) - len(seen):
+        raise UserError(
+            f"{failed} of {plural(len(pictures), 'picture')} could not be read; see the warnings "
+            f"above"
+        )
+
+
+def say_accuracy(seen: dict[Path, Best], pictures: dict[Path, str | None]) -> None:
+    """Prints top-1 and top-5 of the pictures in folders that have the name of a class."""
+    hits = []
+    for path, best in seen.items():
+        if pictures[path] is not None:
+            hits.append([name == pictures[path] for _, name, _ in best])
     if hits:
         top1, top5 = np.mean([hit[0] for hit in hits]), np.mean([any(hit) for hit in hits])
         print(
             f"{plural(len(hits), 'picture')} in folders with names of classes: top-1 {top1:.2%}, "
             f"top-5 {top5:.2%} (centre crop)"
-        )
-    if failed := len(pictures) - len(seen):
-        raise UserError(
-            f"{failed} of {plural(len(pictures), 'picture')} could not be read; see the warnings "
-            f"above"
         )
 
 
