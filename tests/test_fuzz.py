@@ -236,7 +236,9 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
     """One to three damages, half of them near the beginning, where the headers are."""
     broken = bytearray(content)
     for _ in range(rng.integers(1, 4)):
-        end = max(3, len(broken) if rng.random() < 0.5 else min(len(broken), 700))
+        if len(broken) < 4:  # hardly anything is left
+            break
+        end = len(broken) if rng.random() < 0.5 else min(len(broken), 700)
         DAMAGE[rng.integers(len(DAMAGE))](broken, int(rng.integers(2, end)), rng)
     return bytes(broken)
 
