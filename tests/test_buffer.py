@@ -26,7 +26,7 @@ from types import SimpleNamespace
 
 import toolkit
 import utils
-from toolkit import batches_of
+from toolkit import PATIENCE, batches_of, wait_until
 
 import numpy as np
 import pytest
@@ -55,9 +55,6 @@ Position = tuple[int, int]
 BATCHES = 10
 """In an epoch: 40 pictures in batches of 4."""
 
-PATIENCE = int(os.environ.get("PATIENCE", 60))
-"""Seconds after which what should happen counts as not happening; fewer for mutants.py."""
-
 
 def span(epoch_start: int, epoch_end: int, batch_size: int = 4) -> list[str]:
     return [
@@ -81,16 +78,6 @@ def preprocessor(config: Path, *arguments: str) -> Iterator[subprocess.Popen]:
 
 def said(config: Path) -> str:
     return config.with_name("log.txt").read_text()
-
-
-def wait_until(condition: Callable[[], object], process: subprocess.Popen, what: object) -> None:
-    """Raises AssertionError if it does not happen, or if the process ends before."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        ended = process.poll() is not None and not condition()
-        assert not ended, f"ended with status {process.returncode}, before: {what}"
-        assert time.monotonic() < deadline, f"did not happen: {what}"
-        time.sleep(0.01)
 
 
 def finish(process: subprocess.Popen) -> int:
@@ -219,6 +206,7 @@ def test_nothing_is_made_while_80_percent_lie_ahead(tmp_path, toy, ram):
     )
     with preprocessor(config, *span(0, 3)) as process:
         wait_until(settled(ram, range(10)), process, "buffer full")
+        wait_until(lambda: "10 batches ready" in said(config), process, "and knows it")
         for first in (1, 2):
             progress(ram, first)
             time.sleep(0.5)
