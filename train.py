@@ -962,8 +962,8 @@ class Pipeline:
                 )
             # As long as the step before was at work, the device did not wait.
             idle = max(0.0, given - max(asked, self._previous or 0.0))
-            yield Finished(step, rate, metrics, asked, idle, self._previous, at)
-            self._previous = at
+            previous, self._previous = self._previous, at
+            yield Finished(step, rate, metrics, asked, idle, previous, at)
 
     def close(self) -> None:
         self._thread.shutdown()
