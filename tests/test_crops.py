@@ -12,6 +12,7 @@ from pathlib import Path
 
 import toolkit
 import utils
+from toolkit import wait_until
 from utils import UserError
 
 import numpy as np
@@ -32,7 +33,6 @@ from test_prepare import (
     save_picture,
     tree,
     truncate,
-    wait_until,
 )
 
 

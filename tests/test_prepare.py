@@ -11,14 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import toolkit
 import utils
+from toolkit import wait_until
 from utils import UserError
 
 import numpy as np
@@ -107,12 +106,6 @@ def run_well(script: str, config: Path, *arguments: str) -> subprocess.Completed
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return result
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    while not condition():
-        assert process.poll() is None, "it was over before it could be stopped"
-        time.sleep(0.001)
 
 
 def in_process(module, monkeypatch, config: Path, *arguments: str) -> None:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import toolkit
 import utils
-from toolkit import batches_of
+from toolkit import batches_of, wait_until
 
 import numpy as np
 import pytest
@@ -46,7 +46,6 @@ from test_buffer import (
     span,
     stock,
     there,
-    wait_until,
 )
 
 ARGS = Namespace(epoch_start=0, epoch_end=2, batch_size=4, config=Path("my config.txt"))

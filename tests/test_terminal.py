@@ -20,11 +20,9 @@ from pathlib import Path
 
 import toolkit
 import utils
+from toolkit import PATIENCE, wait_until
 
 import pytest
-
-PATIENCE = float(os.environ.get("PATIENCE", 60))
-"""Seconds after which a process that does not move counts as hung."""
 
 
 def script(folder: Path, body: str) -> list[str]:
@@ -36,14 +34,6 @@ def script(folder: Path, body: str) -> list[str]:
         f"HERE = Path({str(folder)!r})\ndef main():\n{lines}\nutils.run(main)\n"
     )
     return [sys.executable, str(folder / "script.py")]
-
-
-def wait_for(condition, process: subprocess.Popen | None = None) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it hangs"
-        assert process is None or process.poll() is None, "it has ended"
-        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -167,7 +157,7 @@ def test_work_goes_on_and_ends_in_order_on_a_held_terminal(how, tmp_path):
         if how == "Ctrl-S":
             os.write(ours, b"\x13")
         process = start(script(tmp_path, WORKING), theirs)
-        wait_for(lambda: step_of(tmp_path) > 3000, process)  # 600 kB; a terminal takes 64 at most
+        wait_until(lambda: step_of(tmp_path) > 3000, process)  # 600 kB; a terminal takes 64 at most
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
     assert (tmp_path / "saved").exists()
@@ -177,8 +167,8 @@ def test_work_goes_on_when_the_terminal_is_gone(tmp_path):
     """Every write fails then."""
     with terminal() as (_, theirs):
         process = start(script(tmp_path, WORKING), theirs)
-        wait_for(lambda: step_of(tmp_path) > 10, process)
-    wait_for(lambda: step_of(tmp_path) > 1000, process)
+        wait_until(lambda: step_of(tmp_path) > 10, process)
+    wait_until(lambda: step_of(tmp_path) > 1000, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 0 and (tmp_path / "saved").exists()
 
@@ -295,7 +285,7 @@ HUP, INT, TERM = signal.SIGHUP, signal.SIGINT, signal.SIGTERM
 @pytest.fixture
 def stopping(tmp_path) -> Iterator[subprocess.Popen]:
     process = start(script(tmp_path, STOPPING), subprocess.DEVNULL, start_new_session=True)
-    wait_for((tmp_path / "ready").exists, process)
+    wait_until((tmp_path / "ready").exists, process)
     yield process
     process.kill()
     process.wait()
@@ -313,7 +303,7 @@ def test_the_first_signal_stops_and_the_next_changes_nothing(signals, stopping, 
             time.sleep(each)
         elif each:
             stopping.send_signal(each)
-    wait_for((tmp_path / "stopping").exists, stopping)
+    wait_until((tmp_path / "stopping").exists, stopping)
     (tmp_path / "go").touch()
     # Of signals that come at the same time, Python handles the one with the lower number first.
     assert stopping.wait(PATIENCE) in {128 + each for each in signals if each >= 1}
@@ -323,7 +313,7 @@ def test_the_first_signal_stops_and_the_next_changes_nothing(signals, stopping, 
 @pytest.mark.parametrize("first", [INT, TERM, HUP])
 def test_a_second_ctrl_c_after_a_second_ends_at_once(first, stopping, tmp_path):
     stopping.send_signal(first)
-    wait_for((tmp_path / "stopping").exists, stopping)
+    wait_until((tmp_path / "stopping").exists, stopping)
     time.sleep(1.1)
     stopping.send_signal(INT)
     assert stopping.wait(PATIENCE) == 130
@@ -333,7 +323,7 @@ def test_a_second_ctrl_c_after_a_second_ends_at_once(first, stopping, tmp_path):
 def test_nohup_makes_it_deaf_to_a_terminal_that_closes(tmp_path):
     command = ["nohup", *script(tmp_path, STOPPING)]
     process = start(command, subprocess.DEVNULL)
-    wait_for((tmp_path / "ready").exists, process)
+    wait_until((tmp_path / "ready").exists, process)
     for _ in range(2):
         process.send_signal(HUP)
     (tmp_path / "go").touch()
@@ -360,12 +350,12 @@ def test_a_closed_terminal_stops_a_script_in_order(tmp_path):
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
-    wait_for((tmp_path / "ready").exists)
+    wait_until((tmp_path / "ready").exists)
     holder.kill()  # the terminal goes with it
     holder.wait()
-    wait_for((tmp_path / "stopping").exists)
+    wait_until((tmp_path / "stopping").exists)
     (tmp_path / "go").touch()
-    wait_for((tmp_path / "saved").exists)
+    wait_until((tmp_path / "saved").exists)
 
 
 # --- Ctrl-C while a script starts -------------------------------------------------------------
@@ -414,7 +404,7 @@ def test_ctrl_c_while_a_script_starts_is_one_line(script, module, config, tmp_pa
 def test_ctrl_c_later_is_one_line_too(tmp_path):
     command = script(tmp_path, "(HERE / 'ready').touch()\ntime.sleep(100)")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for((tmp_path / "ready").exists, process)
+    wait_until((tmp_path / "ready").exists, process)
     process.send_signal(INT)
     assert process.communicate(timeout=PATIENCE)[1] == "script.py: stopped\n"
     assert process.returncode == 130

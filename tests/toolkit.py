@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,9 +64,6 @@ def batches_of(config: Path, batch_size: int = 4, **changes: object):
     return runtime_preprocessing.Batches(spec, batches.pictures, batches.copies)
 
 
-recipe_of = batches_of
-
-
 def command(script: str, config: Path | None, *arguments: str) -> list[str]:
     settings = [f"--config={config}"] if config else []
     return [sys.executable, str(ROOT / script), *settings, *arguments]
@@ -95,6 +94,25 @@ def start(script: str, config: Path | None, *arguments: str, log: Path, **enviro
             stdin=subprocess.DEVNULL,
             env=os.environ | environment,
         )
+
+
+PATIENCE = float(os.environ.get("PATIENCE", 60))
+"""Seconds after which what should happen counts as not happening; fewer for plant_faults.py."""
+
+
+def wait_until(
+    condition: Callable[[], object],
+    process: subprocess.Popen | None = None,
+    what: object = "what it waits for",
+    seconds: float = PATIENCE,
+) -> None:
+    """Raises AssertionError if it does not happen, or if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        ended = process is not None and process.poll() is not None and not condition()
+        assert not ended, f"ended with status {process.returncode}, before: {what}"
+        assert time.monotonic() < deadline, f"did not happen: {what}"
+        time.sleep(0.005)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, script: str, *words: str) -> None:
