@@ -933,7 +933,7 @@ def read_csv(path: Path, kinds: dict[str, Callable[[str], Any]]) -> list[dict[st
 def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
     """Writes a table aside, durably. Floats get six significant digits."""
     with written_aside(path, durable=True) as file:
-        text = io.TextIOWrapper(file, "utf-8", newline="")
+        text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
@@ -1216,7 +1216,9 @@ class Events:
         self._summary, log = tf.compat.v1.Summary, tf.compat.v1.SessionLog
         folder.mkdir(parents=True, exist_ok=True)
         with tf.Graph().as_default():  # TensorFlow's writer exists only for graphs
-            self._writer = tf.compat.v1.summary.FileWriter(str(folder))
+            # Files are named by whole seconds: a start within the same second gets its own.
+            suffix = f".{time.time_ns()}"
+            self._writer = tf.compat.v1.summary.FileWriter(str(folder), filename_suffix=suffix)
         self._writer.add_session_log(log(status=log.START), first_step)
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
