@@ -265,7 +265,9 @@ def test_a_lock_is_never_opened_through_a_link(exists, tmp_path):
 
 def test_a_pipe_in_the_place_of_a_file_holds_nothing_up(tmp_path):
     os.mkfifo(tmp_path / "X_0_0.npy")
-    assert utils.read_file(tmp_path / "X_0_0.npy") == b""
+    code = "import sys, utils; sys.exit(len(utils.read_file(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(tmp_path / "X_0_0.npy")]
+    subprocess.run(command, cwd=toolkit.ROOT, check=True, timeout=toolkit.PATIENCE)
     with pytest.raises(ValueError, match="does not hold"):
         utils.load_array(tmp_path / "X_0_0.npy", np.uint8, (3,))
     with pytest.raises(UserError, match="not what this toolkit writes"):
