@@ -589,15 +589,15 @@ def _read_list(file: Path) -> tuple[Paths, np.ndarray]:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
 
-LARGEST_FILE = 1_000_000_000
-"""Bytes. Pictures of the most pixels that are accepted take 270 MB, without compression."""
-
 LONGEST = 100
 """Largest ratio of a picture's longer side to its shorter side. Copies of longer pictures would not
 fit into a JPEG file (65,535 pixels), and barely into memory."""
 
-NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
-"""These errors mean that the path is wrong. All others mean that the storage failed."""
+NO_FILE = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
+    errno.EFBIG,
+)  # fmt: skip
+"""These errors mean that the path is no picture's. All others mean that the storage failed."""
 
 PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError,
@@ -625,8 +625,6 @@ def read_picture(path: str | Path, folder: str | Path = "/") -> bytes:
     """
 
     def read(path: str | Path) -> bytes:
-        if (size := size_of_file(path)) > LARGEST_FILE:
-            raise BrokenPicture(f"cannot be used: {utils.file_size(size)} is too large")
         try:
             return utils.read_file(path)
         except OSError as error:

@@ -652,10 +652,14 @@ def patiently(function: Callable, path: str | Path) -> Any:
 def read_file(path: str | Path) -> bytes:
     """The file's content, read `patiently`.
 
-    Raises OSError if the file is missing, or if file handles (EMFILE, ENFILE) or memory (ENOMEM)
-    run out. None of these means that the file is broken.
+    Raises OSError if the file is missing or has more than LARGEST bytes (EFBIG), or if file handles
+    (EMFILE, ENFILE) or memory (ENOMEM) run out.
     """
     return patiently(_read_once, path)
+
+
+LARGEST = 1_000_000_000
+"""No file that we read whole has so many bytes. A sparse file may claim more than the memory."""
 
 
 def _read_once(path: str | Path) -> bytes:
@@ -663,6 +667,8 @@ def _read_once(path: str | Path) -> bytes:
         return os.open(name, flags | os.O_NONBLOCK)
 
     with open(path, "rb", buffering=0, opener=not_blocking) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
         return file.read() or b""
 
 
