@@ -1171,6 +1171,9 @@ def quiet_tensorflow() -> Iterator[None]:
     """
     # TensorFlow turns oneDNN off on CPUs without AVX-512, which makes a step a fifth slower.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    # TensorFlow imports Keras. We do not use it, so no settings meant for it may end the import.
+    os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}
+    os.environ.pop("TF_USE_LEGACY_KERAS", None)
     global _messages
     terminal = _messages = os.dup(2)
     if "--verbose" not in sys.argv:
