@@ -382,13 +382,13 @@ def _content(folder: Path) -> str:
     return f"{holds}. Only picture files in train/<class>/ are supported, no archives or tables"
 
 
-def _is_picture_name(name: str) -> bool:
+def is_picture_name(name: str) -> bool:
     return name.lower().endswith(PICTURE_SUFFIXES)
 
 
 def _picture_names(folder: Path) -> list[str]:
     """Sorted names of the pictures in `folder`, without its subfolders."""
-    return sorted(entry.name for entry in _visible(folder) if _is_picture_name(entry.name))
+    return sorted(entry.name for entry in _visible(folder) if is_picture_name(entry.name))
 
 
 def _visible(folder: Path) -> Iterator[os.DirEntry]:
@@ -418,7 +418,7 @@ def _refuse_broken_links(folder: Path, names: Iterable[str]) -> None:
             raise UserError(f"{path}: this link leads nowhere; mount its disk, or remove it")
 
 
-def _files(folder: Path, below: str, here: str, seen: set[str]) -> Iterator[str]:
+def files_below(folder: Path, below: str, here: str, seen: set[str]) -> Iterator[str]:
     """Paths, relative to `folder`, of all files in folder/below and its subfolders.
 
     Follows links to folders, but not to one that contains the link, nor twice to the same.
@@ -434,7 +434,7 @@ def _files(folder: Path, below: str, here: str, seen: set[str]) -> Iterator[str]
     for entry in sorted(folders, key=lambda entry: (entry.is_symlink(), entry.name)):
         real = os.path.realpath(entry.path)
         if real not in seen and not f"{here}/".startswith(f"{real}/"):
-            yield from _files(folder, f"{below}/{entry.name}", real, seen)
+            yield from files_below(folder, f"{below}/{entry.name}", real, seen)
 
 
 def _near(root: Path, *names: str) -> Path | None:
@@ -458,7 +458,7 @@ def _ranks(root: Path) -> dict[str, int]:
     return {name: rank for rank, name in enumerate(_subfolders(folder))}
 
 
-def _readable(root: Path, classes: Iterable[str]) -> list[str]:
+def readable_names(root: Path, classes: Iterable[str]) -> list[str]:
     """The readable names of the classes. A class that the mapping lacks keeps its folder's name."""
     names = dict(pair for pair in _mapping(root) if len(pair) == 2)
     return [names.get(name, name) for name in classes]
@@ -472,8 +472,8 @@ def _in_class_folders(root: Path, part: str) -> Pictures:
         raise UserError(f"{folder / unknown[0]}: {_why_unknown(unknown, list(rank), root)}")
     paths, counts = Paths(), []
     for name in found:
-        files = sorted(_files(folder, name, os.path.realpath(folder / name), set()))
-        used = list(filter(_is_picture_name, files))
+        files = sorted(files_below(folder, name, os.path.realpath(folder / name), set()))
+        used = list(filter(is_picture_name, files))
         others += sorted(set(files).difference(used))
         paths.extend(used)
         counts.append(len(used))
@@ -482,7 +482,7 @@ def _in_class_folders(root: Path, part: str) -> Pictures:
     _warn_of_unused(folder, others)
     layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
     labels = np.repeat(np.array([rank[name] for name in found], np.int32), counts)
-    return Pictures(folder, paths, labels, _readable(root, rank), layout)
+    return Pictures(folder, paths, labels, readable_names(root, rank), layout)
 
 
 def _why_unknown(unknown: list[str], classes: list[str], root: Path) -> str:
@@ -532,7 +532,7 @@ def _flat_validation(home: Path, root: Path, part: str) -> Pictures:
             f"{root / 'train'}"
         )
     labels = np.array(labels, np.int32)
-    return Pictures(folder, Paths(names), labels, _readable(root, rank), "Kaggle layout")
+    return Pictures(folder, Paths(names), labels, readable_names(root, rank), "Kaggle layout")
 
 
 def _listed(root: Path, part: str) -> Pictures:

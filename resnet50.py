@@ -612,13 +612,13 @@ def find_pictures(paths: list[Path], names: list[str]) -> dict[Path, str | None]
         if not path.is_dir():
             found[path] = None
             continue
-        files = sorted(preprocess._files(path, ".", os.path.realpath(path), set()))
-        files = [Path(file) for file in files if preprocess._is_picture_name(file)]
+        files = sorted(preprocess.files_below(path, ".", os.path.realpath(path), set()))
+        files = [Path(file) for file in files if preprocess.is_picture_name(file)]
         if not files:
             raise UserError(f"{path}: no pictures in this folder or below")
         top = path.absolute().name
         folders = {top}.union(*(file.parts[:-1] for file in files))
-        readable = dict(zip(folders, preprocess._readable(path, folders), strict=True))
+        readable = dict(zip(folders, preprocess.readable_names(path, folders), strict=True))
         for file in files:
             own = (n for f in (top, *file.parts[:-1]) for n in (f, readable[f]) if n in known)
             found[path / file] = next(own, None)

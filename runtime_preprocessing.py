@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
 
 import utils  # first: it says which package is missing
-from utils import UserError, plural
+from utils import TryAgain, UserError, plural
 
 # isort: split
 import argparse
@@ -607,7 +607,7 @@ def workers(buffer: Buffer, threads: int) -> Iterator[Executor]:
     try:
         yield pool
     except BrokenProcessPool:
-        raise UserError(
+        raise TryAgain(
             "a process that made batches was killed, perhaps for lack of memory; start again; if "
             "it happens again, use a smaller num_of_threads"
         ) from None

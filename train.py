@@ -24,7 +24,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I leaves it out
 
 import utils  # first: it says which package is missing
-from utils import REQUIRED, Events, Stop, UserError, number, plural, whole
+from utils import REQUIRED, Events, Stop, TryAgain, UserError, number, plural, whole
 
 # isort: split
 import argparse
@@ -583,7 +583,7 @@ def explained_main() -> None:
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError):
         if worker_of_workers()[1] == 1:
             raise
-        raise UserError(
+        raise TryAgain(
             "another machine of TF_CONFIG stopped answering; see what it printed, and start all "
             "machines again with --resume"
         ) from None
@@ -669,6 +669,9 @@ class Run:
                 f"{later[-1].folder} already exists and would be overwritten; the run has epochs: "
                 f"{epochs}. Add --resume to continue, or use another --run_folder"
             )
+        models = (self.folder / str(epoch) for epoch in range(place.epoch, args.epoch_end))
+        if strange := next(filter(os.path.lexists, models), None):
+            raise UserError(f"{strange}: not a model, but one will get this name; move it away")
         if place.epoch + place.batch > 0:
             self.read_state(place)  # raises UserError before the first batch is waited for
         return place

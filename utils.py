@@ -80,9 +80,9 @@ def printable(text: object) -> str:
     )
 
 
-def _die(message: str) -> None:
+def _die(message: str, status: int = 2) -> None:
     print(f"{script_name()}: error: {printable(message)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _die_without(error: ModuleNotFoundError) -> None:
@@ -237,13 +237,21 @@ def show_status(text: str) -> None:
 class UserError(Exception):
     """A user's mistake or a broken input. The message names the thing and says what to do."""
 
+    status = 2
+
+
+class TryAgain(UserError):
+    """Trouble that a user need not mend: starting again may be enough."""
+
+    status = 1
+
 
 class NoLocks(UserError):
     """The file system does not support locks."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script. Reports a `UserError` in one line on stderr and exits with status 2.
+    """Runs a script. Reports a `UserError` in one line on stderr and exits with its status.
 
     Does the same for errors of the operating system, such as a missing file or a full disk.
     """
@@ -254,7 +262,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        _die(str(error))
+        _die(str(error), error.status)
     except OSError as error:
         _die(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except MemoryError:

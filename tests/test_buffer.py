@@ -439,7 +439,7 @@ def test_a_process_that_is_killed_ends_it_in_one_line(tmp_path, toy, ram):
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=300)
     with at_work(config) as (process, pids):
         os.kill(pids[0], signal.SIGKILL)
-        assert finish(process) == 2
+        assert finish(process) == 1  # may be started again
     assert said(config).count("error: a process that made batches was killed") == 1
     assert "Traceback" not in said(config)
     assert gone(pids)

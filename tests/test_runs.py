@@ -202,6 +202,10 @@ def test_models_are_neither_overwritten_nor_skipped(run):
         with pytest.raises(utils.UserError, match=words):
             claim(run, f"--epoch_start={start}")
     assert sorted(os.listdir(run)) == ["0", "1"]
+    (run / "4").touch()
+    with pytest.raises(utils.UserError, match="4: not a model, but one will get this name"):
+        claim(run, "--epoch_start=2")
+    (run / "4").rename(run / "400")
     assert claim(run, "--epoch_start=2") == (2, 0, run / "1")
 
 
@@ -1071,8 +1075,9 @@ def test_failures_of_the_device_and_of_other_machines_are_explained(monkeypatch)
         (tf.errors.UnavailableError, 2, "another machine"),
     ):
         monkeypatch.setattr(train, "worker_of_workers", lambda workers=workers: (0, workers))
-        with pytest.raises(utils.UserError, match=words):
+        with pytest.raises(utils.UserError, match=words) as raised:
             fail(error)
+        assert raised.value.status == (1 if workers == 2 else 2)
     monkeypatch.setattr(train, "worker_of_workers", lambda: (0, 1))
     with pytest.raises(tf.errors.UnavailableError):
         fail(tf.errors.UnavailableError)

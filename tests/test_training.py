@@ -342,7 +342,7 @@ def test_two_workers_lose_one_stop_clearly_and_resume(workers):
     trainers = workers.start(2, "--checkpoint_minutes=0")
     _wait_until(lambda: "epoch 0, 2 of" in workers.log(0), 180)
     trainers[1].kill()
-    assert trainers[0].wait(timeout=120) == 2, workers.log(0)
+    assert trainers[0].wait(timeout=120) == 1, workers.log(0)  # may be started again
     assert "another machine of TF_CONFIG stopped answering" in workers.log(0)
     assert "Traceback" not in workers.log(0)
     for process in workers.processes:
