@@ -269,7 +269,9 @@ def small_disk(folder: Path, size: str = "64m") -> Iterator[bool]:
     folder.mkdir(parents=True, exist_ok=True)
     mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
                                  stderr=subprocess.DEVNULL).returncode  # fmt: skip
-    if not mounted:
+    if mounted:
+        folder.chmod(0o700)  # a new tmpfs is everybody's
+    else:
         print("  a small disk cannot be mounted here (needs root)")
     try:
         yield mounted
