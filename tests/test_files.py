@@ -259,7 +259,7 @@ def test_a_lock_is_never_opened_through_a_link(exists, tmp_path):
     lock.symlink_to(victim)
     with pytest.raises(UserError, match=r"\.lock: is a link.*remove it"):
         utils.lock(lock, "taken")
-    assert utils.is_locked(lock)
+    assert not utils.is_locked(lock), "none of us holds a link"
     assert victim.read_text() == "secret" if exists else not victim.exists()
 
 
