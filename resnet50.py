@@ -666,4 +666,4 @@ def as_row(path: Path, best: Best) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run(main, at_once=True)

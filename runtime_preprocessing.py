@@ -293,9 +293,11 @@ def write_progress(folder: Path, spec: BatchSpec, step: int) -> None:
 
 
 def read_progress(folder: Path, spec: BatchSpec) -> int | None:
-    """The step that training needs next. None if the file is missing or malformed."""
-    position = read_position(folder)
-    return spec.step(*position) if position else None
+    """The step that training needs next. None if the file is missing or malformed, or if it counts
+    more batches in an epoch than there are, as after a run with smaller batches.
+    """
+    epoch, batch = read_position(folder) or (0, spec.batches_per_epoch)
+    return spec.step(epoch, batch) if batch < spec.batches_per_epoch else None
 
 
 def read_position(folder: Path) -> tuple[int, int] | None:
@@ -887,7 +889,7 @@ def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
     `args`: the trainer's epoch_start, epoch_end, batch_size and config. Raises UserError if another
     train.py uses the buffer, or if a preprocessor is making batches that do not fit this training.
     """
-    folder, say_at, before = take_buffer(config), 0.0, ""
+    folder, say_at, wrong_since = take_buffer(config), 0.0, math.inf
     while True:
         spec = BatchSpec.read(folder)
         wrong = misfit(spec, config, args.batch_size) if spec else ""
@@ -896,12 +898,14 @@ def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
         state = f"start {preprocessor_command(args)}"
         if utils.is_locked(folder / LOCK):
             state = "runtime_preprocessing.py is starting"
-            if wrong and wrong == before:  # it is not about to replace buffer.json
+            wrong_since = min(wrong_since, time.monotonic()) if wrong else math.inf
+            if time.monotonic() > wrong_since + SAY_WAITING:  # it will not replace buffer.json
                 raise UserError(f"{folder}: {wrong}; start both scripts with the same value")
+        else:
+            wrong_since = math.inf
         if time.monotonic() >= say_at:
             print(f"no batches in {folder} yet; {wrong}{'; ' if wrong else ''}{state}")
             say_at = time.monotonic() + config.train.sleep_time
-        before = wrong
         time.sleep(LOOK)
 
 
@@ -1012,8 +1016,8 @@ class BatchReader:
         self._tell(step)
         while not self._closed.is_set():
             try:
-                self._check()
                 batch = read_batch(self.folder, self.spec, step, self._free_memory())
+                self._check()  # after reading: new batches come after the new buffer.json
                 return self.to_device(*batch)
             except FileNotFoundError:
                 pass  # not made yet

@@ -31,10 +31,12 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import re
 import shutil
+import signal
 import threading
 import time
 import zlib
@@ -92,7 +94,7 @@ def main() -> None:
         step = train(trainer, reader, saver, log, stop)
     if step < steps.stop:
         print(f"stopped before {spec.position(step)}; the same command with --resume continues")
-        sys.exit(128 + stop.number)
+        sys.exit(128 + (stop.number or signal.SIGTERM))  # another machine may have been stopped
     # Only after the last model is saved: a kill before that makes training need the batches again.
     agree(strategy, {"last step": steps.stop})  # other machines wait until the chief has saved it
     end_preprocessing(reader.folder, args.epoch_end)
@@ -115,7 +117,7 @@ def train(trainer: "Trainer", reader: BatchReader, saver: "Saver", log: "Log", s
         try:
             with log.waiting():
                 batch = reader.next(stop)
-        except (UserError, OSError):  # of the buffer; the weights are good
+        except BUFFER_TROUBLE:  # the weights are good
             log.settle()
             saver.save_state(step)
             raise
@@ -133,6 +135,10 @@ def train(trainer: "Trainer", reader: BatchReader, saver: "Saver", log: "Log", s
     log.settle()
     saver.save_state(step)
     return step
+
+
+BUFFER_TROUBLE = (UserError, OSError, MemoryError, tf.errors.ResourceExhaustedError)
+"""What reading a batch and copying it to the device may raise."""
 
 
 def learning_rate(step: int, args: argparse.Namespace, batches_per_epoch: int) -> float:
@@ -629,7 +635,9 @@ class Run:
 
     def states(self) -> list[Place]:
         """What training can continue from, the latest first."""
-        found = [Place(epoch + 1, 0, self.folder / str(epoch)) for epoch in epochs_in(self.folder)]
+        # Backups of models may be named by the date: no run has an epoch 20261224.
+        epochs = [epoch for epoch in epochs_in(self.folder) if epoch < self.args.epoch_end]
+        found = [Place(epoch + 1, 0, self.folder / str(epoch)) for epoch in epochs]
         for name in utils.patiently(os.listdir, self.folder) if self.folder.is_dir() else []:
             if match := re.fullmatch(r"state_(\d{1,9})_(\d{1,9})", name):
                 found.append(Place(int(match[1]), int(match[2]), self.folder / name))
@@ -669,9 +677,10 @@ class Run:
                 f"{later[-1].folder} already exists and would be overwritten; the run has epochs: "
                 f"{epochs}. Add --resume to continue, or use another --run_folder"
             )
-        models = (self.folder / str(epoch) for epoch in range(place.epoch, args.epoch_end))
-        if strange := next(filter(os.path.lexists, models), None):
-            raise UserError(f"{strange}: not a model, but one will get this name; move it away")
+        for name in os.listdir(self.folder) if self.folder.is_dir() else []:
+            if name.isdecimal() and place.epoch <= int(name) < args.epoch_end:
+                strange = self.folder / name
+                raise UserError(f"{strange}: not a model, but one will get this name; move it away")
         if place.epoch + place.batch > 0:
             self.read_state(place)  # raises UserError before the first batch is waited for
         return place
@@ -901,18 +910,18 @@ class Saver:
             for state in self.run.states():
                 if state.batch and state.folder != newest:
                     utils.remove_folder(state.folder)
-            if self.trainer.args.keep_last:
-                self._remove_old_epochs(self.trainer.args.keep_last)
+            if self.trainer.args.keep_last and newest.name.isdecimal():
+                self._remove_old_epochs(self.trainer.args.keep_last, int(newest.name))
         except (UserError, OSError) as error:
             utils.warn(f"{self.run.folder}: old models and states may stay: {brief(error)}")
 
-    def _remove_old_epochs(self, keep: int) -> None:
+    def _remove_old_epochs(self, keep: int, newest: int) -> None:
         """Keeps the newest models, the best, and those that check_accuracy.py has yet to see."""
         top1 = self.run.accuracies()
         lock = self.run.folder / resnet50.CHECKER_LOCK
         checker = resnet50.read_plan(resnet50.CheckerPlan, lock)
         best = max(top1, key=top1.get, default=None)
-        for epoch in epochs_in(self.run.folder)[:-keep]:
+        for epoch in [epoch for epoch in epochs_in(self.run.folder) if epoch <= newest][:-keep]:
             awaited = checker is not None and checker.wants(epoch) and epoch not in top1
             if epoch != best and not awaited:
                 utils.remove_folder(self.run.folder / str(epoch))
@@ -1125,13 +1134,14 @@ class Display(contextlib.AbstractContextManager):
     def __init__(self, run: Run, spec: BatchSpec, steps: range, reader: BatchReader):
         self.run, self.spec, self.steps, self.reader = run, spec, steps, reader
         self.waiting_since: float | None = None
-        self._epoch: list[Finished] = []
+        self._is_terminal = sys.stdout.isatty() and run.chief
+        self._epoch: list[Finished] = []  # on a terminal
         self._recent: deque[Finished] = deque(maxlen=100)  # tell the present state
         self._best: list[str] = []
         self._closed = threading.Event()
 
     def __enter__(self) -> "Display":
-        if sys.stdout.isatty() and self.run.chief:
+        if self._is_terminal:
             threading.Thread(target=self._redraw, daemon=True).start()
         return self
 
@@ -1139,24 +1149,32 @@ class Display(contextlib.AbstractContextManager):
         self._closed.set()
 
     def _redraw(self) -> None:
-        while not self._closed.wait(1.0):
+        for second in itertools.count():
+            if second % 60 == 0:
+                self._best = self._best_accuracy()
+            if self._closed.wait(1.0):
+                return
             utils.show_status(self.status())
+
+    def _best_accuracy(self) -> list[str]:
+        with contextlib.suppress(UserError, OSError):
+            if accuracies := self.run.accuracies().values():
+                return [f"best {max(accuracies):.1%}"]
+        return []
 
     def add(self, step: Finished) -> None:
         if step.step % self.spec.batches_per_epoch == 0:
             self._epoch = []
-        self._epoch.append(step)
+        if self._is_terminal:
+            self._epoch.append(step)
         self._recent.append(step)
 
     def print_row(self, row: dict[str, Any]) -> None:
-        if not sys.stdout.isatty():
+        if not self._is_terminal:
             print(self._line(row))
         elif row["batch"] + 1 == self.spec.batches_per_epoch:
             epoch = summary(self._epoch, self.spec)
             print(fitted([f"epoch {row['epoch']}:", *self._parts(epoch)]))
-        with contextlib.suppress(UserError, OSError):  # only the status shows it
-            best = max(self.run.accuracies().values(), default=None)
-            self._best = [] if best is None else [f"best {best:.1%}"]
 
     def _line(self, row: dict[str, Any]) -> str:
         scale = ""

@@ -159,13 +159,14 @@ class _Writer(threading.Thread):
 
 
 _writer: _Writer | None = None
-_is_forked = False
+_at_once = False
+"""Whether lines are written without the thread."""
 
 
 def _put(descriptor: int, text: str) -> None:
     global _writer
     try:
-        if _writer is None and not _is_forked:
+        if _writer is None and not _at_once:
             _writer = _Writer()
             _writer.start()
     except RuntimeError:  # no more threads, or Python is ending
@@ -185,8 +186,8 @@ def _drain() -> None:
 
 def _after_fork() -> None:
     """A forked process may end without `atexit`: it writes at once."""
-    global _is_forked
-    _is_forked = True
+    global _at_once
+    _at_once = True
 
 
 os.register_at_fork(before=_drain, after_in_child=_after_fork)  # only one thread goes into a fork
@@ -198,18 +199,18 @@ class _Output(io.TextIOBase):
     encoding = "utf-8"
 
     def __init__(self, descriptor: int):
-        self._descriptor, self._line = descriptor, ""
+        self._descriptor, self._begun = descriptor, threading.local()  # each thread's own line
         self._start = "\r\x1b[K" if self.isatty() else ""  # erases a status line
 
     def write(self, text: str) -> int:
-        *lines, self._line = (self._line + text).split("\n")
+        *lines, self._begun.line = (getattr(self._begun, "line", "") + text).split("\n")
         if lines:
-            whole = (f"{self._start}{printable(line)}\n" for line in lines)
-            _put(self._descriptor, "".join(whole))
+            ended = (f"{self._start}{printable(line)}\n" for line in lines)
+            _put(self._descriptor, "".join(ended))
         return len(text)
 
     def flush(self) -> None:
-        if self._line:
+        if getattr(self._begun, "line", ""):
             self.write("\n")
 
     def show_status(self, text: str) -> None:
@@ -250,11 +251,14 @@ class NoLocks(UserError):
     """The file system does not support locks."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], at_once: bool = False) -> None:
     """Runs a script. Reports a `UserError` in one line on stderr and exits with its status.
 
-    Does the same for errors of the operating system, such as a missing file or a full disk.
+    Does the same for errors of the operating system, such as a missing file or a full disk. With
+    `at_once`, a script whose lines are its product waits for whoever reads them.
     """
+    global _at_once
+    _at_once = at_once
     sys.stdout, sys.stderr = _Output(1), _Output(2)
     atexit.register(_drain)
     if signal.getsignal(signal.SIGINT) == _leave:
@@ -638,7 +642,7 @@ _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 def patiently(function: Callable, path: str | Path) -> Any:
     """Returns `function(path)`. Tries again if the storage (a disk, a network) fails for a moment.
 
-    Raises UserError if it keeps failing. That is not an OSError, because code that skips broken
+    Raises TryAgain if it keeps failing. That is not an OSError, because code that skips broken
     files must not skip this one. Raises other errors at once.
     """
     pauses = iter(PAUSES)
@@ -650,7 +654,7 @@ def patiently(function: Callable, path: str | Path) -> Any:
                 error.filename = error.filename or str(path)
                 raise
             if (pause := next(pauses, None)) is None:
-                raise UserError(
+                raise TryAgain(
                     f"{path}: its storage failed {len(PAUSES) + 1} times: {error.strerror}; "
                     f"check the disk or the network, then start again"
                 ) from error
@@ -706,7 +710,8 @@ def _aside(path: Path, durable: bool) -> Iterator[Path]:
                 _sync(each)
         os.rename(aside, path)
         if durable:
-            _sync(path.parent)
+            with contextlib.suppress(OSError):  # it has its name: it must not count as not written
+                _sync(path.parent)
     except OSError as error:
         if error.filename is None or _ASIDE.fullmatch(os.path.basename(error.filename)):
             error.filename = str(path)

@@ -277,12 +277,16 @@ def test_epoch_end_raised_and_started_again(tmp_path, toy, ram):
 
 
 def test_progress_of_an_older_run_does_not_end_it(tmp_path, toy, ram):
-    """An older run left a position behind this run's last epoch, or before its first."""
+    """An older run left a position behind this run's last epoch, or before its first, or after
+    more batches than this run's epochs have.
+    """
     config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=3)
-    for stale in (20, 999, 5):
+    for stale in (20, 999, 4, 5):
         for path in ram.iterdir():
             path.unlink()
         progress(ram, stale)
+        if stale == 5:
+            utils.write_text(ram / "training_progress.txt", "1\n30\n")
         with preprocessor(config, *span(1, 2)) as process:
             wait_until(settled(ram, range(10, 13)), process, "first window")
     with preprocessor(config, *span(1, 2)) as process:
@@ -1245,6 +1249,14 @@ def test_training_waits_for_a_preprocessor_that_is_about_to_replace_the_batches(
     utils.write_record(ram / "buffer.json", wrong)
     utils.lock(ram / ".preprocessor.lock", "held")
     runtime_preprocessing.set_aside_older_run(ram, ARGS)
+    threading.Timer(0.5, Buffer(ram, batches_of(config, epochs=[0, 2]), 3).claim).start()
+    assert wait_for_buffer(settings_of(config), ARGS) == batches_of(config).spec
+
+
+def test_a_preprocessor_that_has_just_taken_the_lock_may_replace_other_batches(config, ram):
+    wrong = dataclasses.replace(stock(config, ram, 2).spec, batch_size=8, batches_per_epoch=5)
+    utils.write_record(ram / "buffer.json", wrong)
+    utils.lock(ram / ".preprocessor.lock", "held")
     threading.Timer(0.5, Buffer(ram, batches_of(config, epochs=[0, 2]), 3).claim).start()
     assert wait_for_buffer(settings_of(config), ARGS) == batches_of(config).spec
 

@@ -381,6 +381,21 @@ def test_only_a_file_system_that_knows_no_sync_of_folders_is_excused(number, tmp
     assert names(tmp_path) == (["folder"] if number == errno.EINVAL else [])
 
 
+def test_a_file_whose_folder_cannot_be_synced_counts_as_written(tmp_path, monkeypatch):
+    """It has its name: whoever took it for missing would meet it at the next try."""
+    sync = utils._sync
+
+    def fails_for_the_parent(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(path)
+
+    monkeypatch.setattr(utils, "_sync", fails_for_the_parent)
+    with utils.folder_written_aside(tmp_path / "7") as aside:
+        (aside / "part").write_text("whole")
+    assert names(tmp_path) == ["7"]
+
+
 # --- locks ------------------------------------------------------------------------------------
 
 

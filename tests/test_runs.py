@@ -486,7 +486,15 @@ def test_the_loop_saves_a_stopped_training():
     assert parts.told == [("batch", 0, 0.5), ("step", 4, 0.5, 0), "settle", ("state", 5)]
 
 
-@pytest.mark.parametrize("trouble", [utils.UserError("another buffer"), OSError(5, "EIO")])
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        utils.UserError("another buffer"),
+        OSError(5, "EIO"),
+        MemoryError(),
+        tf.errors.ResourceExhaustedError(None, None, "the device is full"),
+    ],
+)
 def test_trouble_with_the_buffer_costs_no_step(trouble):
     parts = Parts(range(4, 18), 1)
     parts.trouble = trouble
@@ -654,7 +662,9 @@ def write_accuracies(run: Path, rows: list[tuple]) -> None:
 
 def tidied(run: Path, *flags: str) -> list[int]:
     trainer = types.SimpleNamespace(args=arguments(*flags))
-    train.Saver(train.Run(run, trainer.args), trainer, SPEC, {})._tidy(run)
+    newest = max(epoch for epoch in resnet50.epochs_in(run) if epoch < 1000)
+    saver = train.Saver(train.Run(run, trainer.args), trainer, SPEC, {})
+    saver._tidy(run / str(newest))
     return resnet50.epochs_in(run)
 
 
@@ -672,6 +682,14 @@ def checker(run):
 
 def test_keep_last_keeps_the_newest_and_the_best(run):
     assert keep(run, {0: 0.2, 1: 0.9, 2: 0.5, 3: 0.6, 4: 0.1}, 6, "--keep_last=2") == [1, 4, 5]
+    fake_model(run / "261129", "a copy, named by the date")
+    assert tidied(run, "--keep_last=1") == [1, 5, 261129]
+
+
+def test_backups_named_by_the_date_are_no_epochs(run):
+    fake_epochs(run, 0, 1)
+    fake_model(run / "261129", "a copy")
+    assert claim(run, "--epoch_start=2") == (2, 0, run / "1")
 
 
 def test_keep_last_keeps_the_best_of_ten_crops(run):
@@ -1340,7 +1358,7 @@ def test_the_line_on_a_terminal_says_all_that_fits_its_width(run, terminal):
     terminal.set_width(140)
     fake_model(run / "1", "one")
     write_accuracies(run, [(1, 0.625, 0.5, "one")])
-    display.print_row({"epoch": 3, "batch": 300})  # reads the accuracies
+    display._best = display._best_accuracy()
     for columns in range(60, 160, 10):
         terminal.set_width(columns)
         assert len(display.status()) < columns

@@ -205,6 +205,33 @@ def test_no_line_of_a_burst_is_lost_to_who_reads(tmp_path):
     assert [int(line.split()[0]) for line in through_a_pipe.splitlines()] == list(range(20_000))
 
 
+def test_a_script_whose_lines_are_its_product_waits_for_its_reader(tmp_path):
+    """As `resnet50.py … | less` does."""
+    command = script(tmp_path, "for i in range(3_000): print(i, 'x' * 100)")
+    path = Path(command[1])
+    path.write_text(path.read_text().replace("utils.run(main)", "utils.run(main, at_once=True)"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        time.sleep(4)  # a script that may lose lines gives up after a second
+        lines = process.stdout.read().splitlines()
+    assert [int(line.split()[0]) for line in lines] == list(range(3_000))
+
+
+def test_threads_print_whole_lines(tmp_path):
+    body = """
+import threading
+def lines(name):
+    for _ in range(300):
+        sys.stdout.write(name * 20)
+        time.sleep(0)
+        sys.stdout.write(chr(10))
+threads = [threading.Thread(target=lines, args=[name]) for name in "abcd"]
+for each in threads: each.start()
+for each in threads: each.join()
+"""
+    result = subprocess.run(script(tmp_path, body), stdout=subprocess.PIPE, text=True)
+    assert sorted(result.stdout.split()) == sorted([name * 20 for name in "abcd"] * 300)
+
+
 def test_lines_of_forked_processes_are_printed_once(tmp_path):
     body = """
 print("before")
