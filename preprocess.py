@@ -561,8 +561,11 @@ def _names_of_labels(root: Path, paths: Paths, labels: np.ndarray) -> list[str]:
     mapping, classes = _mapping(root), 1 + int(labels.max())
     if len(mapping) == classes:
         return [pair[-1] for pair in mapping]
-    folders = dict(zip(labels.tolist(), map(os.path.dirname, paths), strict=True))
-    if len(folders) == len(set(folders.values())) == classes:
+    of_each = (os.path.dirname(os.path.normpath(path)) for path in paths)
+    pairs = set(zip(labels.tolist(), of_each, strict=True))
+    folders = dict(pairs)
+    one_to_one = len(pairs) == len(folders) == len(set(folders.values())) == classes
+    if one_to_one and all(folders.values()):
         return [folders[label] for label in range(classes)]
     return [str(label) for label in range(classes)]
 

@@ -205,10 +205,21 @@ def test_class_names_of_lists_without_mapping_are_their_folders(tmp_path, settin
         assert pictures(settings(tmp_path)).class_names == ["n01", "n02", "n10"]
 
 
-@pytest.mark.parametrize("folders", [("", "", ""), ("a/", "a/", "b/")])
+NOT_CLASSES = {
+    "none": [("a.JPEG", 0), ("b.JPEG", 1), ("c.JPEG", 2)],
+    "one of two classes": [("a/a.JPEG", 0), ("a/b.JPEG", 1), ("b/c.JPEG", 2)],
+    "one of all cameras": [
+        (f"cam{i}/{i}{j}.JPEG", (i + j) % 3) for i in range(3) for j in range(3)
+    ],
+    "two of a class": [("a/a.JPEG", 0), ("b/b.JPEG", 1), ("c/c.JPEG", 2), ("d/d.JPEG", 2)],
+    "a dot": [("./a.JPEG", 0), ("b/b.JPEG", 1), ("c/c.JPEG", 2)],
+}
+
+
+@pytest.mark.parametrize("folders", NOT_CLASSES)
 def test_class_names_of_lists_are_the_labels_where_folders_do_not_tell(folders, tmp_path, settings):
     make_list_files(tmp_path, "train", "val")
-    lines = [f"{folder}{label}.JPEG {label}\n" for label, folder in enumerate(folders)]
+    lines = [f"{path} {label}\n" for path, label in NOT_CLASSES[folders]]
     (tmp_path / "train.txt").write_text("".join(lines))
     assert preprocess.training_pictures(settings(tmp_path)).class_names == ["0", "1", "2"]
 
