@@ -341,13 +341,26 @@ def _root_in(folder: Path) -> Path | None:
 
 
 def _has_lists(root: Path) -> bool:
-    """Whether train.txt lists the pictures. Beside class folders of both parts it may be any text,
-    unless there is a val.txt.
+    """Whether train.txt lists the pictures. Beside class folders of all parts it may be any text,
+    unless there is a val.txt, or its first line is `filename label` and there is such a file.
     """
     listed = [name for name in ("train", *VALIDATION) if (root / f"{name}.txt").is_file()]
     if "train" not in listed:
         return False
-    return "val" in listed or not all(_subfolders(root / name) for name in ("train", *listed))
+    if "val" in listed or not all(_subfolders(root / name) for name in ("train", *listed)):
+        return True
+    first = utils.read_file(root / "train.txt").removeprefix(codecs.BOM_UTF8).lstrip()
+    line = LIST_LINE.fullmatch(os.fsdecode(first.partition(b"\n")[0]))
+    return bool(line) and any(os.path.isfile(f / line[1]) for f in _picture_folders(root, "train"))
+
+
+LIST_LINE = re.compile(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*")
+"""Of a list of pictures: `filename label`."""
+
+
+def _picture_folders(root: Path, part: str) -> list[Path]:
+    """Where the pictures of a list may be."""
+    return [root / f"2012_{part}", root / f"2012_{part[:3]}", root / part]
 
 
 UNPACK_CLASSES = 'for f in *.tar; do mkdir -p "${f%.tar}" && tar -xf "$f" -C "${f%.tar}"; done'
@@ -537,7 +550,7 @@ def _flat_validation(home: Path, root: Path, part: str) -> Pictures:
 
 def _listed(root: Path, part: str) -> Pictures:
     """The pictures in `train.txt` or `val.txt`. Each line is `filename label`."""
-    near = [root / f"2012_{part}", root / f"2012_{part[:3]}", root / part]
+    near = _picture_folders(root, part)
     folder = next((each for each in near if each.is_dir()), None)
     if folder is None:
         raise UserError(
@@ -576,7 +589,7 @@ def _read_list(file: Path) -> tuple[Paths, np.ndarray]:
     content = utils.read_file(file).removeprefix(codecs.BOM_UTF8)
     for number, line in enumerate(map(os.fsdecode, io.BytesIO(content)), 1):
         where = f"{file}: line {number}"
-        if match := re.fullmatch(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*", line):
+        if match := LIST_LINE.fullmatch(line):
             if os.path.isabs(match[1]) or ".." in Path(match[1]).parts:
                 raise UserError(f"{where}: {match[1]} is outside the picture folder")
             paths.extend([match[1]])

@@ -736,8 +736,21 @@ def test_training_without_a_validation_set_says_so(layout, tmp_path):
 
 def test_a_note_called_train_txt_beside_class_folders_is_no_list(tmp_path, settings):
     put(tmp_path / "train/cat/a.jpg")
-    (tmp_path / "train.txt").write_text("Downloaded on Monday.\n")
-    assert len(preprocess.training_pictures(settings(tmp_path))) == 1
+    for text in ("", "\n", "Downloaded on Monday.\n", "Pictures " * 40 + "of 2012\n"):
+        (tmp_path / "train.txt").write_text(text)
+        assert preprocess.training_pictures(settings(tmp_path)).layout.startswith("class folders")
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
+def test_a_list_beside_folders_needs_no_list_of_validation(start, tmp_path, settings):
+    """The folders are no classes, but cameras: training on them would look like success."""
+    lines = [f"cam{camera}/{label}.jpg {label}\n" for camera in (1, 2) for label in (2, 0, 1)]
+    for line in lines:
+        put(tmp_path / "train" / line.split()[0])
+    (tmp_path / "train.txt").write_text(start + "".join(lines), encoding="utf-8")
+    pictures = preprocess.training_pictures(settings(tmp_path))
+    assert pictures.labels.tolist() == [2, 0, 1, 2, 0, 1]
+    assert pictures.class_names == ["0", "1", "2"]
 
 
 # --- what lies there instead of a dataset -----------------------------------------------------
