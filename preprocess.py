@@ -180,19 +180,22 @@ class BrokenPicture(Exception):
 
 
 class Failures:
-    """Counts broken pictures, and warns about each one once. Thread-safe."""
+    """Counts broken pictures, and warns about each path once. Thread-safe."""
 
     def __init__(self, pictures: int):
         """`pictures`: the size of the set. 1 in 100 may fail."""
         self.pictures, self.allowed = pictures, max(1, pictures // 100)
         self.paths: set[str] = set()
+        self.failed: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.failed)
 
-    def add(self, path: str, error: BrokenPicture) -> None:
+    def add(self, path: str, error: BrokenPicture, index: int = 0) -> None:
+        """`index`: of the picture; a list may name one path several times."""
         with self._lock:
+            self.failed.add((path, index))
             if path not in self.paths:
                 self.paths.add(path)
                 utils.warn(f"{path}: left out, {error}")
@@ -223,7 +226,7 @@ def map_pictures(
         try:
             loaded = load(index)
         except BrokenPicture as error:
-            failures.add(pictures.paths[index], error)
+            failures.add(pictures.paths[index], error, index)
             return None
         return work(index, loaded)
 

@@ -546,6 +546,20 @@ def test_too_many_broken_pictures_are_all_named_and_stop_it(script, tmp_path, to
     assert not any(map(is_leftover, tree(tmp_path / "preprocessed")))
 
 
+@pytest.mark.parametrize("script", ["preprocess.py", "preprocess_val.py", "get_mu_sigma.py"])
+def test_a_list_of_one_broken_picture_alone_is_refused(script, tmp_path):
+    """However often it names it. No mean of nothing is written."""
+    for part in ("train", "val"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        (tmp_path / "data" / part / "a.JPEG").write_bytes(b"no picture")
+        (tmp_path / "data" / f"{part}.txt").write_text("a.JPEG 0\na.JPEG 0\n")
+    config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
+    result = toolkit.run(script, config, *ARGUMENTS.get(script, []))
+    toolkit.assert_one_line_error(result, script, "2 of 2 pictures")
+    assert result.stderr.count("a.JPEG: left out") == 1
+    assert not list((tmp_path / "preprocessed").rglob("mu_sigma.txt"))
+
+
 @pytest.mark.parametrize("script", ["preprocess.py", "preprocess_val.py"])
 def test_a_disk_that_fills_up_is_one_line_that_names_the_file(script, settings, tmp_path):
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
