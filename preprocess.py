@@ -692,7 +692,22 @@ def opened(content: bytes) -> Image.Image:
     if longer > LONGEST * shorter or shorter * longer > Image.MAX_IMAGE_PIXELS:
         why = "too long and thin" if longer > LONGEST * shorter else "too large"
         raise BrokenPicture(f"cannot be used: {image.width}×{image.height} pixels is {why}")
+    with pillow_decodes():
+        is_misread = misread(image)
+    if is_misread:
+        raise BrokenPicture("cannot be used: its kind of numbers is not read; convert it to PNG")
     return image
+
+
+def misread(image: Image.Image) -> bool:
+    """Whether Pillow opens the picture, but with wrong colours: as signed, floating-point or 32-bit
+    numbers, or as 16-bit colours one after the other.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits = max(tags.get(BITS_PER_SAMPLE, (8,)))
+    apart = (tags.get(PLANAR_CONFIGURATION), tags.get(COMPRESSION, 1)) == (2, 1)
+    unsigned = set(tags.get(SAMPLE_FORMAT, (1,))) <= {1, 4}  # 4: undefined
+    return image.mode == "F" or bits > 16 or not unsigned or (apart and bits > 8)
 
 
 def decode(content: bytes) -> Image.Image:
@@ -712,13 +727,18 @@ def as_rgb(image: Image.Image) -> Image.Image:
         if not image.mode.startswith("I"):
             return image.convert("RGB")
     # Grey of up to 16 bits: Pillow would clip it, not scale it.
-    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
-    grey = np.clip(np.asarray(image).astype(np.int64) >> min(bits, 16) - 8, 0, 255)
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    grey = np.clip(np.asarray(image).astype(np.int64) >> bits - 8, 0, 255)
+    if tags.get(PHOTOMETRIC) == 0:  # the smallest number is white
+        grey = 255 - grey
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
-BITS_PER_SAMPLE = 258
-"""TIFF's tag. Pillow opens 12 bits as numbers up to 4095."""
+BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, PLANAR_CONFIGURATION, SAMPLE_FORMAT = (
+    258, 259, 262, 284, 339,
+)  # fmt: skip
+"""TIFF's tags. Pillow opens 12 bits as numbers up to 4095."""
 
 
 def resized_size(width: int, height: int, side: int) -> tuple[int, int]:

@@ -146,19 +146,86 @@ def test_16_bits_of_grey_are_scaled_not_clipped(kind, tmp_path):
     assert found.min() == 0 and found.max() == 255
 
 
+def tiff(height: int, width: int, data: bytes, tags: dict[int, int | tuple[int, ...]]) -> bytes:
+    """A TIFF file by hand. `tags` go beyond those of an uncompressed picture in one strip."""
+    tags = {256: width, 257: height, 259: 1, 273: 8, 278: height, 279: len(data)} | tags
+    end = 8 + len(data)
+    more, entries = b"", b""
+    for tag, value in sorted(tags.items()):
+        values = value if isinstance(value, tuple) else (value,)
+        packed = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            more, packed = more + packed, struct.pack("<I", end + len(more))
+        entries += struct.pack("<HHI", tag, 4, len(values)) + packed
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", end + len(more)) + data + more + directory
+
+
+RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+
+
+def test_16_bits_of_grey_of_which_the_smallest_is_white():
+    content = tiff(64, 64, RAMP.tobytes(), {258: 16, 262: 0, 277: 1})
+    found = np.asarray(preprocess.decode(content)).astype(int)
+    assert np.abs(found - as_rgb_levels(255 - RAMP / 257)).max() <= 1
+
+
+THREE = np.stack([RAMP, RAMP[::-1], RAMP.T], axis=2)
+
+
+def test_16_bits_of_colour_pixel_by_pixel():
+    content = tiff(64, 64, THREE.tobytes(), {258: (16, 16, 16), 262: 2, 277: 3, 284: 1})
+    assert np.abs(np.asarray(preprocess.decode(content)) - THREE / 257).max() <= 1
+
+
+def plane_by_plane() -> bytes:
+    """A ramp of 16-bit colours, one colour after the other."""
+    planes = np.moveaxis(THREE, 2, 0)
+    tags = {258: (16, 16, 16), 262: 2, 277: 3, 284: 2}
+    starts, size = tuple(8 + i * RAMP.nbytes for i in range(3)), (RAMP.nbytes,) * 3
+    return tiff(64, 64, planes.tobytes(), tags | {273: starts, 279: size})
+
+
+MISREAD = {
+    "signed 16 bits": tiff(
+        64, 64, (RAMP // 2).astype(np.int16).tobytes(), {258: 16, 262: 1, 277: 1, 339: 2}
+    ),
+    "signed 32 bits": encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"),
+    "unsigned 32 bits": tiff(
+        64, 64, (RAMP.astype(np.uint32) << 16).tobytes(), {258: 32, 262: 1, 277: 1, 339: 1}
+    ),
+    "floating point": encoded(Image.fromarray(RAMP.astype(np.float32) / 65535), "TIFF"),
+    "signed 8 bits": tiff(
+        64, 64, (RAMP // 512).astype(np.int8).tobytes(), {258: 8, 262: 1, 277: 1, 339: 2}
+    ),
+    "16-bit colours plane by plane": plane_by_plane(),
+    "floating-point PFM": encoded(Image.fromarray(RAMP.astype(np.float32) / 65535), "PPM"),
+}
+"""Ramps from black to white that Pillow opens without a word."""
+
+
+@pytest.mark.parametrize("kind", MISREAD)
+def test_numbers_that_pillow_reads_wrongly_are_refused(kind):
+    image = Image.open(io.BytesIO(MISREAD[kind]))
+    levels = np.asarray(image.convert("RGB")).astype(int)
+    expected = THREE if "colours" in kind else np.repeat(RAMP[:, :, None], 3, axis=2)
+    assert np.abs(levels - expected / 257).max() > 50  # so it would be used with wrong colours
+    for use in (preprocess.decode, lambda content: preprocess.crop(content, WHOLE)):
+        with pytest.raises(BrokenPicture, match="numbers"):
+            use(MISREAD[kind])
+
+
+WHOLE = preprocess.side_window(256, (0, 0))
+
+
 def tiff12(grey: np.ndarray, bits: int = 12) -> bytes:
-    """A grey TIFF of 12 bits a pixel, by hand: Pillow writes none. uint16 [height, even width]."""
-    height, width = grey.shape
+    """A grey TIFF of 12 bits a pixel: Pillow writes none. uint16 [height, even width]."""
     pairs = grey.reshape(-1, 2).astype(np.uint32)
     packed = np.stack(
         [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1
     )
     data = packed.astype(np.uint8).tobytes()
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
-    tags[279] = len(data)
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
-    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+    return tiff(*grey.shape, data, {258: bits, 262: 1, 277: 1})
 
 
 def test_12_bits_of_grey_are_scaled_by_what_the_file_says(tmp_path):
