@@ -468,10 +468,18 @@ def _mapping(root: Path) -> list[list[str]]:
 
 
 def _ranks(root: Path) -> dict[str, int]:
-    """The label of each class folder: its rank among the folders of the training set."""
-    folder = root / "train"
+    """The label of each class folder: its rank among the folders of the training set.
+
+    Raises UserError if two of them print alike.
+    """
+    folder, plain = root / "train", {}
     _refuse_broken_links(folder, (entry.name for entry in _visible(folder)))
-    return {name: rank for rank, name in enumerate(_subfolders(folder))}
+    names = _subfolders(folder)
+    for name in names:
+        other = plain.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise UserError(f"{folder / name}: {_why_unknown([name], [other], root)}")
+    return {name: rank for rank, name in enumerate(names)}
 
 
 def readable_names(root: Path, classes: Iterable[str]) -> list[str]:
