@@ -249,7 +249,7 @@ PICTURE_SUFFIXES = (
 UNUSED_SUFFIXES = (
     ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2", ".nef",
 )  # fmt: skip
-"""Pictures that Pillow does not read."""
+"""Pictures that are not used."""
 
 HIDDEN = (".", "@eaDir", "__MACOSX", "lost+found")
 """Names that begin so are left out: they are made by operating systems, not by users."""
@@ -278,8 +278,8 @@ def validation_pictures(config: SimpleNamespace) -> Pictures:
     if part is None:
         kind = "list" if _has_lists(root) else "folder"
         raise UserError(
-            f"{root}: no validation set, found no {kind} named {', '.join(VALIDATION)}; training "
-            f"works without one, but nothing can be evaluated"
+            f"{root}: no validation set, found no {kind} named {', '.join(VALIDATION)} "
+            f"(lower case); training works without one, but nothing can be evaluated"
         )
     if _has_lists(root):
         pictures = _listed(root, part)
@@ -311,10 +311,12 @@ def _as_expected(pictures: Pictures, section: str, expected: int) -> Pictures:
     names = pictures.class_names
     counts = np.bincount(pictures.labels, minlength=len(names))
     if empty := [names[label] for label in np.flatnonzero(counts == 0)]:
+        way_out = "the classes are those of the training set"
+        if section == "train":
+            way_out = "to leave a folder out, begin its name with a dot"
         utils.warn(
             f"{pictures.folder}: no pictures in {plural(len(empty), 'class')} of {len(names):,}: "
-            f"{', '.join(empty)}. To leave a folder out, begin its name with a dot; the labels "
-            f"in lists count from 0"
+            f"{', '.join(empty)}; {way_out}; the labels in lists count from 0"
         )
     return pictures
 
@@ -328,6 +330,8 @@ def _dataset_root(folder: Path) -> Path:
         )
     if root := _root_in(folder):
         return root
+    if other := next((name for name in _subfolders(folder) if name.lower() == "train"), None):
+        raise UserError(f"{folder / other}: rename this folder to train, in lower case")
     near = [*list(folder.parents)[:2], *(folder / name for name in _subfolders(folder)[:1000])]
     meant = next((other for other in near if _root_in(other)), None)
     raise UserError(
@@ -354,11 +358,16 @@ def _has_lists(root: Path) -> bool:
         return True
     first = utils.read_file(root / "train.txt").removeprefix(codecs.BOM_UTF8).lstrip()
     line = LIST_LINE.fullmatch(os.fsdecode(first.partition(b"\n")[0]))
+    if first.startswith(UTF_16):  # `_read_list` refuses it
+        return True
     return bool(line) and any(os.path.isfile(f / line[1]) for f in _picture_folders(root, "train"))
 
 
 LIST_LINE = re.compile(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*")
 """Of a list of pictures: `filename label`."""
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How a text starts that PowerShell's `>` has written."""
 
 
 def _picture_folders(root: Path, part: str) -> list[Path]:
@@ -598,6 +607,8 @@ def _read_list(file: Path) -> tuple[Paths, np.ndarray]:
     """The paths and the labels, int32 [n], in `filename label` lines. Raises UserError."""
     paths, labels = Paths(), array("i")
     content = utils.read_file(file).removeprefix(codecs.BOM_UTF8)
+    if content.startswith(UTF_16):
+        raise UserError(f"{file}: this text is in UTF-16; save it as UTF-8")
     for number, line in enumerate(map(os.fsdecode, io.BytesIO(content)), 1):
         where = f"{file}: line {number}"
         if match := LIST_LINE.fullmatch(line):

@@ -240,7 +240,7 @@ def test_labels_counted_from_1_are_warned_of(tmp_path, settings, capsys):
     preprocess.training_pictures(settings(tmp_path))
     warning = capsys.readouterr().err
     assert (
-        "no pictures in 1 class of 4: 0. " in warning and "labels in lists count from 0" in warning
+        "no pictures in 1 class of 4: 0; " in warning and "labels in lists count from 0" in warning
     )
 
 
@@ -312,8 +312,11 @@ def test_an_empty_class_is_warned_of_and_keeps_its_rank(tmp_path, settings, caps
     config = settings(tmp_path)
     train = preprocess.training_pictures(config)
     warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 1 and "no pictures in 1 class of 4: n015. " in warnings[0]
+    assert len(warnings) == 1 and "no pictures in 1 class of 4: n015; " in warnings[0]
     val = preprocess.validation_pictures(config)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "1 class of 4: n015; the classes are those of the training set" in warning
+    assert "dot" not in warning  # hiding val/n015 would change nothing
     expected = {"n01": 0, "n02": 2, "n10": 3}
     assert labels_by_name(train) == {name: expected[wnid] for name, wnid in TRAIN.items()}
     assert labels_by_name(val) == {name: expected[wnid] for name, wnid in VAL.items()}
@@ -329,7 +332,7 @@ def test_all_classes_without_pictures_are_named_and_how_to_leave_them_out(
     config = settings(tmp_path)
     assert len(preprocess.training_pictures(config).class_names) == 6
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "3 classes of 6: labels\\x1b[31m, n00 empty, notes. " in warning
+    assert "3 classes of 6: labels\\x1b[31m, n00 empty, notes; " in warning
     assert "begin its name with a dot" in warning
     for name in ("notes", "n00 empty", "labels\x1b[31m"):  # as the warning says
         (tmp_path / "train" / name).rename(tmp_path / "train" / f".{name}")
@@ -576,7 +579,7 @@ ABSENT = {
     "no train": (lambda root: remove(root, "train"), r"ImageNet_folder.*train"),
     "no val": (
         lambda root: remove(root, "val"),
-        r"data: no validation set, found no folder named val, valid, validation, test; ",
+        r"data: no validation set, .* named val, valid, validation, test \(lower case\); ",
     ),
     "a file for a folder": (
         lambda root: (remove(root.parent, "data"), root.write_text("")),
@@ -644,6 +647,18 @@ def test_lists_may_hold_spaces_windows_line_ends_and_any_bytes(tmp_path, setting
     pictures = preprocess.training_pictures(settings(tmp_path))
     assert list(pictures.paths) == names
     assert pictures.labels.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("lists", [("train", "val"), ("train",)])
+def test_a_list_in_utf_16_is_named_with_the_way_out(lists, tmp_path, settings):
+    make_list_files(tmp_path, "train", "val")
+    for part in ("train", "val"):
+        text = (tmp_path / f"{part}.txt").read_text()
+        (tmp_path / f"{part}.txt").write_text(text, encoding="utf-16")
+        if part not in lists:
+            (tmp_path / f"{part}.txt").unlink()
+    with pytest.raises(UserError, match=r"train\.txt: .* UTF-16; save it as UTF-8$"):
+        preprocess.training_pictures(settings(tmp_path))
 
 
 @pytest.mark.parametrize("encoded", ["with a byte-order mark", "without"])
@@ -804,6 +819,12 @@ def test_the_command_unpacks_the_classes_of_imagenet(tmp_path, settings):
     subprocess.run(["bash", "-c", command], check=True)
     pictures = preprocess.training_pictures(settings(tmp_path / "data set"))
     assert len(pictures) == 6 and pictures.class_names == ["n00000001", "n00000002"]
+
+
+def test_a_folder_in_capitals_is_named(tmp_path, settings):
+    make_class_folders(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "Train")
+    assert refusal(settings, tmp_path).startswith(f"{tmp_path / 'Train'}: rename this folder to tr")
 
 
 @pytest.mark.parametrize("below", ["train", "train/n01", "val"])
