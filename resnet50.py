@@ -210,12 +210,13 @@ STATE = "training_state"
 RECIPE = "recipe.json"
 """In a model's `assets`: what the model sees, and how it was trained."""
 
+FINITE = number(0, 1e12)
 TRAINING_LOG = "training_log.csv"
 LOG_COLUMNS = {
-    "step": whole(0), "epoch": whole(0), "batch": whole(0), "seconds": number(0),
-    "steps": whole(1), "loss": number(0), "loss_without_l2": number(0), "top1": number(0, 1),
-    "images_per_second": number(0), "learning_rate": number(0), "waiting_for_data": number(0, 1),
-    "r_max": number(1), "d_max": number(0), "gradient_norm": float, "loss_scale": number(0),
+    "step": whole(0), "epoch": whole(0), "batch": whole(0), "seconds": FINITE,
+    "steps": whole(1), "loss": FINITE, "loss_without_l2": FINITE, "top1": number(0, 1),
+    "images_per_second": FINITE, "learning_rate": FINITE, "waiting_for_data": number(0, 1),
+    "r_max": number(1, 1e12), "d_max": FINITE, "gradient_norm": float, "loss_scale": FINITE,
     "skipped_steps": whole(0),
 }  # fmt: skip
 """The columns of the training log, each with what reads its cells. The norm of the gradient is not
@@ -231,7 +232,7 @@ ACCURACY = "accuracy.csv"
 ACCURACY_COLUMNS = {
     "epoch": whole(0), "step": or_empty(whole(0)),
     "top1_10crop": or_empty(number(0, 1)), "top5_10crop": or_empty(number(0, 1)),
-    "top1_centre": number(0, 1), "top5_centre": number(0, 1), "loss_centre": number(0),
+    "top1_centre": number(0, 1), "top5_centre": number(0, 1), "loss_centre": FINITE,
     "pictures": whole(0), "crops": str, "model": str,
 }  # fmt: skip
 """The columns of the table of accuracies. Accuracies are 0…1. With --crops=1 those of ten crops are
@@ -327,6 +328,13 @@ class ModelRecipe:
     step: int | None = None  # steps before the model was saved, counted across all epochs
     epoch_end: int | None = None  # training was to end before this epoch
     fingerprint: str = ""  # of the variables; `export_model` sets it
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a value is out of range."""
+        if not self.class_names or len(self.mu) != 3 or len(self.sigma) != 3 or 0 in self.sigma:
+            raise ValueError("class_names, mu and sigma must be those of a model")
+        if not 0 <= (self.step or 0) < 2**62:
+            raise ValueError(f"no training has {self.step} steps")
 
 
 def model_recipe(folder: Path) -> ModelRecipe:
@@ -454,11 +462,12 @@ def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
     names = model_recipe(folder).class_names
     try:
         model = tf.saved_model.load(str(folder))
+        classify = model.signatures["serving_default"]
+        classes = classify.structured_outputs["probabilities"].shape[-1]
     except DAMAGED as error:
         raise UserError(f"{folder}: the model is damaged: {str(error)[:150]}") from None
-    classify = model.signatures["serving_default"]
     classify.model = model  # keeps the model's variables alive
-    if classify.structured_outputs["probabilities"].shape[-1] != len(names):
+    if classes != len(names):
         raise UserError(f"{folder}: {RECIPE} names {plural(len(names), 'class')}, the model others")
     return classify, len(names)
 

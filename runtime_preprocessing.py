@@ -169,7 +169,7 @@ class BatchSpec:
     def __post_init__(self) -> None:
         """Raises ValueError if a value is out of range."""
         fits = {
-            "batch_size": 1 <= self.batch_size <= self.N,
+            "batch_size": 1 <= self.batch_size <= self.N <= 10**12,
             "classes": 1 <= self.classes == len(self.class_names),
             "mu": len(self.mu) == 3,
             "sigma": len(self.sigma) == 3 and min(self.sigma) > 0,
@@ -267,6 +267,9 @@ class TFConfig:
         first, count = {"chief": (0, chiefs), "worker": (chiefs, others)}.get(str(job), (0, 0))
         if type(index) is not int or not 0 <= index < count:
             raise ValueError(f"task {self.task} is not one of the cluster's {self.workers}")
+        for address in itertools.chain(*self.cluster.values()):
+            if not re.fullmatch(r".+:[0-9]{1,5}", address):
+                raise ValueError(f"{address!r} is not host:port")
         self.worker = first + index
 
 
@@ -1255,7 +1258,7 @@ def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """`text` in ASCII, cut to at most `width` pixels. Pillow's own font has only ASCII."""
     text = unicodedata.normalize("NFKD", utils.printable(text).replace("ß", "ss"))
     text = "".join(c for c in text if not unicodedata.combining(c))
-    text = text.encode("ascii", "backslashreplace").decode()
+    text = text.encode("ascii", "backslashreplace").decode()[:200]
     while font.getlength(text) > width:
         text = text.rstrip("…")[:-1] + "…"
     return text

@@ -639,7 +639,7 @@ class Run:
         epochs = [epoch for epoch in epochs_in(self.folder) if epoch < self.args.epoch_end]
         found = [Place(epoch + 1, 0, self.folder / str(epoch)) for epoch in epochs]
         for name in utils.patiently(os.listdir, self.folder) if self.folder.is_dir() else []:
-            if match := re.fullmatch(r"state_(\d{1,9})_(\d{1,9})", name):
+            if match := re.fullmatch(r"state_([0-9]{1,9})_([0-9]{1,9})", name):
                 found.append(Place(int(match[1]), int(match[2]), self.folder / name))
         return sorted(found, reverse=True)
 
@@ -647,6 +647,10 @@ class Run:
         """Where training begins. Raises UserError if what it needs is missing, or if it would
         overwrite something.
         """
+        if odd := re.search(r"[\[\]\\]", str(self.folder)):
+            raise UserError(
+                f"{self.folder}: TensorFlow cannot read from a path with {odd[0]} in it"
+            )
         args, states, start = self.args, self.states(), self.args.epoch_start
         epochs = ", ".join(map(str, epochs_in(self.folder))) or "none"
         if args.resume and not (states or (self.folder / TRAINING_LOG).exists()):
@@ -693,9 +697,11 @@ class Run:
         except UserError as error:
             raise UserError(f"{error}; {self.way_out(place)}") from None
         if record is None:
+            way_out = self.way_out(place)
+            if resnet50.is_model(place.folder):
+                way_out = f"--init_from={place.folder} starts a new run with its weights"
             raise UserError(
-                f"{state} is missing, so training cannot continue from {place.folder}; "
-                f"--init_from={place.folder} starts a new run with its weights"
+                f"{state} is missing, so training cannot continue from {place.folder}; {way_out}"
             )
         if (record.epoch, record.batch) != place[:2]:
             raise UserError(
@@ -1050,13 +1056,20 @@ class Log(contextlib.AbstractContextManager):
         row = summary(steps, self.spec)
         row["seconds"] = self._seconds_before + time.monotonic() - self._start
         try:
-            self._rows.writerow({name: utils.csv_cell(row[name]) for name in LOG_COLUMNS})
-            self._file.flush()
+            self._append({name: utils.csv_cell(row[name]) for name in LOG_COLUMNS})
             self._events.add(row["step"], {f"training/{name}": row[name] for name in CURVES})
             self._events.flush()
         except (OSError, tf.errors.OpError) as error:
             utils.warn(f"the log could not be written: {brief(error)}")
         self.display.print_row(row)
+
+    def _append(self, row: dict[str, object]) -> None:
+        """Adds a row to the table, which somebody may have replaced or removed meanwhile."""
+        with open(self.run.folder / TRAINING_LOG, "a", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
+            if file.tell() == 0:
+                table.writeheader()
+            table.writerow(row)
 
     def _open(self) -> None:
         """Drops the rows of steps that will be trained again."""
@@ -1066,8 +1079,6 @@ class Log(contextlib.AbstractContextManager):
         # By epoch and batch: if the batch size has changed, the steps of old rows are others.
         rows = [row for row in rows if (row["epoch"], row["batch"]) < begin]
         utils.write_csv(path, LOG_COLUMNS, rows)
-        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
-        self._rows = csv.DictWriter(self._file, LOG_COLUMNS, lineterminator="\n")
         self._seconds_before = rows[-1]["seconds"] if rows else 0.0
         folder = self.run.folder / "events" / events_folder(rows, self.spec)
         try:

@@ -617,7 +617,7 @@ def _check_names(where: str, kind: str, found: dict, known: dict) -> None:
 def _converted(where: str, value: object, key: Key, folder: Path) -> object:
     """The value in the type of its key. Raises UserError."""
     if not key.accepts(value):
-        shown = json.dumps(value, default=str)
+        shown = "a section" if isinstance(value, dict) else json.dumps(value, default=str)
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         raise UserError(f"{where}: expected {key.expected}, not {shown}")
     if key.type is Epochs:
@@ -629,7 +629,10 @@ def _converted(where: str, value: object, key: Key, folder: Path) -> object:
         raise UserError(f"{where}: the environment variable {unset[0]} is not set")
     if path.startswith("~"):
         raise UserError(f"{where}: no home folder is known for {value}; write the whole path")
-    return Path(os.path.abspath(folder / path))
+    path = os.path.abspath(folder / path)
+    if re.search("[\ud800-\udfff]", path):
+        raise UserError(f"{where}: {path} is not UTF-8, which TensorFlow needs; rename it")
+    return Path(path)
 
 
 # --- files that appear whole ----------------------------------------------------------------
@@ -679,7 +682,10 @@ def _read_once(path: str | Path) -> bytes:
         return os.open(name, flags | os.O_NONBLOCK)
 
     with open(path, "rb", buffering=0, opener=not_blocking) as file:
-        if os.fstat(file.fileno()).st_size > LARGEST:
+        status = os.fstat(file.fileno())
+        if stat.S_ISCHR(status.st_mode):  # /dev/zero never ends
+            raise OSError(errno.ENXIO, "a device, not a file", str(path))
+        if status.st_size > LARGEST:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
         return file.read() or b""
 
@@ -793,15 +799,16 @@ def make_folder(folder: Path, private: bool = False) -> Path:
     everybody write to it: they could plant links there.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
-        status = folder.stat()
+        target = Path(os.path.realpath(folder))  # of a link, the folder may have to be made again
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
+        status, link = target.stat(), folder.lstat()
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder}: not a folder; this path or one above it is a file") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
     inside = f"use a folder inside it, such as {folder / 'batches'}"
-    if private and status.st_uid != os.geteuid():
+    if private and {status.st_uid, link.st_uid} != {os.geteuid()}:
         raise UserError(f"{folder}: belongs to another user; {inside}, or another folder")
     if private and status.st_mode & stat.S_IWOTH:
         raise UserError(f"{folder}: everybody may write to it; chmod o-w {folder}, or {inside}")
@@ -975,16 +982,25 @@ _locks: dict[Path, int] = {}
 def lock(path: Path, refusal: str, shared: bool = False) -> None:
     """Locks a file until the process ends. Creates the file if it is missing.
 
-    Several processes can hold the lock if all of them pass `shared`. Raises UserError with
-    `refusal` if another process holds the lock, or NoLocks.
+    Several processes can hold the lock if all of them pass `shared`; for that they need only be
+    able to read the file. Raises UserError with `refusal` if another process holds the lock, or
+    NoLocks.
     """
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags, 0o644)
+        descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644)
+    except PermissionError:
+        if not shared:
+            raise
+        descriptor = os.open(path, flags | os.O_RDONLY)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
         raise UserError(f"{path}: is a link, which this toolkit never makes; remove it") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # another name for another file
+        os.close(descriptor)
+        raise UserError(f"{path}: not a lock file of this toolkit; remove it")
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     for _ in range(5):
         try:

@@ -440,7 +440,7 @@ def test_broken_models_are_named_and_left_out(prepared):
     assert f"{run / '0'} does not exist, but later ones do" in result.stdout
     warnings = [line for line in result.stderr.splitlines() if ": warning: " in line]
     assert len(warnings) == 2
-    assert f"{run / '1'}: the model cannot be loaded" in warnings[0]
+    assert f"{run / '1'}: the model is damaged" in warnings[0]
     assert f"{run / '2' / 'assets' / 'recipe.json'}: " in warnings[1]
     assert [row["epoch"] for row in rows(run)] == ["3"]
 

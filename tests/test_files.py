@@ -399,6 +399,47 @@ def test_a_file_whose_folder_cannot_be_synced_counts_as_written(tmp_path, monkey
 # --- locks ------------------------------------------------------------------------------------
 
 
+def test_a_lock_that_is_another_name_of_a_file_is_refused(tmp_path):
+    """A hard link: a tar may hold one. What is written into the lock would replace the content."""
+    (tmp_path / "keys").write_text("secret")
+    os.link(tmp_path / "keys", tmp_path / ".lock")
+    with pytest.raises(UserError, match=r"\.lock: not a lock file"):
+        utils.lock(tmp_path / ".lock", "taken")
+    os.mkfifo(tmp_path / ".fifo")
+    with pytest.raises(UserError, match=r"\.fifo: not a lock file"):
+        utils.lock(tmp_path / ".fifo", "taken")
+    assert (tmp_path / "keys").read_text() == "secret" and not utils._locks
+
+
+def test_a_lock_is_shared_by_who_may_only_read_it(tmp_path):
+    path = tmp_path / ".lock"
+    path.touch(mode=0o444)
+    tmp_path.chmod(0o755)
+    for folder in tmp_path.parents:
+        if folder.owner() == "root" and folder != folder.parent and os.geteuid() == 0:
+            folder.chmod(folder.stat().st_mode | 0o055)
+
+    def share() -> bool:
+        utils.lock(path, "taken", shared=True)
+        return path in utils._locks
+
+    assert as_another_user(share) is True
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full"])
+def test_a_link_to_a_device_is_not_read_for_ever(device, tmp_path):
+    (tmp_path / "x.JPEG").symlink_to(device)
+    with pytest.raises(OSError, match=r"x\.JPEG") as raised:
+        utils.read_file(tmp_path / "x.JPEG")
+    assert raised.value.errno == errno.ENXIO
+
+
+def test_the_target_of_a_link_is_made_again(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "ram" / "batches")
+    assert utils.make_folder(tmp_path / "link", private=True) == tmp_path / "link"
+    assert (tmp_path / "ram" / "batches").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_lock_counts_as_held_if_the_storage_cannot_tell(tmp_path, monkeypatch):
     (tmp_path / "lock").touch()
     assert not utils.is_locked(tmp_path / "lock") and not utils.is_locked(tmp_path / "none")

@@ -272,6 +272,9 @@ def test_a_model_is_saved_where_temporary_files_cannot_be(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
+SCALES = '"mu": [0.5, 0.5, 0.5], "sigma": [0.5, 0.5, 0.5]'
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -281,7 +284,9 @@ def test_a_model_is_saved_where_temporary_files_cannot_be(tmp_path, monkeypatch)
         ('{"class_names": "ab", "mu": [], "sigma": [], "flags": {}}', "class_names is"),
         ('{"class_names": ["a", 3], "mu": [], "sigma": [], "flags": {}}', "class_names is"),
         ('{"class_names": ["a"], "mu": [NaN], "sigma": [], "flags": {}}', "mu is"),
-        ('{"class_names": ["a", "b"], "mu": [], "sigma": [], "flags": {}}', "names 2 classes"),
+        ('{"class_names": ["a", "b"], "mu": [], "sigma": [], "flags": {}}', "must be those of a"),
+        (f'{{"class_names": ["a", "b"], {SCALES}, "flags": {{}}}}', "names 2 classes"),
+        (f'{{"class_names": ["a"], {SCALES}, "flags": {{}}, "step": {10**30}}}', "no training has"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused_in_a_line(run, tmp_path, content, words):

@@ -1271,16 +1271,40 @@ def test_a_step_is_waited_for_when_the_next_has_been_sent():
 
 
 @pytest.mark.parametrize("error", FULL_DISK)
-@pytest.mark.parametrize("part", ["_rows", "_events"])
+@pytest.mark.parametrize("part", ["_append", "_events"])
 def test_a_full_disk_behind_the_log_does_not_end_training(run, part, error, capsys):
     def full(*_: object) -> None:
         raise error
 
     with log_of(run, range(0, 18)) as log:
-        setattr(log, part, types.SimpleNamespace(writerow=full, add=full))
+        setattr(log, part, full if part == "_append" else types.SimpleNamespace(add=full))
         log.add(0, 0.5, values_of(0))
         log.settle()
     assert "the log could not be written: " in capsys.readouterr().err
+
+
+def test_a_log_that_is_replaced_or_removed_loses_no_later_row(run):
+    """An editor saves under another name and renames it."""
+    path = run / "training_log.csv"
+    with log_of(run, range(0, 18), "--log_seconds=0") as log:
+        for step in range(3):
+            log.add(step, 0.5, values_of(step))
+            log.settle()
+            if step == 0:
+                (run / "copy").write_bytes(path.read_bytes())
+                (run / "copy").rename(path)
+            if step == 1:
+                assert [int(row["step"]) for row in rows_of(run)] == [0, 1]
+                path.unlink()
+    assert [int(row["step"]) for row in rows_of(run)] == [2]
+
+
+def test_a_path_that_tensorflow_cannot_read_from_is_refused(tmp_path):
+    """It would take the brackets for a pattern, and find no state."""
+    (tmp_path / "runs [old]").mkdir()
+    with pytest.raises(utils.UserError, match=r"runs \[old\].*cannot read"):
+        claim(tmp_path / "runs [old]" / "a")
+    assert os.listdir(tmp_path / "runs [old]") == []
 
 
 def test_a_cut_off_row_is_dropped(run):
