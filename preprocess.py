@@ -310,13 +310,15 @@ def _as_expected(pictures: Pictures, section: str, expected: int) -> Pictures:
         )
     names = pictures.class_names
     counts = np.bincount(pictures.labels, minlength=len(names))
-    if empty := [names[label] for label in np.flatnonzero(counts == 0)]:
+    empty = [names[label] for label in np.flatnonzero(counts == 0)]
+    if empty:
+        few = ", ".join(empty[:1000]) + ", …" * (len(empty) > 1000)
         way_out = "the classes are those of the training set"
         if section == "train":
             way_out = "to leave a folder out, begin its name with a dot"
         utils.warn(
             f"{pictures.folder}: no pictures in {plural(len(empty), 'class')} of {len(names):,}: "
-            f"{', '.join(empty)}; {way_out}; the labels in lists count from 0"
+            f"{few}; {way_out}; the labels in lists count from 0"
         )
     return pictures
 
@@ -463,8 +465,10 @@ def files_below(folder: Path, below: str, here: str, seen: set[str]) -> Iterator
 
 
 def _near(root: Path, *names: str) -> Path | None:
-    """The first of these files in `root` or the three folders above it (Kaggle's root)."""
-    folders = (root, *list(root.resolve().parents)[:3])
+    """The first of these files in `root` or, in Kaggle's tree, the three folders above it."""
+    real, folders = root.resolve(), [root]
+    if real.parts[-2:] == ("Data", "CLS-LOC"):
+        folders += list(real.parents)[:3]
     paths = (folder / name for folder in folders for name in names)
     return next((path for path in paths if path.is_file()), None)
 
@@ -556,7 +560,10 @@ def _flat_validation(home: Path, root: Path, part: str) -> Pictures:
             f"devkit's own order, not in sorted order"
         )
     with open(solution, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
+        try:
+            rows = [row for row in csv.reader(file) if len(row) == 2 and row[1].strip()]
+        except csv.Error as error:
+            raise UserError(f"{solution}: {error}; copy it anew from Kaggle") from None
     wnids = {name: answer.split()[0] for name, answer in rows}
     labels = [rank.get(wnids.get(Path(name).stem), -1) for name in names]
     if -1 in labels:

@@ -444,6 +444,30 @@ def test_a_link_to_the_pictures_of_kaggles_tree_is_enough(tmp_path, settings):
     assert labels_by_name(pictures) == {name: rank(wnid) for name, wnid in VAL.items()}
 
 
+def test_a_mapping_above_other_datasets_is_not_theirs(tmp_path, settings):
+    """A file in /data or /tmp, perhaps of somebody else."""
+    make_class_folders(tmp_path / "data")
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01 wolf\n")
+    names = preprocess.training_pictures(settings(tmp_path / "data")).class_names
+    assert names == ["n01", "n02", "n10"]
+
+
+@pytest.mark.parametrize("content", ['"' + "x" * 200_000, 'a,"b\n' * 99_999])
+def test_a_table_of_kaggles_that_is_broken_is_one_line(content, tmp_path, settings):
+    make_kaggle_tree(tmp_path)
+    (tmp_path / "LOC_val_solution.csv").write_text(content)
+    with pytest.raises(UserError, match="LOC_val_solution.csv"):
+        preprocess.validation_pictures(settings(tmp_path))
+
+
+def test_a_list_with_a_huge_label_is_a_short_warning(tmp_path, settings, capsys):
+    make_list_files(tmp_path, "train", "val")
+    with open(tmp_path / "train.txt", "a") as file:
+        file.write((tmp_path / "train.txt").read_text().splitlines()[0].split()[0] + " 999999\n")
+    preprocess.training_pictures(settings(tmp_path))
+    assert "no pictures in 999,9" in (said := capsys.readouterr().err) and len(said) < 20_000
+
+
 def test_loops_of_links_do_not_trap(tmp_path, settings):
     make_class_folders(tmp_path)
     (tmp_path / "train/n01/again").symlink_to(tmp_path / "train")
