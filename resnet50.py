@@ -675,4 +675,4 @@ def as_row(path: Path, best: Best) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    utils.run(main, at_once=True)
+    utils.run(main, lines_are_product=True)

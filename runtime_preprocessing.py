@@ -82,6 +82,9 @@ def main() -> None:
         return
     set_aside_older_run(folder, args)
     buffer = Buffer(folder, batches_for(config, args), config.train.buffer_size)
+    # A logout may have removed the folder while the pictures were looked for.
+    utils.make_folder(folder, private=True)
+    utils.keep_lock(folder / LOCK, ANOTHER.format(folder))
     buffer.check_room()
     with utils.stop_on_signals() as stop:
         buffer.claim()

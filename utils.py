@@ -12,8 +12,8 @@ events. Nothing here knows about pictures or training. The scripts import this m
 packages, so that a missing package, and Ctrl-C meanwhile, are one line.
 """
 
+import _signal  # built in; `signal` imports other modules first, and Ctrl-C may come meanwhile
 import os
-import signal
 import sys
 
 # --- Ctrl-C is one line, from the first statement on ----------------------------------------
@@ -33,8 +33,8 @@ def _leave(_number: int, _frame: object) -> None:
 
 
 _folders = [os.path.dirname(os.path.realpath(path)) for path in (sys.argv[0], __file__)]
-if _folders[0] == _folders[1] and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, _leave)
+if _folders[0] == _folders[1] and _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+    _signal.signal(_signal.SIGINT, _leave)
 
 # isort: split
 import argparse
@@ -53,6 +53,7 @@ import platform
 import queue
 import re
 import shutil
+import signal
 import stat
 import threading
 import time
@@ -85,8 +86,10 @@ def _die(message: str, status: int = 2) -> None:
     sys.exit(status)
 
 
-def _die_without(error: ModuleNotFoundError) -> None:
+def _die_without(error: ImportError) -> None:
     """Prints what to install and ends the script. Re-raises the error of any other module."""
+    if not isinstance(error, ModuleNotFoundError):  # no memory for it, or half installed
+        _die(f"the package {error.name} cannot be loaded: {error}")
     package = {"PIL": "pillow"}.get(error.name, error.name)
     if error.name == "fcntl":
         _die(f"needs Linux or macOS, but this is {platform.system()}; use WSL or a container")
@@ -108,7 +111,7 @@ try:
 
     import numpy as np
     import PIL  # noqa: F401
-except ModuleNotFoundError as _error:
+except ImportError as _error:
     _die_without(_error)
 
 
@@ -149,32 +152,32 @@ class _Writer(threading.Thread):
 
     def run(self) -> None:
         while line := self.lines.get():
-            self.write(*line)
+            with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
+                _write(*line)
 
-    @staticmethod
-    def write(descriptor: int, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
-            while data:
-                data = data[os.write(descriptor, data) :]
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 _writer: _Writer | None = None
-_at_once = False
-"""Whether lines are written without the thread."""
+_is_forked = False
 
 
 def _put(descriptor: int, text: str) -> None:
     global _writer
     try:
-        if _writer is None and not _at_once:
+        if _writer is None and not _is_forked:
             _writer = _Writer()
             _writer.start()
     except RuntimeError:  # no more threads, or Python is ending
         _writer = None
-    if _writer is None:
-        _Writer.write(descriptor, text.encode())
-    else:
+    if _writer is not None:
         _writer.put((descriptor, text.encode()))
+        return
+    with contextlib.suppress(OSError):
+        _write(descriptor, text.encode())
 
 
 def _drain() -> None:
@@ -186,27 +189,33 @@ def _drain() -> None:
 
 def _after_fork() -> None:
     """A forked process may end without `atexit`: it writes at once."""
-    global _at_once
-    _at_once = True
+    global _is_forked
+    _is_forked = True
 
 
 os.register_at_fork(before=_drain, after_in_child=_after_fork)  # only one thread goes into a fork
 
 
 class _Output(io.TextIOBase):
-    """Standard output or error: whole lines, in UTF-8, with only printable characters."""
+    """Standard output or error: whole lines, in UTF-8, with only printable characters.
+
+    If the lines are a script's product, they are written at once, and errors are raised.
+    """
 
     encoding = "utf-8"
 
-    def __init__(self, descriptor: int):
+    def __init__(self, descriptor: int, is_product: bool = False):
+        self._is_product = is_product
         self._descriptor, self._begun = descriptor, threading.local()  # each thread's own line
         self._start = "\r\x1b[K" if self.isatty() else ""  # erases a status line
 
     def write(self, text: str) -> int:
         *lines, self._begun.line = (getattr(self._begun, "line", "") + text).split("\n")
-        if lines:
-            ended = (f"{self._start}{printable(line)}\n" for line in lines)
-            _put(self._descriptor, "".join(ended))
+        ended = "".join(f"{self._start}{printable(line)}\n" for line in lines)
+        if ended and self._is_product:
+            _write(self._descriptor, ended.encode())
+        elif ended:
+            _put(self._descriptor, ended)
         return len(text)
 
     def flush(self) -> None:
@@ -251,15 +260,13 @@ class NoLocks(UserError):
     """The file system does not support locks."""
 
 
-def run(main: Callable[[], None], at_once: bool = False) -> None:
+def run(main: Callable[[], None], lines_are_product: bool = False) -> None:
     """Runs a script. Reports a `UserError` in one line on stderr and exits with its status.
 
-    Does the same for errors of the operating system, such as a missing file or a full disk. With
-    `at_once`, a script whose lines are its product waits for whoever reads them.
+    Does the same for errors of the operating system, such as a missing file or a full disk. If the
+    printed lines are the script's product, none is lost, and it ends when nobody reads them.
     """
-    global _at_once
-    _at_once = at_once
-    sys.stdout, sys.stderr = _Output(1), _Output(2)
+    sys.stdout, sys.stderr = _Output(1, lines_are_product), _Output(2)
     atexit.register(_drain)
     if signal.getsignal(signal.SIGINT) == _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -267,6 +274,8 @@ def run(main: Callable[[], None], at_once: bool = False) -> None:
         main()
     except UserError as error:
         _die(str(error), error.status)
+    except BrokenPipeError:
+        os._exit(1)
     except OSError as error:
         _die(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except MemoryError:
@@ -276,6 +285,7 @@ def run(main: Callable[[], None], at_once: bool = False) -> None:
             raise
         _die(f"{error}: close other programs, or allow more memory or processes (ulimit -v, -u)")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         print(f"{script_name()}: stopped", file=sys.stderr)
         sys.exit(130)
 
@@ -630,8 +640,13 @@ def _converted(where: str, value: object, key: Key, folder: Path) -> object:
     if path.startswith("~"):
         raise UserError(f"{where}: no home folder is known for {value}; write the whole path")
     path = os.path.abspath(folder / path)
-    if re.search("[\ud800-\udfff]", path):
-        raise UserError(f"{where}: {path} is not UTF-8, which TensorFlow needs; rename it")
+    try:
+        path.encode(), os.fsencode(path)  # TensorFlow takes UTF-8 only
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: {path} is not UTF-8, or not a name in this locale; rename it, or set "
+            f"LC_ALL=C.UTF-8"
+        ) from None
     return Path(path)
 
 

@@ -295,32 +295,49 @@ def test_progress_of_an_older_run_does_not_end_it(tmp_path, toy, ram):
     assert is_clean(ram)
 
 
-ENDS_WHILE_IT_STARTS = """
+MEANWHILE = """
 import sys
 from pathlib import Path
-toolkit, file = sys.argv[1:3]
-del sys.argv[1:3]
-sys.path.insert(0, toolkit)
-import utils, runtime_preprocessing
-find = runtime_preprocessing.training_pictures
-def training_ends_meanwhile(config):
-    utils.write_text(Path(file), "2\\n0\\n")
+sys.path.insert(0, sys.argv.pop(1))
+import shutil, utils, runtime_preprocessing
+find, file = runtime_preprocessing.training_pictures, Path(sys.argv.pop(1))
+def find_while_something_happens(config):
+    if file.name == "training_progress.txt":
+        utils.write_text(file, "2\\n0\\n")
+    else:
+        shutil.rmtree(file)
     return find(config)
-runtime_preprocessing.training_pictures = training_ends_meanwhile
+runtime_preprocessing.training_pictures = find_while_something_happens
 utils.run(runtime_preprocessing.main)
 """
+
+
+def started_while_something_happens(config: Path, file: Path) -> subprocess.CompletedProcess:
+    """Runs the preprocessor. While it looks for pictures, training ends or the folder goes."""
+    words = [toolkit.ROOT, file, f"--config={config}", *span(0, 2)]
+    command = [sys.executable, "-c", MEANWHILE, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_a_folder_that_is_removed_while_it_starts_is_made_again(tmp_path, toy, ram):
+    """By a logout, in the minutes that finding ImageNet's pictures takes on a cold disk."""
+    config = toolkit.write_config(tmp_path, toy, ram / "batches", train__buffer_size=20)
+
+    def train_when_ready() -> None:
+        while not (ram / "batches" / "X_1_0.npy").exists():
+            time.sleep(0.05)
+        progress(ram / "batches", 20)
+
+    threading.Thread(target=train_when_ready, daemon=True).start()
+    result = started_while_something_happens(config, ram / "batches")
+    assert result.returncode == 0, result.stderr
+    assert is_clean(ram / "batches")
 
 
 def test_an_end_written_while_it_started_is_believed(config, ram):
     """Else it would wait for ever for a training that has ended."""
     progress(ram, 19)
-    words = [toolkit.ROOT, ram / "training_progress.txt", f"--config={config}", *span(0, 2)]
-    result = subprocess.run(
-        [sys.executable, "-c", ENDS_WHILE_IT_STARTS, *words],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    result = started_while_something_happens(config, ram / "training_progress.txt")
     assert result.returncode == 0, result.stderr
     assert "training has passed epoch 1" in result.stdout
     assert is_clean(ram)

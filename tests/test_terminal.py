@@ -209,11 +209,20 @@ def test_a_script_whose_lines_are_its_product_waits_for_its_reader(tmp_path):
     """As `resnet50.py … | less` does."""
     command = script(tmp_path, "for i in range(3_000): print(i, 'x' * 100)")
     path = Path(command[1])
-    path.write_text(path.read_text().replace("utils.run(main)", "utils.run(main, at_once=True)"))
+    path.write_text(
+        path.read_text().replace("utils.run(main)", "utils.run(main, lines_are_product=True)")
+    )
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         time.sleep(4)  # a script that may lose lines gives up after a second
         lines = process.stdout.read().splitlines()
     assert [int(line.split()[0]) for line in lines] == list(range(3_000))
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and "No space left on device" in result.stderr
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=PATIENCE) == 1 and process.stderr.read() == b""
 
 
 def test_threads_print_whole_lines(tmp_path):
