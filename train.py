@@ -41,7 +41,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -623,15 +623,21 @@ class Run:
         place = self.place()  # refuses a mistake before anything is made
         if not self.chief:
             return place
-        utils.make_folder(self.folder)
-        lock, log = self.folder / resnet50.TRAINER_LOCK, self.folder / TRAINING_LOG
-        utils.lock(lock, f"{self.folder}: another train.py is training this run")
-        # check_accuracy.py keeps off these GPUs.
-        resnet50.write_plan(lock, resnet50.TrainerPlan(self.args.gpu))
+        self.hold(utils.lock)
+        log = self.folder / TRAINING_LOG
         utils.remove_leftovers(self.folder, "[0-9]*", "state_*", TRAINING_LOG)
         if not log.exists():
             utils.write_csv(log, LOG_COLUMNS, [])
         return self.place()  # until it was locked, another train.py could change the run
+
+    def hold(self, take: Callable[[Path, str], None]) -> None:
+        """Locks the folder with `utils.lock`, or again with `utils.keep_lock`: while training runs,
+        somebody may move the folder or remove the lock. check_accuracy.py keeps off the GPUs that
+        the lock names. Raises UserError if another train.py trains this run.
+        """
+        lock = utils.make_folder(self.folder) / resnet50.TRAINER_LOCK
+        take(lock, f"{self.folder}: another train.py is training this run")
+        resnet50.write_plan(lock, resnet50.TrainerPlan(self.args.gpu))
 
     def states(self) -> list[Place]:
         """What training can continue from, the latest first."""
@@ -892,6 +898,7 @@ class Saver:
                 f"{spec.position(step)}: the weights are no longer finite; they were not saved. "
                 f"Continue from the last state with a smaller --learning_rate"
             )
+        self.run.hold(utils.keep_lock)
         with utils.folder_written_aside(folder) as aside:
             if model:
                 flags = {name: getattr(args, name) for name in FLAGS}

@@ -1040,12 +1040,14 @@ def keep_lock(path: Path, refusal: str) -> None:
 
     Raises UserError with `refusal` if the path names another file: another process took the place.
     """
-    try:
-        if not os.path.samestat(os.fstat(_locks[path]), os.stat(path)):
+    held = _locks.get(path)
+    if held is not None:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(held), os.stat(path)):
+                return
             raise UserError(refusal)
-    except FileNotFoundError:
-        held = _locks[path]
-        lock(path, refusal)
+    lock(path, refusal)
+    if held is not None:
         os.close(held)
 
 

@@ -87,6 +87,11 @@ def saver_of(folder: Path, trainer: train.Trainer, spec: BatchSpec = SPEC) -> tr
     return train.Saver(run, trainer, spec, settings_of(trainer, spec))
 
 
+def there(run: Path) -> list[str]:
+    """What lies in a run's folder, without its lock."""
+    return sorted(name for name in os.listdir(run) if name != resnet50.TRAINER_LOCK)
+
+
 def save_epoch(folder: Path, trainer: train.Trainer, step: int) -> None:
     saver_of(folder, trainer).save_epoch(step, utils.Stop())
 
@@ -217,6 +222,18 @@ def test_a_run_has_one_trainer_at_a_time_which_says_what_gpus_it_uses(run):
     assert plan.gpus == [0, 2]
     with pytest.raises(utils.UserError, match="another train.py"):
         claim(run)
+
+
+def test_a_run_that_is_moved_or_loses_its_lock_goes_on(run, tmp_path):
+    trainer = trainer_of()
+    train.Run(run, trainer.args).claim()
+    run.rename(tmp_path / "moved")
+    save_epoch(run, trainer, 2)
+    assert resnet50.epochs_in(run) == [0] and utils.is_locked(run / resnet50.TRAINER_LOCK)
+    (run / resnet50.TRAINER_LOCK).unlink()
+    (run / resnet50.TRAINER_LOCK).touch()
+    with pytest.raises(utils.UserError, match="another train.py"):
+        save_epoch(run, trainer, 4)
 
 
 def test_leftovers_of_the_trainer_go_and_those_of_the_checker_stay(run):
@@ -412,7 +429,7 @@ def test_storage_that_fails_does_not_pass_for_a_broken_state(run, monkeypatch):
     monkeypatch.setattr(utils, "read_file", fail)
     with pytest.raises(utils.UserError, match="^its storage failed 5 times$"):
         restore(run, other)
-    assert os.listdir(run) == ["state_0_1"]
+    assert there(run) == ["state_0_1"]
 
 
 def test_momentum_may_be_switched_on_and_off_between_runs(run):
@@ -599,7 +616,7 @@ def test_a_full_disk_while_a_state_is_saved_leaves_the_last_one(run, monkeypatch
 
     monkeypatch.setattr(trainer, "state", full)
     saver.save_state(3)
-    assert os.listdir(run) == ["state_0_1"]
+    assert there(run) == ["state_0_1"]
     assert "state_1_1: not saved: " in capsys.readouterr().err
 
 
@@ -607,9 +624,9 @@ def test_states_are_removed_once_something_newer_is_saved(run):
     saver = saver_of(run, trainer_of())
     for step, left in ((1, ["state_0_1"]), (2, ["state_0_1"]), (3, ["state_1_1"])):
         saver.save_state(step)
-        assert os.listdir(run) == left  # none at the end of an epoch, which has its model
+        assert there(run) == left  # none at the end of an epoch, which has its model
     saver.save_epoch(4, utils.Stop())
-    assert os.listdir(run) == ["1"]
+    assert there(run) == ["1"]
 
 
 def test_a_state_is_due_after_checkpoint_minutes(run):
@@ -635,7 +652,7 @@ def test_a_stop_does_not_wait_for_a_full_disk(run, monkeypatch, error):
     monkeypatch.setattr(train.time, "sleep", waits.append)
     with pytest.raises(utils.UserError, match="cannot be saved"):
         saver.save_epoch(2, stop)
-    assert waits == [60, 2] * 4 and os.listdir(run) == []
+    assert waits == [60, 2] * 4 and there(run) == []
 
 
 def test_a_model_is_saved_although_tmpdir_has_vanished(run, monkeypatch):
