@@ -17,6 +17,7 @@ from utils import UserError
 
 # isort: split
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,8 +84,9 @@ def decoded_copy(folder: Path, pictures: Pictures, index: int) -> Image.Image:
 
 def refuse_others_result(result: Path) -> None:
     """Raises UserError if the result would overwrite a file that this script did not write."""
+    ours = rb"\[utils\]\n((mu|sigma)_[012] = [0-9.]+\n){6}"
     if os.path.lexists(result) and not (
-        result.is_file() and utils.read_file(result).startswith(b"[utils]\nmu_0 = ")
+        result.is_file() and re.fullmatch(ours, utils.read_file(result))
     ):
         raise UserError(
             f"{result}: get_mu_sigma.py did not write this file and would overwrite it; use "

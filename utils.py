@@ -972,10 +972,18 @@ def read_csv(path: Path, kinds: dict[str, Callable[[str], Any]]) -> list[dict[st
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
-    """Writes a table aside, durably. Floats get six significant digits."""
+    """Writes a table aside, durably. Floats get six significant digits.
+
+    Raises UserError if it would overwrite a table with other columns, which is not ours.
+    """
+    columns = list(columns)
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as old:
+            if (head := old.readline(10_000).strip()) not in ("", ",".join(columns)):
+                raise UserError(f"{path}: another table ({head[:80]}); move the file away")
     with written_aside(path, durable=True) as file:
         text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
         text.detach()

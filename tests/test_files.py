@@ -810,6 +810,18 @@ def test_a_table_that_is_not_ours_is_one_line_and_stays(name, tmp_path):
     assert path.read_bytes() == TABLES[name]
 
 
+def test_a_table_of_somebody_else_is_not_overwritten(tmp_path):
+    """Nor one of ours to which somebody has added a column."""
+    for head in ("name,price", "a,b,my notes"):
+        (tmp_path / "table.csv").write_text(f"{head}\n1,2\n")
+        with pytest.raises(UserError, match="table.csv: another table"):
+            utils.write_csv(tmp_path / "table.csv", ["a", "b"], [])
+        assert (tmp_path / "table.csv").read_text() == f"{head}\n1,2\n"
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    utils.write_csv(tmp_path / "table.csv", ["a", "b"], [{"a": 3, "b": 4}])
+    assert (tmp_path / "table.csv").read_text() == "a,b\n3,4\n"
+
+
 def test_a_table_is_on_the_disk_before_its_name_is(tmp_path, history):
     utils.write_csv(tmp_path / "table.csv", ["a"], [{"a": 1 / 3}])
     assert [kind for kind, _ in history] == ["sync", "name", "sync"]

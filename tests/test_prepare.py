@@ -475,6 +475,15 @@ def test_long_file_names_are_fine(script, length, tmp_path):
     assert len(list((tmp_path / "preprocessed").rglob("*.JPEG"))) == (script == "preprocess.py")
 
 
+def test_notes_below_the_mean_and_deviation_are_kept(tmp_path):
+    path, text = tmp_path / "mu_sigma.txt", get_mu_sigma.toml(np.full(3, 0.5), np.full(3, 0.25))
+    path.write_text(text)
+    get_mu_sigma.refuse_others_result(path)
+    path.write_text(f"{text}# of the pictures of June\n")
+    with pytest.raises(utils.UserError, match="mu_sigma.txt.*did not write"):
+        get_mu_sigma.refuse_others_result(path)
+
+
 # Somebody else's files of the names that the scripts write.
 
 STRANGERS = {
