@@ -1026,7 +1026,7 @@ class BatchReader:
                 self._check()  # after reading: new batches come after the new buffer.json
                 return self.to_device(*batch)
             except FileNotFoundError:
-                pass  # not made yet
+                self._check()  # not made yet, or never, if the buffer has become another
             except ValueError as error:
                 utils.warn(f"{error}; removed, so that it is made again")
                 for path in self.spec.files(self.folder, step):

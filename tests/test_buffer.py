@@ -490,7 +490,7 @@ def test_a_worker_that_hangs_is_said_and_does_not_hold_up_the_end(config, ram):
     """Stopped, as by a dead network disk: the others go on, and a signal ends all of them."""
     stuck = "import sys; sys.path.insert(0, sys.argv.pop(1)); import runtime_preprocessing as r; "
     stuck += "r.STUCK = 0.5; r.utils.run(r.main)"
-    words = [sys.executable, "-c", stuck, str(toolkit.ROOT), f"--config={config}", *span(0, 30)]
+    words = [sys.executable, "-c", stuck, str(toolkit.ROOT), f"--config={config}", *span(0, 10)]
     log = config.with_name("log.txt")
     with open(log, "w") as file, subprocess.Popen(words, stdout=file, stderr=file) as process:
         try:
@@ -603,7 +603,7 @@ def test_a_clock_set_back_changes_nothing(tmp_path, toy, ram):
 REMOVALS = {
     "the files": lambda folder: [path.unlink() for path in folder.iterdir() if path.name[0] != "."],
     "everything in it": lambda folder: [path.unlink() for path in folder.iterdir()],
-    "the folder": shutil.rmtree,
+    "the folder": lambda folder: shutil.rmtree(folder.rename(folder.with_name("removed"))),
 }
 """What a user's rm does, or a logout of systemd."""
 
