@@ -943,15 +943,16 @@ def preprocessor_command(args: Namespace) -> str:
     )
 
 
-def end_preprocessing(folder: Path, epoch_end: int) -> None:
+def end_preprocessing(folder: Path, spec: BatchSpec, epoch_end: int) -> None:
     """Tells runtime_preprocessing.py that training has passed its last epoch.
 
-    Only for a training that holds the lock, and that has used the batches of this buffer.
+    Only for a training that holds the lock, and that has used the batches of this buffer. Somebody
+    may have removed the folder or buffer.json just now.
     """
-    if spec := BatchSpec.read(folder):
-        end = spec.step(epoch_end)
-        remove_batches_before(folder, spec, end)  # makes room, in case there is none
-        write_progress(folder, spec, end)
+    end = spec.step(epoch_end)
+    utils.make_folder(folder, private=True)
+    remove_batches_before(folder, spec, end)  # makes room, in case there is none
+    write_progress(folder, spec, end)
 
 
 class BatchReader:

@@ -97,7 +97,7 @@ def main() -> None:
         sys.exit(128 + (stop.number or signal.SIGTERM))  # another machine may have been stopped
     # Only after the last model is saved: a kill before that makes training need the batches again.
     agree(strategy, {"last step": steps.stop})  # other machines wait until the chief has saved it
-    end_preprocessing(reader.folder, args.epoch_end)
+    end_preprocessing(reader.folder, spec, args.epoch_end)
     print(
         f"trained to the end of epoch {args.epoch_end - 1} in {log.time_taken()}; the models are "
         f"in {run.folder}. Next: python3 check_accuracy.py --run_folder={args.run_folder} "

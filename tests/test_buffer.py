@@ -487,17 +487,18 @@ def hung(pid: int) -> bool:
 
 
 def test_a_worker_that_hangs_is_said_and_does_not_hold_up_the_end(config, ram):
-    """Stopped, as by a dead network disk: the others go on, and a signal ends all of them."""
+    """Stopped, as by a dead network disk. A signal ends the script and all of them."""
     stuck = "import sys; sys.path.insert(0, sys.argv.pop(1)); import runtime_preprocessing as r; "
     stuck += "r.STUCK = 0.5; r.utils.run(r.main)"
-    words = [sys.executable, "-c", stuck, str(toolkit.ROOT), f"--config={config}", *span(0, 10)]
+    words = [sys.executable, "-c", stuck, str(toolkit.ROOT), f"--config={config}", *span(0, 99)]
     log = config.with_name("log.txt")
     with open(log, "w") as file, subprocess.Popen(words, stdout=file, stderr=file) as process:
         try:
             wait_until(lambda: len(children(process.pid)) == 2, process, "workers")
             pids = children(process.pid)
-            os.kill(pids[0], signal.SIGSTOP)
-            wait_until(lambda: hung(pids[0]), process, "stopped")
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda: all(map(hung, pids)), process, "stopped")
             wait_until(lambda: "no batch was made for" in said(config), process, "said")
             process.send_signal(signal.SIGTERM)
             assert finish(process) == 128 + signal.SIGTERM
@@ -637,7 +638,7 @@ def test_what_is_removed_is_made_again(tmp_path, toy, ram, what):
             for number in range(1, 20):
                 assert_made_by(batches, divmod(number, 10), next_batch(reader))
             assert utils.is_locked(folder / ".trainer.lock")
-        end_preprocessing(folder, 2)
+        end_preprocessing(folder, batches.spec, 2)
         assert finish(process) == 0
     assert is_clean(folder) and "Traceback" not in said(config)
 
@@ -904,7 +905,7 @@ def test_a_pipe_with_the_name_of_a_batch_holds_nobody_up(config, ram):
         with reading(buffer) as reader:
             for number in range(20):
                 assert_made_by(buffer.batches, divmod(number, 10), next_batch(reader))
-        end_preprocessing(ram, 2)
+        end_preprocessing(ram, BatchSpec.read(ram), 2)
         assert finish(process) == 0
     assert is_clean(ram)
 
@@ -1140,7 +1141,7 @@ def test_a_full_disk_does_not_stand_still(tmp_path, toy, small_disk):
         with reading(Buffer(disk, batches, 5)) as reader:
             for number in range(20):
                 assert_made_by(batches, divmod(number, 10), next_batch(reader, PATIENCE))
-        end_preprocessing(disk, 2)
+        end_preprocessing(disk, BatchSpec.read(disk), 2)
         assert finish(process) == 0
 
 
@@ -1210,7 +1211,7 @@ def test_reader_and_preprocessor_heal_a_batch_together(tmp_path, toy, ram):
             for number in range(20):
                 assert_made_by(batches, divmod(number, 10), next_batch(reader))
         assert process.poll() is None
-        end_preprocessing(ram, 2)
+        end_preprocessing(ram, BatchSpec.read(ram), 2)
         assert finish(process) == 0
     assert is_clean(ram)
 

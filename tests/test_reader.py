@@ -211,7 +211,7 @@ def test_the_end_is_told_without_room(config, ram, monkeypatch):
         write_text(path, text)
 
     monkeypatch.setattr(utils, "write_text", without_room)
-    runtime_preprocessing.end_preprocessing(ram, 2)
+    runtime_preprocessing.end_preprocessing(ram, BatchSpec.read(ram), 2)
     assert (ram / "training_progress.txt").read_text() == "2\n0\n"
 
 

@@ -1026,7 +1026,7 @@ def told_by_main(monkeypatch, place: train.Place, *flags: str) -> list:
         "Saver": lambda *_: None, "Log": lambda *_: part, "plan": lambda *_: [],
         "BatchReader": lambda *_: part, "Display": lambda *_: part,
         "train": lambda *_: told.append("train") or 18,
-        "end_preprocessing": lambda folder, epoch_end: told.append((folder, epoch_end)),
+        "end_preprocessing": lambda folder, spec, epoch_end: told.append((folder, epoch_end)),
         "agree": lambda _, values: told.append(values),
     }  # fmt: skip
     for name, value in replaced.items():
