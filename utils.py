@@ -977,7 +977,7 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
     Raises UserError if it would overwrite a table with other columns, which is not ours.
     """
     columns = list(columns)
-    if path.is_file():
+    if path.is_file() and not path.is_symlink():  # a link is replaced, not what it names
         with open(path, encoding="utf-8", errors="replace") as old:
             if (head := old.readline(10_000).strip()) not in ("", ",".join(columns)):
                 raise UserError(f"{path}: another table ({head[:80]}); move the file away")
