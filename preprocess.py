@@ -819,11 +819,6 @@ def area_window(tries: Sequence[Sequence[float]]) -> Window:
     return window
 
 
-def crop_file(path: str | Path, window: Window) -> Image.Image:
-    """`crop` of a picture's file. Raises what `read_picture` and `crop` raise."""
-    return crop(read_picture(path), window)
-
-
 def crop(content: bytes, window: Window) -> Image.Image:
     """The part of a picture in a window, resized to 224x224, RGB. Raises BrokenPicture.
 

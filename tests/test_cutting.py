@@ -6,14 +6,14 @@ python3 -m pytest tests/test_cutting.py
 import io
 from pathlib import Path
 
-import toolkit  # noqa: F401
+import toolkit
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import preprocess
-from preprocess import CROP, SIDES, BrokenPicture, area_window, crop, crop_file, side_window
+from preprocess import CROP, SIDES, BrokenPicture, area_window, crop, side_window
 
 
 def textured(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -79,7 +79,7 @@ def test_crop_is_pillows_resize_then_crop(tmp_path, kind):
     rng = np.random.default_rng(1)
     sides = [SIDES[0], SIDES[-1], *rng.choice(SIDES, 4)]
     for side, corner in zip(sides, [*CORNERS, *rng.random((2, 2))], strict=True):
-        found = crop_file(tmp_path / name, side_window(int(side), corner))
+        found = toolkit.crop_file(tmp_path / name, side_window(int(side), corner))
         assert (found.mode, found.size) == ("RGB", (CROP, CROP))
         difference = np.asarray(found) - reference_crop(tmp_path / name, int(side), corner)
         assert np.abs(difference).max() <= 2, (side, corner)
@@ -91,9 +91,9 @@ def test_crops_of_many_draws_are_pillows(toy):
     rng = np.random.default_rng(2)
     for path in paths:
         side, corner = int(rng.choice(SIDES)), rng.random(2)
-        difference = np.asarray(crop_file(path, side_window(side, corner))) - reference_crop(
-            path, side, corner
-        )
+        difference = np.asarray(
+            toolkit.crop_file(path, side_window(side, corner))
+        ) - reference_crop(path, side, corner)
         assert np.abs(difference).max() <= 2, (path, side, corner)
 
 
@@ -101,7 +101,7 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
     """Pillow's own conversion would clip nearly all of it to white."""
     ramp = np.tile(np.linspace(0, 65535, 300).astype(np.uint16), (300, 1))
     Image.fromarray(ramp).save(tmp_path / "a.png")
-    found = np.asarray(crop_file(tmp_path / "a.png", side_window(256, (0.0, 0.0))))
+    found = np.asarray(toolkit.crop_file(tmp_path / "a.png", side_window(256, (0.0, 0.0))))
     assert found[0, 0].max() <= 1
     assert abs(int(found[0, 223, 1]) - 255 * 223 / 255) < 3
     assert (found[..., 0] == found[..., 2]).all()
@@ -164,7 +164,7 @@ def test_a_black_bottom_is_no_broken_file(tmp_path, mode, first_black_row):
     Image.fromarray(pixels).convert(mode).save(tmp_path / "a.jpg", quality=95)
     for side, corner in ((256, (0.5, 0.9)), (480, (0.1, 0.0)), (480, (0.1, 0.5)), (361, (0.9, 1))):
         corner = np.minimum(corner, 0.999999)
-        found = np.asarray(crop_file(tmp_path / "a.jpg", side_window(side, corner)))
+        found = np.asarray(toolkit.crop_file(tmp_path / "a.jpg", side_window(side, corner)))
         difference = found - reference_crop(tmp_path / "a.jpg", side, corner)
         assert np.abs(difference).max() <= 2, (side, corner)
 
@@ -179,7 +179,7 @@ def test_a_crop_beyond_the_end_of_a_broken_file_is_refused(tmp_path, progressive
     for share, down in ((0.0, 0.9), (0.1, 0.999999), (0.1, 0.5), (0.5, 0.9), (0.8, 0.999999)):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(BrokenPicture):
-            crop_file(path, side_window(480, (0.5, down)))
+            toolkit.crop_file(path, side_window(480, (0.5, down)))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -187,7 +187,7 @@ def test_a_crop_beyond_the_end_of_a_broken_file_is_refused(tmp_path, progressive
 def test_a_very_large_jpeg_is_right_without_decoding_all_of_it(tmp_path, mode, size):
     textured(*size).convert(mode).save(tmp_path / "a.jpg", quality=92)
     for side, corner in ((256, (0.0, 0.0)), (256, (0.999999, 0.999999)), (333, (0.4, 0.6))):
-        found = np.asarray(crop_file(tmp_path / "a.jpg", side_window(side, corner)))
+        found = np.asarray(toolkit.crop_file(tmp_path / "a.jpg", side_window(side, corner)))
         difference = found - reference_crop(tmp_path / "a.jpg", side, corner)
         assert np.abs(difference).mean() < 1, (side, corner)
         assert np.abs(difference.mean(axis=(0, 1))).max() < 0.15, (side, corner)
@@ -200,7 +200,7 @@ def test_orientation_and_broken_exif_are_ignored(tmp_path, capfd):
     textured(500, 375).save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\xff\xff", quality=90)
     textured(500, 375).save(tmp_path / "plain.jpg", quality=90)
     crops = [
-        np.asarray(crop_file(tmp_path / name, side_window(305, (0.2, 0.7))))
+        np.asarray(toolkit.crop_file(tmp_path / name, side_window(305, (0.2, 0.7))))
         for name in ("plain.jpg", "turned.jpg", "broken.jpg")
     ]
     np.testing.assert_array_equal(crops[0], crops[1])
@@ -218,9 +218,11 @@ def test_a_picture_that_is_damaged_below_the_crop_is_used(progressive, tmp_path)
     window = side_window(480, (0.5, 0.1))
     if progressive:
         with pytest.raises(BrokenPicture):
-            crop_file(tmp_path / "cut.jpg", window)
+            toolkit.crop_file(tmp_path / "cut.jpg", window)
     else:
-        found, expected = (crop_file(tmp_path / name, window) for name in ("cut.jpg", "whole.jpg"))
+        found, expected = (
+            toolkit.crop_file(tmp_path / name, window) for name in ("cut.jpg", "whole.jpg")
+        )
         assert found.tobytes() == expected.tobytes()
 
 
@@ -237,8 +239,8 @@ def test_one_file_has_one_verdict(cut_short, tmp_path):
     path.write_bytes(content)
     ways = (
         lambda: preprocess.decode(preprocess.read_picture(path)),
-        lambda: crop_file(path, side_window(256, (0, 0))),
-        lambda: crop_file(path, area_window([(0.5, 0.5, 0.5, 0.5)])),
+        lambda: toolkit.crop_file(path, side_window(256, (0, 0))),
+        lambda: toolkit.crop_file(path, area_window([(0.5, 0.5, 0.5, 0.5)])),
     )
     for way in ways:
         if cut_short:
@@ -340,6 +342,6 @@ def test_a_crop_by_area_is_pillows(name, tmp_path):
         textured(width, height).save(tmp_path / name, quality=90)
         draw = np.random.default_rng(7)
         for window in (area_window(draw.random((10, 4))) for _ in range(6)):
-            found = np.asarray(crop_file(tmp_path / name, window), np.int64)
+            found = np.asarray(toolkit.crop_file(tmp_path / name, window), np.int64)
             expected = whole_then_cut((tmp_path / name).read_bytes(), window)
             assert np.abs(found - expected).max() <= 1

@@ -477,7 +477,7 @@ def test_enormous_pictures_are_refused_unseen(kind, size, tmp_path, never_decode
 def test_a_crop_of_an_enormous_picture_is_refused_too(tmp_path):
     Image.new("L", (9600, 9400), 200).save(tmp_path / "a.jpg")
     with pytest.raises(BrokenPicture):
-        preprocess.crop_file(tmp_path / "a.jpg", preprocess.side_window(256, (0.5, 0.5)))
+        toolkit.crop_file(tmp_path / "a.jpg", preprocess.side_window(256, (0.5, 0.5)))
 
 
 def test_commands_refuse_enormous_pictures_unseen(tmp_path):
@@ -757,7 +757,7 @@ def test_an_error_of_our_own_in_a_crop_is_no_broken_picture(function, tmp_path, 
     (tmp_path / "a.JPEG").write_bytes(FORMATS["JPEG"][0])
     monkeypatch.setattr(preprocess, function, planted(TypeError))
     with pytest.raises(TypeError, match="an error of our own"):
-        preprocess.crop_file(tmp_path / "a.JPEG", preprocess.side_window(256, (0, 0)))
+        toolkit.crop_file(tmp_path / "a.JPEG", preprocess.side_window(256, (0, 0)))
 
 
 NO_FAULT_OF_THE_PICTURE = {
@@ -782,7 +782,7 @@ def test_what_is_no_fault_of_the_picture_stops_the_script(name, reason, ten, mon
     with pytest.raises((type(error), UserError)):
         run_in_process(monkeypatch, name, ten, OWN_ERRORS[name][2])
     with pytest.raises((type(error), UserError)):
-        preprocess.crop_file(ten.parent / "data/train/cat/0.JPEG", lambda *_: (0, 0, 9, 9))
+        toolkit.crop_file(ten.parent / "data/train/cat/0.JPEG", lambda *_: (0, 0, 9, 9))
     assert "left out" not in capsys.readouterr().err
 
 

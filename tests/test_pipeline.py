@@ -26,7 +26,7 @@ from PIL import Image
 import get_mu_sigma
 import preprocess
 import runtime_preprocessing
-from preprocess import CROP, SIDES, crop_file, side_window
+from preprocess import CROP, SIDES, side_window
 from runtime_preprocessing import (
     GROUP,
     Batches,
@@ -277,7 +277,7 @@ def crops(toy) -> np.ndarray:
     rng = np.random.default_rng(5)
     paths = sorted((toy / "train").rglob("*.JPEG"))
     windows = [side_window(int(rng.choice(SIDES)), rng.random(2)) for _ in paths]
-    return np.stack(list(map(crop_file, paths, windows)))
+    return np.stack(list(map(toolkit.crop_file, paths, windows)))
 
 
 def shift_covariance(crop: np.ndarray) -> np.ndarray:

@@ -64,6 +64,13 @@ def batches_of(config: Path, batch_size: int = 4, **changes: object):
     return runtime_preprocessing.Batches(spec, batches.pictures, batches.copies)
 
 
+def crop_file(path: Path, window: object):
+    """The crop of a picture's file that `window` chooses, as batches have it."""
+    import preprocess
+
+    return preprocess.crop(preprocess.read_picture(path), window)
+
+
 def command(script: str, config: Path | None, *arguments: str) -> list[str]:
     settings = [f"--config={config}"] if config else []
     return [sys.executable, str(ROOT / script), *settings, *arguments]
