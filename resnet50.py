@@ -454,6 +454,11 @@ DAMAGED = (OSError, LookupError, ValueError, AssertionError, RuntimeError, tf.er
 """What TensorFlow raises for files that are cut off or do not belong together."""
 
 
+def brief(error: Exception) -> str:
+    """The start of an error's text: TensorFlow's errors have many lines."""
+    return printable(error)[:150]
+
+
 def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
     """The function from uint8 crops to probabilities, and its number of classes.
 
@@ -465,7 +470,7 @@ def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
         classify = model.signatures["serving_default"]
         classes = classify.structured_outputs["probabilities"].shape[-1]
     except DAMAGED as error:
-        raise UserError(f"{folder}: the model is damaged: {str(error)[:150]}") from None
+        raise UserError(f"{folder}: the model is damaged: {brief(error)}") from None
     classify.model = model  # keeps the model's variables alive
     if classes != len(names):
         raise UserError(f"{folder}: {RECIPE} names {plural(len(names), 'class')}, the model others")
@@ -486,7 +491,7 @@ def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
         status = checkpoint.read(str(folder / "variables" / "variables"))
         status.assert_existing_objects_matched()
     except DAMAGED as error:
-        raise UserError(f"{folder}: the model is damaged: {str(error)[:150]}") from None
+        raise UserError(f"{folder}: the model is damaged: {brief(error)}") from None
     same = recipe.class_names == spec.class_names
     for variable, its in zip(network.variables, source.variables, strict=True):
         if same or "dense" not in variable.name:
