@@ -45,6 +45,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 CROP = 224
 """Height and width in pixels of what the network sees."""
@@ -692,34 +693,33 @@ def size_of_file(path: str | Path) -> int:
         return -1
 
 
-@contextlib.contextmanager
-def pillow_decodes() -> Iterator[None]:
-    """Turns what Pillow raises for a broken file into BrokenPicture.
+def broken(error: Exception) -> BrokenPicture:
+    """What Pillow's error says about a picture.
 
-    Wrap only calls to Pillow: anywhere else, such an error is a bug and must not be hidden.
+    Catch PILLOW_ERRORS only around calls to Pillow: anywhere else, such an error is a bug and must
+    not be hidden.
     """
-    try:
-        yield
-    except UnidentifiedImageError:
-        formats = ", ".join(FORMATS)
-        raise BrokenPicture(f"cannot be decoded: damaged, or not one of {formats}") from None
-    except PILLOW_ERRORS as error:
-        # Decoders also report "broken data" if memory runs out. Then this line raises MemoryError.
-        np.empty(1 << 26, np.uint8)
-        reason = str(error) or type(error).__name__
-        raise BrokenPicture(f"cannot be decoded: {reason}") from error
+    if isinstance(error, UnidentifiedImageError):
+        return BrokenPicture(f"cannot be decoded: damaged, or not one of {', '.join(FORMATS)}")
+    # Decoders also report "broken data" if memory runs out. Then this line raises MemoryError.
+    np.empty(1 << 26, np.uint8)
+    return BrokenPicture(f"cannot be decoded: {str(error) or type(error).__name__}")
 
 
 def opened(content: bytes) -> Image.Image:
     """A picture of which only the header is read. Raises BrokenPicture if it cannot be used."""
-    with pillow_decodes():
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    try:
+        if content.startswith(b"\xff\xd8\xff"):  # Image.open would take a third longer for a JPEG
+            image, is_misread = JpegImageFile(io.BytesIO(content)), False
+        else:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            is_misread = misread(image)
+    except PILLOW_ERRORS as error:
+        raise broken(error) from error
     shorter, longer = sorted(image.size)
     if longer > LONGEST * shorter or shorter * longer > Image.MAX_IMAGE_PIXELS:
         why = "too long and thin" if longer > LONGEST * shorter else "too large"
         raise BrokenPicture(f"cannot be used: {image.width}×{image.height} pixels is {why}")
-    with pillow_decodes():
-        is_misread = misread(image)
     if is_misread:
         raise BrokenPicture("cannot be used: its kind of numbers is not read; convert it to PNG")
     return image
@@ -746,12 +746,14 @@ def decode(content: bytes) -> Image.Image:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Decodes the pixels, 8-bit RGB, also if grey, palette, CMYK, 16-bit or transparent."""
-    with pillow_decodes():
+    try:
         image.load()
         if image.mode == "RGB":
             return image
         if not image.mode.startswith("I"):
             return image.convert("RGB")
+    except PILLOW_ERRORS as error:
+        raise broken(error) from error
     # Grey of up to 16 bits: Pillow would clip it, not scale it.
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
@@ -958,8 +960,7 @@ def missing_copies(pictures: Pictures, folders: dict[int, Path], index: int) -> 
         return iter(())
     image = opened(pictures.read(index))
     size, enough = image.size, resized_size(*image.size, 2 * max(wanted))
-    with pillow_decodes():
-        reduced = image.draft(image.mode, enough)
+    reduced = image.draft(image.mode, enough)
     picture, box = as_rgb(image), reduced[1] if reduced else None
     bilinear = Image.Resampling.BILINEAR
     return ((side, picture.resize(resized_size(*size, side), bilinear, box)) for side in wanted)
