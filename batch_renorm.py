@@ -40,10 +40,9 @@ def limits_at(update: tf.Tensor, settings: SimpleNamespace) -> Limits:
     The first moving averages mean little. So the paper (section 4) starts with batch normalization
     and then relaxes the limits slowly: r_max from 1 to 3, d_max from 0 to 5.
     """
-    s = settings
     return Limits(
-        ramp(update, s.start_relaxing_rmax, s.reach_rmax_max, 1.0, s.rmax_max),
-        ramp(update, s.start_relaxing_dmax, s.reach_dmax_max, 0.0, s.dmax_max),
+        ramp(update, settings.start_relaxing_rmax, settings.reach_rmax_max, 1.0, settings.rmax_max),
+        ramp(update, settings.start_relaxing_dmax, settings.reach_dmax_max, 0.0, settings.dmax_max),
     )
 
 
@@ -93,12 +92,11 @@ class BatchRenorm(tf.Module):
         """`gamma` is the initial value of the scale."""
         super().__init__(name)
         with self.name_scope:
-            self.gamma = tf.Variable(tf.fill([channels], gamma), name="gamma")
-            self.beta = tf.Variable(tf.zeros([channels]), name="beta")
-            self.moving_mean = tf.Variable(
-                tf.zeros([channels]), name="moving_mean", trainable=False
-            )
-            self.moving_std = tf.Variable(tf.ones([channels]), name="moving_std", trainable=False)
+            zeros, ones = tf.zeros([channels]), tf.ones([channels])
+            self.gamma = tf.Variable(gamma * ones, name="gamma")
+            self.beta = tf.Variable(zeros, name="beta")
+            self.moving_mean = tf.Variable(zeros, name="moving_mean", trainable=False)
+            self.moving_std = tf.Variable(ones, name="moving_std", trainable=False)
 
     def __call__(self, x: tf.Tensor, limits: Limits | None = None) -> tf.Tensor | tuple:
         """Normalises x: float32, float16 or bfloat16 [n, height, width, channels], same type out.
