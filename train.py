@@ -14,8 +14,8 @@ replaces the previous one. The same command with `--resume` loads the latest mod
 continues at the exact batch, however training stopped. `--epoch_start=E` alone continues from the
 model of epoch E - 1. The log goes to `training_log.csv` and, for TensorBoard, to `events/`.
 
-This file holds, in order: main and the loop, the learning rate, the step, the command line, the
-plan, devices and machines, the run's folder, what is saved there and loaded, the log.
+This file holds, in order: main and the loop, the learning rate, the step, the command line, devices
+and machines, the run's folder, what is saved there and loaded, the log.
 """
 
 import os.path
@@ -41,7 +41,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +63,7 @@ with utils.quiet_tensorflow():
 
     import resnet50
     from batch_renorm import in_updates, limits_at, momentum_at
-    from resnet50 import LOG_COLUMNS, STATE, TRAINING_LOG, ResNet50, epochs_in, model_recipe
+    from resnet50 import LOG_COLUMNS, STATE, TRAINING_LOG, ResNet50, brief, epochs_in, model_recipe
 
 
 def main() -> None:
@@ -80,12 +80,14 @@ def main() -> None:
         return
     spec = wait_for_buffer(config, args)  # what the batches are made of
     settings = settings_of(config, spec, args)
-    agree(strategy, settings | {"resized": "differs", "class names": spec.class_names})
+    alike = settings | {"class names": spec.class_names}
+    del alike["resized"]  # machines may have different resized copies
+    agree(strategy, alike)
     trainer = Trainer(strategy, config, spec.classes, spec.batches_per_epoch, args)
     restore(run, place, trainer, spec, settings)
     steps = range(spec.step(place.epoch, place.batch), spec.step(args.epoch_end))
     agree(strategy, {"first step": steps.start, "weights": trainer.checksum()})
-    print(*plan(run, trainer, spec, steps), sep="\n")
+    announce(run, trainer, spec, steps)
     saver = Saver(run, trainer, spec, settings)
     reader = BatchReader(config, spec, steps, trainer.to_device, args)
     display = Display(run, spec, steps, reader)
@@ -365,10 +367,7 @@ def measure_speed(trainer: Trainer, seconds: float = 20.0) -> None:
     size, generator = trainer.args.batch_size, np.random.default_rng(0)
     images = generator.standard_normal((size, CROP, CROP, 3), np.float32).astype(np.float16)
     batch = trainer.to_device(images, generator.integers(0, 1000, size).astype(np.int32))
-    print(
-        f"random batches of {size}, {trainer.args.precision}; nothing is saved. Preparing the "
-        f"step, then measuring for {seconds:.0f} s"
-    )
+    print(f"measuring for {seconds:.0f} s with random batches; nothing is saved")
     for _ in range(2):
         trainer.train_batch(*batch, 0.0).numpy()  # builds the step
     under_way, count, start = deque(), 0, time.perf_counter()
@@ -378,7 +377,9 @@ def measure_speed(trainer: Trainer, seconds: float = 20.0) -> None:
             under_way.popleft().numpy()
             count += 1
     rate = count * size / (time.perf_counter() - start)
-    print(f"this hardware trains {rate:,.1f} images/s with batches of {size}")
+    print(
+        f"this hardware trains {rate:,.1f} images/s in {trainer.args.precision}, batches of {size}"
+    )
 
 
 # --- the command line -----------------------------------------------------------------------
@@ -396,7 +397,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", whole(1), "pictures per batch, shared among the GPUs", REQUIRED)
     add("--learning_rate", number(0), "highest learning rate", REQUIRED)
     add("--lr_schedule", SCHEDULES, "constant (default), step or cosine", "constant")
-    add("--lr_drop_epochs", epoch_list, "where step divides the rate by 10, e.g. 30,60,80", ())
+    add("--lr_drop_epochs", increasing(1), "where step divides the rate by 10, e.g. 30,60,80", ())
     add("--warmup_epochs", number(0), "epochs in which the rate rises from 0 (default: 0)", 0.0)
     add("--label_smoothing", number(0, 0.99), "share of the target spread over all classes", 0.0)
     add("--accumulation_steps", whole(1), "pieces that a batch is split into, to save memory", 1)
@@ -408,7 +409,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--log_seconds", number(0), "seconds between two log lines (default: 30)", 30.0)
     add("--precision", PRECISIONS, "float32, mixed_float16 (on a GPU) or mixed_bfloat16")
     add("--jit_compile", None, "compile the step with XLA")
-    add("--gpu", gpu_list, "GPUs to train on, such as 0,1 (default: 0, else the CPU)")
+    add("--gpu", increasing(0), "GPUs to train on, such as 0,1 (default: 0, else the CPU)")
     add("--deterministic", None, "get the same result every time, but slower")
     add("--synthetic", None, "measure the speed on random batches and exit")
     add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
@@ -419,10 +420,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together. Warns of a rate that never drops."""
-    if args.lr_schedule == "step" and not args.lr_drop_epochs:
-        raise UserError("--lr_schedule=step needs --lr_drop_epochs, such as 30,60,80")
-    if args.lr_schedule != "step" and args.lr_drop_epochs:
-        raise UserError("--lr_drop_epochs needs --lr_schedule=step")
+    if (args.lr_schedule == "step") != bool(args.lr_drop_epochs):
+        raise UserError("--lr_schedule=step and --lr_drop_epochs=30,60,80 need each other")
     if late := [epoch for epoch in args.lr_drop_epochs if epoch >= args.epoch_end]:
         utils.warn(
             f"--lr_drop_epochs: training ends before epoch {late[0]} (--epoch_end="
@@ -445,81 +444,52 @@ FLAGS = (
 """Flags that affect the result. States and models record their values."""
 
 
-def epoch_list(text: str) -> tuple[int, ...]:
-    """Argument type: increasing epochs, "20,40,70"."""
-    epochs = tuple(whole(1)(part) for part in text.split(","))
-    if list(epochs) != sorted(set(epochs)):
-        raise argparse.ArgumentTypeError(f"expected increasing epochs, not {text!r}")
-    return epochs
+def increasing(minimum: int) -> Callable[[str], list[int]]:
+    """Argument type: increasing whole numbers, such as 20,40,70."""
+
+    def parse(text: str) -> list[int]:
+        numbers = [whole(minimum)(part) for part in text.split(",")]
+        if numbers != sorted(set(numbers)):
+            raise argparse.ArgumentTypeError(f"expected increasing numbers, not {text!r}")
+        return numbers
+
+    return parse
 
 
-def gpu_list(text: str) -> list[int]:
-    """Argument type: different GPUs, "0" or "0,1"."""
-    gpus = [whole(0)(part) for part in text.split(",")]
-    if len(set(gpus)) < len(gpus):
-        raise argparse.ArgumentTypeError(f"expected different GPUs, not {text!r}")
-    return gpus
-
-
-def plan(run: "Run", trainer: Trainer, spec: BatchSpec, steps: range) -> Iterator[str]:
-    """Lines that say what this run will do. Warns of likely mistakes."""
+def announce(run: "Run", trainer: Trainer, spec: BatchSpec, steps: range) -> None:
+    """Prints what this run will do."""
     args, per_epoch = trainer.args, spec.batches_per_epoch
     devices = "the GPU" if tf.config.get_visible_devices("GPU") else "the CPU"
     if trainer.replicas > 1:
         devices = f"{trainer.replicas} replicas"
-    yield (
+    print(
         f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}; from "
         f"{spec.position(steps.start)} to the end of epoch {args.epoch_end - 1}: "
         f"{plural(len(steps), 'step')} of {plural(args.batch_size, 'picture')}, {per_epoch:,} per "
         f"epoch, {args.precision} on {devices}"
     )
-    left_out = spec.N - spec.workers * per_epoch * args.batch_size
-    if left_out > 0.03 * spec.N:
-        utils.warn(
-            f"each epoch leaves out {plural(left_out, 'picture')} of {spec.N}, too few to fill a "
-            f"batch; a smaller --batch_size leaves out fewer"
-        )
-    yield from renorm_plan(trainer, steps, per_epoch)
+    announce_limits(trainer.renorm, steps.stop - 1, per_epoch)
     if run.chief:
-        yield disk_plan(run.folder, trainer, args.epoch_end - steps.start // per_epoch)
-    yield "the first step takes longest, because TensorFlow builds the network's graph"
+        free = utils.file_size(shutil.disk_usage(run.folder).free)
+        print(f"models go to {run.folder}, where {free} are free")
+    print("the first step takes longest, because TensorFlow builds the network's graph")
 
 
-def renorm_plan(trainer: Trainer, steps: range, per_epoch: int) -> Iterator[str]:
-    """In which epochs batch renormalization relaxes its limits. Warns if it never does."""
-    limits, last = trainer.renorm, steps.stop - 1
+def announce_limits(limits: SimpleNamespace, last: int, per_epoch: int) -> None:
+    """Prints in which epochs batch renormalization relaxes its limits. Warns if it never does:
+    `last` is the run's last update.
+    """
     if min(limits.start_relaxing_rmax, limits.start_relaxing_dmax) > last:
         utils.warn(
             f"[batch_renorm] start_relaxing_rmax and start_relaxing_dmax are after the last "
             f"update, {last}: this run is plain batch normalization"
         )
         return
-
-    def when(start: int, reach: int) -> str:
-        if reach < steps.start:
-            return "(already relaxed)"
-        return f"in epochs {start / per_epoch:.1f} to {reach / per_epoch:.1f}"
-
-    yield (
-        f"batch renormalization relaxes r_max to {limits.rmax_max:g} "
-        f"{when(limits.start_relaxing_rmax, limits.reach_rmax_max)}, d_max to "
-        f"{limits.dmax_max:g} {when(limits.start_relaxing_dmax, limits.reach_dmax_max)}"
-    )
-
-
-def disk_plan(folder: Path, trainer: Trainer, epochs: int) -> str:
-    """How much disk the models will take, in one line."""
-    kept = [*trainer.network.variables, *trainer.momentum]
-    if trainer.averaged:  # in the model, and with the state
-        kept += 2 * trainer.averaged.variables
-    each = sum(4 * variable.shape.num_elements() for variable in kept)
-    if trainer.args.keep_last:
-        epochs = min(epochs, trainer.args.keep_last + 2)  # plus the best and the one being written
-    free = shutil.disk_usage(folder).free
-    short = "" if epochs * each <= free else "; free some space, or use another path_for_saving"
-    return (
-        f"models go to {folder}: {utils.file_size(each)} each, {utils.file_size(epochs * each)} in "
-        f"all, {utils.file_size(free)} free{short}"
+    print(
+        f"batch renormalization relaxes r_max to {limits.rmax_max:g} in epochs "
+        f"{limits.start_relaxing_rmax / per_epoch:.1f} to {limits.reach_rmax_max / per_epoch:.1f}, "
+        f"d_max to {limits.dmax_max:g} in epochs {limits.start_relaxing_dmax / per_epoch:.1f} to "
+        f"{limits.reach_dmax_max / per_epoch:.1f}"
     )
 
 
@@ -537,12 +507,11 @@ def open_devices(args: argparse.Namespace) -> tf.distribute.Strategy:
     chosen = utils.choose_gpus(wanted, required=args.gpu is not None)
     args.gpu = wanted[: len(chosen)]
     args.precision = args.precision or ("mixed_float16" if chosen else "float32")
-    shares, pieces = max(len(chosen), 1), args.accumulation_steps
-    if args.batch_size % (shares * pieces):
-        gpus = f" on each of {shares} GPUs" if shares > 1 else ""
+    parts = max(len(chosen), 1) * args.accumulation_steps
+    if args.batch_size % parts:
         raise UserError(
-            f"--batch_size={args.batch_size} cannot be split into equal parts: "
-            f"--accumulation_steps={pieces}{gpus} needs a multiple of {shares * pieces}"
+            f"--batch_size={args.batch_size} cannot be split into {parts} equal parts: as many as "
+            f"GPUs times --accumulation_steps"
         )
     if worker_of_workers()[1] > 1:
         return tf.distribute.MultiWorkerMirroredStrategy()
@@ -615,29 +584,27 @@ class Run:
         """Whether this machine writes files. Only one of several does."""
 
     def claim(self) -> Place:
-        """Locks the run's folder and begins its log. Returns where training begins.
+        """Begins the run's log, locks its folder and returns where training begins.
 
         Removes what killed processes left half-written. Raises UserError if training cannot begin
         or another train.py trains this run.
         """
-        place = self.place()  # refuses a mistake before anything is made
+        place = self.starting_point()  # refuses a mistake before anything is made
         if not self.chief:
             return place
-        self.hold(utils.lock)
-        log = self.folder / TRAINING_LOG
+        (utils.make_folder(self.folder) / TRAINING_LOG).touch()  # first: --resume looks for it
+        self.hold()
         utils.remove_leftovers(self.folder, "[0-9]*", "state_*", TRAINING_LOG)
-        if not log.exists():
-            utils.write_csv(log, LOG_COLUMNS, [])
-        return self.place()  # until it was locked, another train.py could change the run
+        return self.starting_point()  # until it was locked, another train.py could change the run
 
-    def hold(self, take: Callable[[Path, str], None]) -> None:
-        """Locks the folder with `utils.lock`, or again with `utils.keep_lock`: while training runs,
-        somebody may move the folder or remove the lock. check_accuracy.py keeps off the GPUs that
-        the lock names. Raises UserError if another train.py trains this run.
+    def hold(self) -> None:
+        """Locks the folder, also again: while training runs, somebody may move the folder or remove
+        the lock. check_accuracy.py keeps off the GPUs that the lock names. Raises UserError if
+        another train.py trains this run.
         """
         lock = utils.make_folder(self.folder) / resnet50.TRAINER_LOCK
-        take(lock, f"{self.folder}: another train.py is training this run")
-        resnet50.write_plan(lock, resnet50.TrainerPlan(self.args.gpu))
+        utils.keep_lock(lock, f"{self.folder}: another train.py is training this run")
+        resnet50.write_lock_note(lock, self.args.gpu)
 
     def states(self) -> list[Place]:
         """What training can continue from, the latest first."""
@@ -649,7 +616,7 @@ class Run:
                 found.append(Place(int(match[1]), int(match[2]), self.folder / name))
         return sorted(found, reverse=True)
 
-    def place(self) -> Place:
+    def starting_point(self) -> Place:
         """Where training begins. Raises UserError if what it needs is missing, or if it would
         overwrite something.
         """
@@ -676,21 +643,17 @@ class Run:
                     f"--epoch_start={start} continues from the model {place.folder}, which does "
                     f"not exist; the run has epochs: {epochs}"
                 )
-        later = [each for each in states if each[:2] > place[:2]]
-        if later and later[0].batch:
-            raise UserError(
-                f"{later[0].folder} was saved in an unfinished epoch. Add --resume to continue "
-                f"there, or remove that folder to start epoch {later[0].epoch} again"
-            )
+        later = [each.folder for each in states if each[:2] > place[:2]]
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        for epoch in sorted(int(name) for name in names if name.isdecimal()):
+            if place.epoch <= epoch < args.epoch_end:  # also if it is not a model
+                later.append(self.folder / str(epoch))
         if later:
             raise UserError(
-                f"{later[-1].folder} already exists and would be overwritten; the run has epochs: "
-                f"{epochs}. Add --resume to continue, or use another --run_folder"
+                f"{later[0]} already exists and would be replaced; the run has epochs: {epochs}. "
+                f"Add --resume to continue from the latest, move {later[0].name} away, or use "
+                f"another --run_folder"
             )
-        for name in os.listdir(self.folder) if self.folder.is_dir() else []:
-            if name.isdecimal() and place.epoch <= int(name) < args.epoch_end:
-                strange = self.folder / name
-                raise UserError(f"{strange}: not a model, but one will get this name; move it away")
         if place.epoch + place.batch > 0:
             self.read_state(place)  # raises UserError before the first batch is waited for
         return place
@@ -703,11 +666,9 @@ class Run:
         except UserError as error:
             raise UserError(f"{error}; {self.way_out(place)}") from None
         if record is None:
-            way_out = self.way_out(place)
-            if resnet50.is_model(place.folder):
-                way_out = f"--init_from={place.folder} starts a new run with its weights"
             raise UserError(
-                f"{state} is missing, so training cannot continue from {place.folder}; {way_out}"
+                f"{state} is missing, so training cannot continue from {place.folder}; start a new "
+                f"run with --init_from={place.folder}, or {self.way_out(place)}"
             )
         if (record.epoch, record.batch) != place[:2]:
             raise UserError(
@@ -785,11 +746,11 @@ def restore(
     """Loads what training begins from, and says what has changed since. Raises UserError."""
     folder = place.folder
     if folder is None:
-        if trainer.args.resume:
-            print(f"{run.folder} has nothing to continue from; starting at the beginning")
+        print(f"{run.folder}: starting at the beginning")
         return
     if place.epoch + place.batch == 0:  # a new run with the weights of --init_from
-        print(resnet50.read_weights(trainer.network, folder, spec))
+        names, mu, sigma = spec.class_names, spec.mu, spec.sigma
+        print(resnet50.read_weights(trainer.network, folder, names, mu, sigma))
         trainer.average(0.0)
         return
     record = run.read_state(place)
@@ -800,9 +761,12 @@ def restore(
                 f"{folder} was trained with {name} = {record.settings.get(name)}, now {name} is "
                 f"{settings[name]}; {way_out if place.batch else 'use another --run_folder'}"
             )
+    if place.batch and divmod(record.step, spec.batches_per_epoch) != place[:2]:
+        epochs = f"epochs of {plural(spec.batches_per_epoch, 'batch')}"
+        raise UserError(f"{folder} does not fit {epochs}; {run.way_out(place)}")
     try:
         load_state(trainer, folder, averaged=bool(record.settings.get("--ema_decay")))
-    except LOADING_ERRORS as error:
+    except resnet50.DAMAGED as error:
         reason = f"its training state cannot be read: {brief(error)}"
         raise UserError(f"{folder}: {reason}; {run.way_out(place)}") from None
     trainer.updates.assign(spec.step(place.epoch, place.batch))  # the batch size may have changed
@@ -813,31 +777,19 @@ def restore(
     print(f"continuing from {folder}")
 
 
-LOADING_ERRORS = (tf.errors.OpError, AssertionError, ValueError, LookupError, RuntimeError)
-"""What TensorFlow raises for a checkpoint that is not complete, or of another network."""
-
-
 def load_state(trainer: Trainer, folder: Path, averaged: bool) -> None:
     """Loads the network and all else. `averaged`: whether the state holds averages of the weights.
 
-    Raises one of LOADING_ERRORS, or UserError if the storage fails: such a state is not broken.
+    Raises one of resnet50.DAMAGED, or UserError or OSError if the storage fails.
     """
-    state, weights = folder / STATE, folder / STATE / "weights"
+    weights = folder / STATE / "weights"
     if not weights.with_suffix(".index").exists():
         weights = folder / "variables" / "variables"  # those of the model
-    for file in {*state.glob("*"), *weights.parent.glob("*")}:
-        if file.is_file():
-            utils.read_file(file)
-    network = tf.train.Checkpoint(network=trainer.network)
-    network.read(str(weights)).assert_existing_objects_matched()
+    resnet50.read_checkpoint(tf.train.Checkpoint(network=trainer.network), weights)
     averaged = averaged and trainer.averaged is not None
-    trainer.state(averaged).read(str(state / "state")).assert_existing_objects_matched()
+    resnet50.read_checkpoint(trainer.state(averaged), folder / STATE / "state")
     if not averaged:
         trainer.average(0.0)
-
-
-def brief(error: Exception) -> str:
-    return utils.printable(error)[:150]
 
 
 class Saver:
@@ -866,23 +818,22 @@ class Saver:
             return
         self._tidy(newest=folder)
 
-    def save_epoch(self, step: int, stop: Stop, tries: int = 5, pause: float = 60.0) -> None:
-        """Saves the model and the state of the epoch that ends before `step`. Raises UserError
-        after `tries` failures. After `stop` the pauses between them are short.
+    def save_epoch(self, step: int, stop: Stop) -> None:
+        """Saves the model and the state of the epoch that ends before `step`. If that fails, tries
+        again each minute, or at once after a stop. Raises UserError after five failures.
         """
         if not self.run.chief:
             return
         folder = self.run.folder / str(step // self.spec.batches_per_epoch - 1)
-        for attempt in range(1, tries + 1):
+        for attempt in range(1, 6):
             try:
                 self._write(folder, step, model=True)
                 break
             except (OSError, tf.errors.OpError) as error:
-                if attempt == tries:
+                if attempt == 5:
                     raise UserError(f"{folder}: cannot be saved: {brief(error)}") from None
                 utils.warn(f"{folder}: cannot be saved yet: {brief(error)}; trying again")
-                if stop.wait(pause):
-                    time.sleep(pause / 30)
+                stop.wait(60)
         self._last = time.monotonic()
         print(f"saved {folder}")
         self._tidy(newest=folder)
@@ -898,13 +849,11 @@ class Saver:
                 f"{spec.position(step)}: the weights are no longer finite; they were not saved. "
                 f"Continue from the last state with a smaller --learning_rate"
             )
-        self.run.hold(utils.keep_lock)
+        self.run.hold()
         with utils.folder_written_aside(folder) as aside:
             if model:
                 flags = {name: getattr(args, name) for name in FLAGS}
-                recipe = resnet50.ModelRecipe(
-                    spec.class_names, spec.mu, spec.sigma, flags, step, args.epoch_end
-                )
+                recipe = resnet50.ModelRecipe(spec.class_names, spec.mu, spec.sigma, flags, step)
                 resnet50.export_model(trainer.averaged or trainer.network, aside, recipe)
             state = aside / STATE
             state.mkdir()
@@ -931,11 +880,10 @@ class Saver:
     def _remove_old_epochs(self, keep: int, newest: int) -> None:
         """Keeps the newest models, the best, and those that check_accuracy.py has yet to see."""
         top1 = self.run.accuracies()
-        lock = self.run.folder / resnet50.CHECKER_LOCK
-        checker = resnet50.read_plan(resnet50.CheckerPlan, lock)
+        checked = resnet50.read_lock_note(self.run.folder / resnet50.CHECKER_LOCK)
         best = max(top1, key=top1.get, default=None)
         for epoch in [epoch for epoch in epochs_in(self.run.folder) if epoch <= newest][:-keep]:
-            awaited = checker is not None and checker.wants(epoch) and epoch not in top1
+            awaited = epoch in checked and epoch not in top1
             if epoch != best and not awaited:
                 utils.remove_folder(self.run.folder / str(epoch))
 
@@ -955,63 +903,29 @@ class Finished(NamedTuple):
     at: float  # when it was finished
 
 
-class Pipeline:
-    """Steps that were sent to the device and may still run there, in order.
-
-    A thread waits for each step's values and notes when they came, so the loop does not have to.
-    """
-
-    def __init__(self, spec: BatchSpec):
-        self.spec, self._thread = spec, ThreadPoolExecutor(1)
-        self._under_way: deque[tuple[int, float, tuple[float, float], Future]] = deque()
-        self._previous: float | None = None
-
-    def add(self, step: int, rate: float, wait: tuple[float, float], values: tf.Tensor) -> None:
-        """`wait`: when the step's batch was asked for, and when it was there."""
-        done = self._thread.submit(lambda: (values.numpy().tolist(), time.perf_counter()))
-        self._under_way.append((step, rate, wait, done))
-
-    def finish(self, leave: int) -> Iterator[Finished]:
-        """Waits until only so many steps are under way, and yields the others.
-
-        Raises UserError if a loss is not finite.
-        """
-        while len(self._under_way) > leave:
-            step, rate, (asked, given), done = self._under_way.popleft()
-            values, at = done.result()
-            metrics = dict(zip(METRICS, values, strict=True))
-            if not math.isfinite(metrics["loss"]):
-                raise UserError(
-                    f"{self.spec.position(step)}: the loss is {metrics['loss']}; nothing was saved "
-                    f"after it. Continue from the last state with a smaller --learning_rate"
-                )
-            # As long as the step before was at work, the device did not wait.
-            idle = max(0.0, given - max(asked, self._previous or 0.0))
-            previous, self._previous = self._previous, at
-            yield Finished(step, rate, metrics, asked, idle, previous, at)
-
-    def close(self) -> None:
-        self._thread.shutdown()
-
-
 class Log(contextlib.AbstractContextManager):
-    """Writes a row of training_log.csv per interval, and the same as events.
+    """Follows the steps on the device. Writes a row of training_log.csv per interval, and the same
+    as events.
 
     With several machines only the chief writes, but all stop if a loss is not finite.
     """
 
     def __init__(self, run: Run, spec: BatchSpec, steps: range, display: "Display"):
         self.run, self.spec, self.steps, self.display = run, spec, steps, display
-        self._pipeline, self._stopping = Pipeline(spec), math.inf
+        self._under_way: deque[tuple[int, float, tuple[float, float], Future]] = deque()
+        self._thread = ThreadPoolExecutor(1)
+        """Waits for each step's values and notes when they came, so the loop does not have to."""
         self._row: list[Finished] = []
-        self._wait = (0.0, 0.0)
+        self._wait = (0.0, 0.0)  # when the batch was asked for, and when it was there
+        self._previous: float | None = None  # when the last step was finished
+        self._stopping = math.inf
         self._start, self._seconds_before = time.monotonic(), 0.0
         self._next_row = self._start + run.args.log_seconds
         if run.chief:
             self._open()
 
     def __exit__(self, *_: object) -> None:
-        self._pipeline.close()
+        self._thread.shutdown()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -1024,8 +938,9 @@ class Log(contextlib.AbstractContextManager):
         """Adds a step, which may still run on the device, and waits for the one before it. Raises
         UserError if a loss is not finite.
         """
-        self._pipeline.add(step, rate, self._wait, values)
-        self._take(self._pipeline.finish(leave=1))
+        done = self._thread.submit(lambda: (values.numpy().tolist(), time.perf_counter()))
+        self._under_way.append((step, rate, self._wait, done))
+        self._finish(leave=1)
         if time.monotonic() >= self._next_row:
             self._write_row()
 
@@ -1033,7 +948,7 @@ class Log(contextlib.AbstractContextManager):
         """Waits for all steps and writes their row. Runs before a state is saved, so that no row is
         missing if the process is killed afterwards. Raises UserError if a loss is not finite.
         """
-        self._take(self._pipeline.finish(leave=0))
+        self._finish(leave=0)
         self._write_row()
 
     def should_stop(self, step: int, stop: Stop) -> bool:
@@ -1047,12 +962,27 @@ class Log(contextlib.AbstractContextManager):
     def time_taken(self) -> str:
         return utils.duration(time.monotonic() - self._start)
 
-    def _take(self, finished: Iterable[Finished]) -> None:
-        for each in finished:
-            if each.metrics["stopping"]:
-                self._stopping = min(self._stopping, each.step)
-            self._row.append(each)
-            self.display.add(each)
+    def _finish(self, leave: int) -> None:
+        """Waits until only so many steps are under way. Raises UserError if one of the others has a
+        loss that is not finite.
+        """
+        while len(self._under_way) > leave:
+            step, rate, (asked, given), done = self._under_way.popleft()
+            values, at = done.result()
+            metrics = dict(zip(METRICS, values, strict=True))
+            if not math.isfinite(metrics["loss"]):
+                raise UserError(
+                    f"{self.spec.position(step)}: the loss is {metrics['loss']}; nothing was saved "
+                    f"after it. Continue from the last state with a smaller --learning_rate"
+                )
+            if metrics["stopping"]:
+                self._stopping = min(self._stopping, step)
+            # As long as the step before was at work, the device did not wait.
+            idle = max(0.0, given - max(asked, self._previous or 0.0))
+            finished = Finished(step, rate, metrics, asked, idle, self._previous, at)
+            self._previous = at
+            self._row.append(finished)
+            self.display.recent.append(finished)
 
     def _write_row(self) -> None:
         """Writes a row for the steps that finished since the last row."""
@@ -1087,7 +1017,9 @@ class Log(contextlib.AbstractContextManager):
         rows = [row for row in rows if (row["epoch"], row["batch"]) < begin]
         utils.write_csv(path, LOG_COLUMNS, rows)
         self._seconds_before = rows[-1]["seconds"] if rows else 0.0
-        folder = self.run.folder / "events" / events_folder(rows, self.spec)
+        # Where an epoch has another number of steps, they get numbers that other events have.
+        part = f"training_{self.spec.batches_per_epoch}_steps_per_epoch"
+        folder = self.run.folder / "events" / part
         try:
             self._events = Events(folder, self.steps.start)
         except tf.errors.OpError as error:
@@ -1098,18 +1030,6 @@ CURVES = [
     name for name in LOG_COLUMNS if name not in ("step", "epoch", "batch", "seconds", "steps")
 ]
 """The columns of the log that are written as events."""
-
-
-def events_folder(rows: list[dict[str, Any]], spec: BatchSpec) -> str:
-    """The name of the folder of events. If an epoch has another number of steps than before, steps
-    get numbers that older ones have. So that part of training has a folder of its own.
-    """
-    of_other_parts = [
-        row["epoch"]
-        for row in rows
-        if divmod(row["step"], spec.batches_per_epoch) != (row["epoch"], row["batch"])
-    ]
-    return f"training_from_epoch_{of_other_parts[-1] + 1}" if of_other_parts else "training"
 
 
 def summary(steps: list[Finished], spec: BatchSpec, waiting: float = 0.0) -> dict[str, Any]:
@@ -1145,16 +1065,15 @@ def mean_of_finite(values: list[float]) -> float:
 
 
 class Display(contextlib.AbstractContextManager):
-    """Prints the rows of the log. On a terminal it prints a row per epoch, and redraws a line with
-    the present state below it every second.
+    """Prints the rows of the log. On a terminal it prints only those that end an epoch, and redraws
+    a line with the present state below them every second.
     """
 
     def __init__(self, run: Run, spec: BatchSpec, steps: range, reader: BatchReader):
         self.run, self.spec, self.steps, self.reader = run, spec, steps, reader
+        self.recent: deque[Finished] = deque(maxlen=100)  # these steps tell the present state
         self.waiting_since: float | None = None
         self._is_terminal = sys.stdout.isatty() and run.chief
-        self._epoch: list[Finished] = []  # on a terminal
-        self._recent: deque[Finished] = deque(maxlen=100)  # tell the present state
         self._best: list[str] = []
         self._closed = threading.Event()
 
@@ -1180,53 +1099,17 @@ class Display(contextlib.AbstractContextManager):
                 return [f"best {max(accuracies):.1%}"]
         return []
 
-    def add(self, step: Finished) -> None:
-        if step.step % self.spec.batches_per_epoch == 0:
-            self._epoch = []
-        if self._is_terminal:
-            self._epoch.append(step)
-        self._recent.append(step)
-
     def print_row(self, row: dict[str, Any]) -> None:
-        if not self._is_terminal:
-            print(self._line(row))
-        elif row["batch"] + 1 == self.spec.batches_per_epoch:
-            epoch = summary(self._epoch, self.spec)
-            print(fitted([f"epoch {row['epoch']}:", *self._parts(epoch)]))
-
-    def _line(self, row: dict[str, Any]) -> str:
-        scale = ""
-        if self.run.args.precision == "mixed_float16":
-            scale = f", loss scale {row['loss_scale']:g}, {row['skipped_steps']} skipped"
-        return (
-            f"epoch {row['epoch']}, {row['batch'] + 1} of "
-            f"{plural(self.spec.batches_per_epoch, 'batch')}: loss {row['loss_without_l2']:.3f} + "
-            f"{row['loss'] - row['loss_without_l2']:.3f} L2, top-1 {row['top1']:.1%}, "
-            f"{row['images_per_second']:,.1f} images/s, rate {row['learning_rate']:.3g}, waiting "
-            f"for data {row['waiting_for_data']:.1%}{scale}, {self._time_left()}"
-        )
-
-    def _parts(self, row: dict[str, Any]) -> list[str]:
-        """The same for a line that may be too short for all."""
-        return [
-            f"loss {row['loss_without_l2']:.3f}",
-            f"top-1 {row['top1']:.1%}",
-            f"{row['images_per_second']:,.1f} images/s",
-            self._time_left(),
-            f"waiting {row['waiting_for_data']:.1%}",
-        ]
-
-    def _time_left(self) -> str:
-        recent = list(self._recent)
-        if len(recent) < 2:  # only the step that builds the graph
-            return "? left"
-        rate = summary(recent, self.spec)["images_per_second"]
-        images = (self.steps.stop - 1 - recent[-1].step) * self.spec.batch_size
-        return f"{utils.duration(images / rate)} left"
+        per_epoch = self.spec.batches_per_epoch
+        if self._is_terminal and row["batch"] + 1 < per_epoch:
+            return
+        more = [f"loss with L2 {row['loss']:.3f}", f"rate {row['learning_rate']:.3g}"]
+        where = f"epoch {row['epoch']}, {row['batch'] + 1} of {plural(per_epoch, 'batch')}"
+        print(f"{where}: {', '.join([*self._parts(row), *more])}")
 
     def status(self) -> str:
-        """The present state of training in one line that fits the terminal."""
-        recent, since = list(self._recent), self.waiting_since
+        """The present state of training: a bar of the epoch, and as much as fits the terminal."""
+        recent, since = list(self.recent), self.waiting_since
         step = recent[-1].step + 1 if recent else self.steps.start
         epoch, batch = divmod(min(step, self.steps.stop - 1), self.spec.batches_per_epoch)
         parts = ["waiting for a batch" if since else "the first step takes longest"]
@@ -1237,22 +1120,30 @@ class Display(contextlib.AbstractContextManager):
             steps = map(self.spec.step_of, os.listdir(self.reader.folder))
             ready = {each for each in steps if each is not None and each >= step}
             parts.append(f"{len(ready)} ready")
-        return fitted([f"epoch {epoch}", *parts], batch / self.spec.batches_per_epoch)
+        text, room = "", shutil.get_terminal_size().columns - len(f"epoch {epoch}  ")
+        for part in parts:
+            if len(text) + len(f" {part}") <= room - 4:  # the shortest bar
+                text += f" {part}"
+        share = batch / self.spec.batches_per_epoch
+        return f"epoch {epoch} {utils.bar(share, min(20, room - len(text)))}{text}"
 
+    def _parts(self, row: dict[str, Any]) -> list[str]:
+        """What a line says, the most important first."""
+        return [
+            f"loss {row['loss_without_l2']:.3f}",
+            f"top-1 {row['top1']:.1%}",
+            f"{row['images_per_second']:,.1f} images/s",
+            f"{self._time_left()} left",
+            f"waiting {row['waiting_for_data']:.1%}",
+        ]
 
-def fitted(parts: list[str], share: float | None = None) -> str:
-    """The first of the parts and as many of the others as fit on a line of the terminal.
-
-    With a `share`, a bar that is filled so far stands behind the first.
-    """
-    room, text = shutil.get_terminal_size().columns - 1 - len(parts[0]), ""
-    least = 0 if share is None else 5  # a bar and a space
-    for part in parts[1:]:
-        if len(text) + 1 + len(part) <= room - least:
-            text += f" {part}"
-    if share is not None:
-        text = f" {utils.bar(share, min(20, room - len(text) - 1))}{text}"
-    return parts[0] + text
+    def _time_left(self) -> str:
+        recent = list(self.recent)
+        if len(recent) < 2:  # only the step that builds the graph
+            return "?"
+        rate = summary(recent, self.spec)["images_per_second"]
+        images = (self.steps.stop - 1 - recent[-1].step) * self.spec.batch_size
+        return utils.duration(images / rate)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import threading
 import time
 import types
 import zlib
+from concurrent.futures import Future
 from pathlib import Path
 
 import toolkit
@@ -99,7 +100,7 @@ def save_epoch(folder: Path, trainer: train.Trainer, step: int) -> None:
 def restore(folder: Path, trainer: train.Trainer, spec: BatchSpec = SPEC) -> int:
     """Loads what the flags of the trainer ask for. Returns the next step."""
     run = train.Run(folder, trainer.args)
-    place = run.place()
+    place = run.starting_point()
     train.restore(run, place, trainer, spec, settings_of(trainer, spec))
     return spec.step(place.epoch, place.batch)
 
@@ -179,17 +180,22 @@ def test_a_run_that_never_began_cannot_be_resumed_and_those_that_did_are_named(t
     assert claim(tmp_path / "other", "--resume") == (0, 0, None)  # killed before its first state
 
 
-def test_the_log_begins_with_the_claim_and_a_resume_before_the_first_state_begins_again(run):
-    assert claim(run) == (0, 0, None)
-    assert (run / "training_log.csv").read_text() == ",".join(resnet50.LOG_COLUMNS) + "\n"
-    utils._forget_locks()
-    assert claim(run, "--resume") == (0, 0, None)
+def test_a_start_that_is_killed_as_soon_as_it_has_its_folder_can_be_resumed(tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(utils, "keep_lock", killed)
+    with pytest.raises(SystemExit):
+        claim(tmp_path / "run")
+    monkeypatch.undo()
+    assert claim(tmp_path / "run", "--resume") == (0, 0, None)
+    assert os.path.isfile(tmp_path / "run" / "training_log.csv")
 
 
 def test_a_state_within_an_epoch_is_never_removed_by_a_start_without_resume(run):
     fake_epochs(run, 0, 1, 2)
     fake_state(run / "state_3_1", 3, 1)
-    with pytest.raises(utils.UserError, match="state_3_1.*--resume.*epoch 3 again"):
+    with pytest.raises(utils.UserError, match="state_3_1 already exists.*--resume"):
         claim(run, "--epoch_start=3")
     assert claim(run, "--epoch_start=0", "--resume") == (3, 1, run / "state_3_1")
     shutil.rmtree(run / "state_3_1")
@@ -200,7 +206,7 @@ def test_a_state_within_an_epoch_is_never_removed_by_a_start_without_resume(run)
 def test_models_are_neither_overwritten_nor_skipped(run):
     fake_epochs(run, 0, 1)
     for start, words in (
-        (0, "0 already exists.*overwritten.*0, 1"),
+        (0, "1 already exists and would be replaced.*0, 1"),
         (1, "1 already exists"),
         (3, "2, which does not exist.*epochs: 0, 1"),
     ):
@@ -208,7 +214,7 @@ def test_models_are_neither_overwritten_nor_skipped(run):
             claim(run, f"--epoch_start={start}")
     assert sorted(os.listdir(run)) == ["0", "1"]
     (run / "4").touch()
-    with pytest.raises(utils.UserError, match="4: not a model, but one will get this name"):
+    with pytest.raises(utils.UserError, match="4 already exists.*0, 1.*move 4 away"):
         claim(run, "--epoch_start=2")
     (run / "4").rename(run / "400")
     assert claim(run, "--epoch_start=2") == (2, 0, run / "1")
@@ -218,8 +224,8 @@ def test_a_run_has_one_trainer_at_a_time_which_says_what_gpus_it_uses(run):
     args = arguments()
     args.gpu = [0, 2]
     train.Run(run, args).claim()
-    plan = resnet50.read_plan(resnet50.TrainerPlan, run / resnet50.TRAINER_LOCK)
-    assert plan.gpus == [0, 2]
+    assert resnet50.read_lock_note(run / resnet50.TRAINER_LOCK) == [0, 2]
+    utils._locks.clear()  # as in another process
     with pytest.raises(utils.UserError, match="another train.py"):
         claim(run)
 
@@ -339,7 +345,7 @@ def test_a_state_within_an_epoch_fits_only_the_same_batches_and_says_the_one_way
     with pytest.raises(utils.UserError, match=f"{key} = .*{way_out}"):
         restore(run, trainer_of("--resume"), spec)
     shutil.rmtree(run / "state_1_1")
-    assert train.Run(run, arguments("--resume")).place() == (1, 0, run / "0")
+    assert train.Run(run, arguments("--resume")).starting_point() == (1, 0, run / "0")
 
 
 def test_other_classes_are_refused_between_epochs_too(run):
@@ -380,6 +386,38 @@ def test_a_broken_state_is_named_and_what_training_continues_from_without_it(run
     assert sorted(os.listdir(run)) == before
     shutil.rmtree(run / "state_1_1")
     assert restore(run, trainer_of("--resume")) == 2
+
+
+def test_a_state_of_a_batch_that_no_epoch_has_is_named_with_the_way_out(run):
+    trainer = trainer_of()
+    save_epoch(run, trainer, 2)
+    saver_of(run, trainer).save_state(3)
+    (run / "state_1_1").rename(run / "state_1_7")
+    record = train.StateRecord(9, 1, 7, settings_of(trainer))
+    utils.write_record(run / "state_1_7" / "training_state" / "state.json", record)
+    words = r"state_1_7 does not fit epochs of 2 batches; remove \S*state_1_7, and --resume"
+    with pytest.raises(utils.UserError, match=words):
+        restore(run, trainer_of("--resume"))
+
+
+@pytest.mark.parametrize("file", ["training_state/weights.index", "variables/variables.index"])
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(run, tmp_path, file):
+    trainer = trainer_of()
+    save_epoch(run, trainer, 2)
+    saver_of(run, trainer).save_state(3)
+    model = file.startswith("variables")
+    pipe = run / ("0" if model else "state_1_1") / file
+    pipe.unlink()
+    os.mkfifo(pipe)
+
+    def write() -> None:  # whoever waits for a writer gets one, so that the test ends
+        while True:
+            os.close(os.open(pipe, os.O_WRONLY))
+
+    threading.Thread(target=write, daemon=True).start()
+    other, where = (f"--init_from={run / '0'}", tmp_path / "new") if model else ("--resume", run)
+    with pytest.raises(utils.UserError, match=f"{pipe.name} is not a file"):
+        restore(where, trainer_of(other))
 
 
 def test_the_first_state_broken_leaves_the_beginning(run):
@@ -436,6 +474,14 @@ def test_momentum_may_be_switched_on_and_off_between_runs(run):
     for epoch, (before, after) in enumerate([(0.0, 0.9), (0.9, 0.0)]):
         save_epoch(run, trainer_of(train__sgd_momentum=before), 2 * epoch + 2)
         assert restore(run, trainer_of("--resume", train__sgd_momentum=after)) == 2 * epoch + 2
+
+
+def test_a_buffer_that_cannot_be_made_is_named_with_its_setting():
+    config = utils.load_config(toolkit.ROOT / "config.txt")
+    config.train.buffer_folder = Path("/proc/batches")
+    words = "/proc/batches: cannot be created: .*another .train. buffer_folder"
+    with pytest.raises(utils.UserError, match=words):
+        train.wait_for_buffer(config, arguments())
 
 
 # --- the loop -------------------------------------------------------------------------------
@@ -563,7 +609,10 @@ def test_a_run_that_continues_another_takes_its_whole_state(run, tmp_path):
         assert restore(new, other) == 2
         assert same(everything(other), everything(trainer))
     save_epoch(new, other, 4)
-    assert train.Run(new, arguments(f"--init_from={run / '0'}", "--resume")).place().epoch == 2
+    assert (
+        train.Run(new, arguments(f"--init_from={run / '0'}", "--resume")).starting_point().epoch
+        == 2
+    )
 
 
 def test_what_training_begins_from_is_checked_before_a_batch_is_waited_for(run, tmp_path):
@@ -648,11 +697,10 @@ def test_a_stop_does_not_wait_for_a_full_disk(run, monkeypatch, error):
 
     monkeypatch.setattr(resnet50, "export_model", full)
     waits = []
-    monkeypatch.setattr(stop, "wait", lambda seconds: (waits.append(seconds), stop.set()))
-    monkeypatch.setattr(train.time, "sleep", waits.append)
+    monkeypatch.setattr(stop, "wait", waits.append)
     with pytest.raises(utils.UserError, match="cannot be saved"):
         saver.save_epoch(2, stop)
-    assert waits == [60, 2] * 4 and there(run) == []
+    assert waits == [60] * 4 and there(run) == []
 
 
 def test_a_model_is_saved_although_tmpdir_has_vanished(run, monkeypatch):
@@ -689,9 +737,9 @@ def tidied(run: Path, *flags: str) -> list[int]:
 def checker(run):
     """Starts a checker of these epochs, in another open file as in another process."""
 
-    def start(*plan: int) -> None:
+    def start(epochs: list[int]) -> None:
         utils.lock(run / resnet50.CHECKER_LOCK, "")
-        resnet50.write_plan(run / resnet50.CHECKER_LOCK, resnet50.CheckerPlan(*plan))
+        resnet50.write_lock_note(run / resnet50.CHECKER_LOCK, epochs)
 
     yield start
     utils._forget_locks()
@@ -717,22 +765,22 @@ def test_keep_last_keeps_the_best_of_ten_crops(run):
 
 
 def test_keep_last_waits_for_a_checker_at_work(run, checker):
-    checker(0, 9, 1)
+    checker(list(range(9)))
     assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 2, 3, 4, 5]
     utils._forget_locks()
     assert keep(run, {0: 0.2, 1: 0.9}, 6, "--keep_last=2") == [1, 4, 5]
 
 
 @pytest.mark.parametrize(
-    ("plan", "left"),
+    ("epochs", "left"),
     [
-        ((0, 9, 2), [1, 3, 5, 7]),  # 1 is yet to be evaluated
-        ((4, 9, 1), [3, 4, 5, 6, 7]),  # what comes before the checker's first epoch goes
-        ((0, 6, 1), [0, 1, 2, 3, 4, 5, 7]),  # and what comes after its last one
+        ([1, 3, 5, 7, 8], [1, 3, 5, 7]),  # 1 is yet to be evaluated
+        ([4, 5, 6, 7, 8], [3, 4, 5, 6, 7]),  # what comes before the checker's first epoch goes
+        ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 7]),  # and what comes after its last one
     ],
 )
-def test_keep_last_removes_what_a_checker_passes_over(run, checker, plan, left):
-    checker(*plan)
+def test_keep_last_removes_what_a_checker_passes_over(run, checker, epochs, left):
+    checker(epochs)
     assert keep(run, {3: 0.6}, 8, "--keep_last=1") == left
 
 
@@ -740,7 +788,7 @@ def test_keep_last_does_not_believe_a_row_of_an_earlier_model(run, checker):
     keep(run, {0: 0.2, 1: 0.9, 2: 0.3}, 6)
     for epoch in (1, 2):  # trained again
         fake_model(run / str(epoch), "new")
-    checker(0, 9, 1)
+    checker(list(range(9)))
     assert tidied(run, "--keep_last=2") == [0, 1, 2, 3, 4, 5]  # 0 is the best that is known
 
 
@@ -873,8 +921,8 @@ def test_averages_of_a_batch_in_pieces_are_those_of_the_mean_statistics():
 @pytest.mark.parametrize(
     ("flags", "gpus", "words"),
     [
-        (["--accumulation_steps=3"], 0, "--accumulation_steps=3 needs a multiple of 3$"),
-        (["--gpu=0,1", "--accumulation_steps=4"], 2, "on each of 2 GPUs needs a multiple of 8$"),
+        (["--accumulation_steps=3"], 0, "into 3 equal parts"),
+        (["--gpu=0,1", "--accumulation_steps=4"], 2, "into 8 equal parts"),
     ],
 )
 def test_a_batch_that_cannot_be_split_is_refused_at_once(monkeypatch, flags, gpus, words):
@@ -1023,7 +1071,7 @@ def told_by_main(monkeypatch, place: train.Place, *flags: str) -> list:
     replaced = {
         "parse_arguments": lambda: args, "open_devices": lambda _: None, "Run": lambda *_: run,
         "wait_for_buffer": lambda *_: SPEC, "Trainer": lambda *_: stand, "restore": lambda *_: None,
-        "Saver": lambda *_: None, "Log": lambda *_: part, "plan": lambda *_: [],
+        "Saver": lambda *_: None, "Log": lambda *_: part, "announce": lambda *_: None,
         "BatchReader": lambda *_: part, "Display": lambda *_: part,
         "train": lambda *_: told.append("train") or 18,
         "end_preprocessing": lambda folder, spec, epoch_end: told.append((folder, epoch_end)),
@@ -1040,6 +1088,7 @@ def test_the_preprocessor_is_told_of_the_end_once_the_chief_has_saved(monkeypatc
     told = told_by_main(monkeypatch, train.Place(1, 1, None))
     settings = told.pop(0)
     assert settings["seed"] == 0 and settings["class names"] == SPEC.class_names
+    assert "resized" not in settings  # of which machines may have different ones
     first = {"first step": 3, "weights": 77}
     assert told == [first, "train", {"last step": 18}, ("buffer", 9)]
 
@@ -1050,12 +1099,13 @@ def test_a_finished_run_does_not_end_the_preprocessor_of_another(monkeypatch, ca
     assert "already trained to the end of epoch 8" in capsys.readouterr().out
 
 
-def test_the_plan_of_two_replicas(run):
+def test_two_replicas_are_announced(run, capsys):
     import test_training
 
     trainer = test_training.make_trainer(test_training.two_replicas())
-    lines = list(train.plan(train.Run(run, arguments()), trainer, SPEC, range(18)))
-    assert "2 replicas" in lines[0]
+    train.announce(train.Run(run, arguments()), trainer, SPEC, range(18))
+    said = capsys.readouterr().out
+    assert "2 replicas" in said and f"models go to {run}, where" in said
 
 
 def test_random_batches_are_no_measure_of_several_machines(monkeypatch):
@@ -1121,11 +1171,12 @@ def test_failures_of_the_device_and_of_other_machines_are_explained(monkeypatch)
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--lr_drop_epochs=3"], "needs --lr_schedule=step"),
-        (["--lr_schedule=step"], "needs --lr_drop_epochs"),
+        (["--lr_drop_epochs=3"], "need each other"),
+        (["--lr_schedule=step"], "need each other"),
         (["--warmup_epochs=9"], "must be less than --epoch_end=9"),
         (["--label_smoothing=2"], "label_smoothing"),
         (["--lr_schedule=step", "--lr_drop_epochs=5,3"], "increasing"),
+        (["--gpu=0,0"], "increasing"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, words):
@@ -1200,12 +1251,12 @@ def rows_of(folder: Path) -> list[dict]:
 
 def test_steps_trained_again_are_in_the_log_and_among_the_events_once(run):
     logged(run, range(0, 18), 7)
-    (events,) = (run / "events" / "training").iterdir()
+    (events,) = (run / "events" / "training_2_steps_per_epoch").iterdir()
     assert "tfevents" in events.name  # or TensorBoard does not find it
     rows = logged(run, range(4, 18), 9)
     assert [row["step"] for row in rows] == list(range(9))
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
-    seen = toolkit.scalars(run / "events" / "training")  # fails where one appears twice
+    seen = toolkit.scalars(events.parent)  # fails where one appears twice
     assert {step for _, step in seen} == set(range(9))
     for row in rows:
         for name in row.keys() - {"step", "epoch", "batch", "seconds", "steps"}:
@@ -1228,9 +1279,8 @@ def test_another_batch_size_costs_no_row_and_no_event(run):
     events = run / "events"
     seen = {f.name: {step for _, step in toolkit.scalars(f)} for f in events.iterdir()}
     assert seen == {
-        "training": {0, 1, 2, 3, 4, 5},
-        "training_from_epoch_3": {3, 4, 5},
-        "training_from_epoch_6": {12},
+        "training_2_steps_per_epoch": {0, 1, 2, 3, 4, 5, 12},
+        "training_1_steps_per_epoch": {3, 4, 5},
     }
 
 
@@ -1265,26 +1315,37 @@ def test_a_loss_that_is_no_number_stops_training(run):
             log.settle()
 
 
-def test_only_time_without_a_step_under_way_counts_as_waiting(monkeypatch):
+def test_only_time_without_a_step_under_way_counts_as_waiting(run, monkeypatch):
     """On a GPU a step goes on while the next batch is waited for."""
     for asked, given, idle in ((90, 95, 0), (90, 103, 3), (102, 103, 1)):
-        pipeline = train.Pipeline(SPEC)
-        times = iter([100.0, 110.0])
-        monkeypatch.setattr(train.time, "perf_counter", lambda times=times: next(times))
-        pipeline.add(0, 0.5, (80, 81), values_of(0))
-        pipeline.add(1, 0.5, (asked, given), values_of(1))
-        first, second = pipeline.finish(leave=0)
-        pipeline.close()
+        with log_of(run, range(0, 18)) as log:
+            times = iter([80.0, 81.0, asked, given])
+            monkeypatch.setattr(train.time, "perf_counter", lambda times=times: next(times))
+            done = iter([100.0, 110.0])
+            submit = lambda _, done=done: of_a_step(next(done))  # noqa: E731
+            monkeypatch.setattr(log._thread, "submit", submit)
+            for step in range(2):
+                with log.waiting():
+                    pass
+                log.add(step, 0.5, values_of(step))
+            log._finish(leave=0)
+        first, second = log.display.recent
         assert (first.previous, first.idle, first.at) == (None, 1, 100)
         assert (second.previous, second.idle, second.at) == (100, idle, 110)
 
 
-def test_a_step_is_waited_for_when_the_next_has_been_sent():
-    pipeline = train.Pipeline(SPEC)
-    for step in range(3):
-        pipeline.add(step, 0.5, (0, 0), values_of(step))
-        assert [each.step for each in pipeline.finish(leave=1)] == ([step - 1] if step else [])
-    pipeline.close()
+def of_a_step(at: float) -> Future:
+    """A step that the device finished at this time."""
+    future = Future()
+    future.set_result((values_of(0).numpy().tolist(), at))
+    return future
+
+
+def test_a_step_is_waited_for_when_the_next_has_been_sent(run):
+    with log_of(run, range(0, 18)) as log:
+        for step in range(3):
+            log.add(step, 0.5, values_of(step))
+            assert [each.step for each in log.display.recent] == list(range(step))
 
 
 @pytest.mark.parametrize("error", FULL_DISK)
@@ -1358,9 +1419,10 @@ def test_a_row_is_printed_as_a_line(run, capsys):
     rows = logged(run, range(0, 18), 3)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows) == 3
-    assert lines[0].startswith("epoch 0, 1 of 2 batches: loss 0.500 + 0.500 L2, top-1 25.0%, ")
-    assert "rate 0.5, waiting for data " in lines[0] and lines[0].endswith(", ? left")
-    assert re.search(r"\d s left$", lines[2])
+    assert lines[0].startswith("epoch 0, 1 of 2 batches: loss 0.500, top-1 25.0%, ")
+    assert ", ? left, waiting " in lines[0]
+    assert lines[0].endswith("%, loss with L2 1.000, rate 0.5")
+    assert re.search(r"images/s, \d s left, ", lines[2])
 
 
 class Terminal:
@@ -1389,8 +1451,8 @@ def busy_display(run: Path) -> train.Display:
     for step in (3299, 3301, 3302, 3400):  # three of them are ready ahead, one was used
         for path in LONG.files(run / "buffer", step):
             path.touch()
-    display.add(finished(3299, 500.0, idle=400.0, first=True))
-    display.add(finished(3300, 501.0, idle=0.25))
+    display.recent.append(finished(3299, 500.0, idle=400.0, first=True))
+    display.recent.append(finished(3300, 501.0, idle=0.25))
     return display
 
 
@@ -1428,16 +1490,13 @@ def test_before_the_first_step_the_line_says_what_is_waited_for(run, terminal):
     assert "waiting for a batch" in display.status()
 
 
-def test_a_terminal_gets_a_row_per_epoch_that_fits(run, terminal, capsys):
-    """It is of the whole epoch, not only of the last row of the log."""
+def test_a_terminal_gets_the_last_row_of_each_epoch(run, terminal, capsys):
     terminal.set_width(80)
     display = display_of(run, range(0, 18))
-    for step, loss in enumerate([9.0, 1.0, 3.0]):  # two a epoch
-        display.add(finished(step, 1.0 + step, loss_without_l2=loss, first=step == 0))
-        row = train.summary([finished(step, 1.0 + step)], SPEC)
-        display.print_row(row)
+    for step in range(3):
+        display.print_row(train.summary([finished(step, 1.0 + step)], SPEC))
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("epoch 0: loss 5.000 top-1 25.0% 4.0 images/s ") and len(line) < 80
+    assert line.startswith("epoch 0, 2 of 2 batches: loss 0.500, ")
 
 
 def test_the_line_is_redrawn_on_a_terminal_only(run, terminal, monkeypatch):
@@ -1453,29 +1512,23 @@ def test_the_line_is_redrawn_on_a_terminal_only(run, terminal, monkeypatch):
         assert len(shown) == 3 * is_terminal
 
 
-# --- the plan -------------------------------------------------------------------------------
+# --- what is announced ----------------------------------------------------------------------
 
 
-def renorm_lines(capsys, start: object, reach: object, begin: int = 0) -> str:
-    trainer = trainer_of(
-        spec=dataclasses.replace(SPEC, N=200, batches_per_epoch=50),
-        batch_renorm__start_relaxing_rmax=start, batch_renorm__reach_rmax_max=reach,
-        batch_renorm__start_relaxing_dmax=start, batch_renorm__reach_dmax_max=reach,
-    )  # fmt: skip
-    lines = list(train.renorm_plan(trainer, range(begin, 450), 50))
-    return " ".join(lines) + capsys.readouterr().err
-
-
-def test_the_plan_says_in_which_epochs_the_limits_are_relaxed_or_warns(capsys):
-    for start, reach in ((100, 200), (utils.Epochs(2), utils.Epochs(4))):
-        said = renorm_lines(capsys, start, reach)
-        assert "r_max to 3 in epochs 2.0 to 4.0" in said and "d_max to 5 in epochs 2" in said
-        assert "warning" not in said
-        assert "in epochs 2.0 to 4.0" in renorm_lines(capsys, start, reach, begin=150)
-        said = renorm_lines(capsys, start, reach, begin=201)
-        assert "r_max to 3 (already relaxed), d_max to 5 (already relaxed)" in said
-    said = renorm_lines(capsys, 450, 500)  # 9 epochs of 50
-    assert "warning" in said and "plain batch normalization" in said
+def test_the_epochs_in_which_the_limits_are_relaxed_are_announced_or_a_warning(capsys):
+    for start, reach in ((100, 200), (utils.Epochs(2), utils.Epochs(4)), (450, 500)):
+        trainer = trainer_of(
+            spec=dataclasses.replace(SPEC, N=200, batches_per_epoch=50),
+            batch_renorm__start_relaxing_rmax=start, batch_renorm__reach_rmax_max=reach,
+            batch_renorm__start_relaxing_dmax=start, batch_renorm__reach_dmax_max=reach,
+        )  # fmt: skip
+        train.announce_limits(trainer.renorm, last=449, per_epoch=50)  # 9 epochs
+        said = capsys.readouterr()
+        if start == 450:
+            assert "plain batch normalization" in said.err and said.out == ""
+        else:
+            assert "r_max to 3 in epochs 2.0 to 4.0, d_max to 5 in epochs 2.0 to 4.0" in said.out
+            assert said.err == ""
 
 
 def test_limits_in_the_wrong_order_are_one_line():
@@ -1483,19 +1536,6 @@ def test_limits_in_the_wrong_order_are_one_line():
         trainer_of(
             batch_renorm__start_relaxing_rmax=9, batch_renorm__reach_rmax_max=utils.Epochs(2)
         )
-
-
-def test_a_share_of_pictures_that_does_not_fill_a_batch_is_warned_of(run, capsys):
-    trainer = trainer_of()
-    place = train.Run(run, trainer.args)
-    list(train.plan(place, trainer, SPEC, range(0, 18)))
-    assert "leaves out 2 pictures of 10" in capsys.readouterr().err
-    spec = dataclasses.replace(SPEC, N=100, workers=4, batches_per_epoch=6)
-    list(train.plan(place, trainer, spec, range(0, 18)))
-    assert "leaves out 4 pictures of 100" in capsys.readouterr().err
-    spec = dataclasses.replace(SPEC, N=1001, batches_per_epoch=250)
-    list(train.plan(place, trainer, spec, range(0, 18)))
-    assert "leaves out" not in capsys.readouterr().err
 
 
 def test_models_and_states_remember_how_they_were_trained(run):
@@ -1516,5 +1556,3 @@ def test_weights_are_written_once_per_model(run, flags, most):
     weights = sum(4 * v.shape.num_elements() for v in trainer.network.variables)
     size = sum(path.stat().st_size for path in Path(run / "0").rglob("*") if path.is_file())
     assert size < most * weights + 1e6
-    said = train.disk_plan(run, trainer, epochs=1)
-    assert utils.file_size(size)[:2] in said

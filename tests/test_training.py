@@ -236,7 +236,7 @@ def test_log_csv_and_events_agree(training):
     assert result.returncode == 0
     rows = training.log("log")
     assert [row["batch"] for row in rows] == ["0", "1"]
-    seen = toolkit.scalars(training.models / "log" / "events" / "training")
+    seen = toolkit.scalars(training.models / "log" / "events" / "training_2_steps_per_epoch")
     for step, row in enumerate(rows):
         for name in ("loss", "top1", "learning_rate", "waiting_for_data", "r_max", "d_max"):
             assert seen[f"training/{name}", step] == pytest.approx(float(row[name]), rel=1e-4)
