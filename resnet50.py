@@ -37,15 +37,13 @@ from utils import UserError, number, plural, printable, whole
 # isort: split
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -213,14 +211,24 @@ RECIPE = "recipe.json"
 FINITE = number(0, 1e12)
 TRAINING_LOG = "training_log.csv"
 LOG_COLUMNS = {
-    "step": whole(0), "epoch": whole(0), "batch": whole(0), "seconds": FINITE,
-    "steps": whole(1), "loss": FINITE, "loss_without_l2": FINITE, "top1": number(0, 1),
-    "images_per_second": FINITE, "learning_rate": FINITE, "waiting_for_data": number(0, 1),
-    "r_max": number(1, 1e12), "d_max": FINITE, "gradient_norm": float, "loss_scale": FINITE,
-    "skipped_steps": whole(0),
-}  # fmt: skip
-"""The columns of the training log, each with what reads its cells. The norm of the gradient is not
-finite where all steps were skipped."""
+    "step": whole(0),  # the last of the steps in this row, counted across all epochs
+    "epoch": whole(0),  # of that step
+    "batch": whole(0),  # of that step, in its epoch
+    "seconds": FINITE,  # of training so far; pauses between a stop and a resume do not count
+    "steps": whole(1),  # how many are in this row
+    "loss": FINITE,  # mean over the steps, in nats: cross-entropy with the L2 penalty
+    "loss_without_l2": FINITE,  # mean over the steps, in nats
+    "top1": number(0, 1),  # share of the batches' pictures that the network recognised
+    "images_per_second": FINITE,  # of this machine
+    "learning_rate": FINITE,
+    "waiting_for_data": number(0, 1),  # share of the time in which the device had no batch
+    "r_max": number(1, 1e12),  # the limits of batch renormalization
+    "d_max": FINITE,
+    "gradient_norm": float,  # mean over the steps; not finite if all were skipped
+    "loss_scale": FINITE,  # in float16, else 1
+    "skipped_steps": whole(0),  # in float16: the gradient was not finite
+}
+"""The columns of the training log, each with what reads its cells."""
 
 
 def or_empty(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -241,40 +249,28 @@ labels, `model` when the epoch is trained again."""
 
 
 @dataclass
-class TrainerPlan:
-    """What a running train.py writes into its lock."""
+class LockNote:
+    """What a running script says in its lock."""
 
-    gpus: list[int] = dataclasses.field(default_factory=lambda: [0, 1])  # [] on the CPU
-
-
-@dataclass
-class CheckerPlan:
-    """What a running check_accuracy.py writes into its lock: the epochs that it evaluates."""
-
-    epoch_start: int = 0
-    epoch_end: int = 10**6
-    every: int = 1
-
-    def wants(self, epoch: int) -> bool:
-        is_due = (epoch + 1) % max(self.every, 1) == 0 or epoch == self.epoch_end - 1
-        return self.epoch_start <= epoch < self.epoch_end and is_due
+    numbers: list[int]  # train.py: its GPUs; check_accuracy.py: the epochs that it evaluates
 
 
-def write_plan(lock: Path, plan: TrainerPlan | CheckerPlan) -> None:
+def write_lock_note(lock: Path, numbers: list[int]) -> None:
     """Writes into a lock file that this process holds."""
     descriptor = os.open(lock, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
     with open(descriptor, "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(plan), file)
+        json.dump(dataclasses.asdict(LockNote(numbers)), file)
 
 
-def read_plan(kind: type, lock: Path) -> Any:
-    """The plan of the process that holds a lock; None if no process does. If the plan cannot be
-    read, because it is just being written, returns the default: all epochs, or GPU 0 and 1.
+def read_lock_note(lock: Path) -> Collection[int]:
+    """The numbers in a lock; none if no process holds it. All numbers if they cannot be read,
+    because they are just being written.
     """
     try:
-        return utils.read_record(kind, lock) if utils.is_locked(lock) else None
+        note = utils.read_record(LockNote, lock) if utils.is_locked(lock) else None
+        return note.numbers if note else []
     except UserError:
-        return kind()
+        return range(10**6)
 
 
 def run_name(text: str) -> str:
@@ -326,7 +322,6 @@ class ModelRecipe:
     sigma: list[float]  # what the difference is divided by
     flags: dict[str, Any]  # of the training; they inform people
     step: int | None = None  # steps before the model was saved, counted across all epochs
-    epoch_end: int | None = None  # training was to end before this epoch
     fingerprint: str = ""  # of the variables; `export_model` sets it
 
     def __post_init__(self) -> None:
@@ -450,7 +445,7 @@ def export_model(network: ResNet50, folder: Path, recipe: ModelRecipe) -> None:
     utils.write_record(folder / "assets" / RECIPE, recipe)
 
 
-DAMAGED = (OSError, LookupError, ValueError, AssertionError, RuntimeError, tf.errors.OpError)
+DAMAGED = (LookupError, ValueError, AssertionError, RuntimeError, tf.errors.OpError)
 """What TensorFlow raises for files that are cut off or do not belong together."""
 
 
@@ -459,51 +454,66 @@ def brief(error: Exception) -> str:
     return printable(error)[:150]
 
 
-def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], int]:
-    """The function from uint8 crops to probabilities, and its number of classes.
+def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], ModelRecipe]:
+    """The function from uint8 crops to probabilities, and the model's recipe.
 
     Raises UserError if the folder is not a model of this toolkit.
     """
-    names = model_recipe(folder).class_names
+    recipe = model_recipe(folder)
     try:
+        for file in (*folder.glob("*.pb"), *folder.glob("variables/*")):
+            if not file.is_file():  # TensorFlow would wait until somebody writes into a pipe
+                raise ValueError(f"{file.name} is not a file")
         model = tf.saved_model.load(str(folder))
         classify = model.signatures["serving_default"]
         classes = classify.structured_outputs["probabilities"].shape[-1]
-    except DAMAGED as error:
+    except (OSError, *DAMAGED) as error:
         raise UserError(f"{folder}: the model is damaged: {brief(error)}") from None
     classify.model = model  # keeps the model's variables alive
-    if classes != len(names):
-        raise UserError(f"{folder}: {RECIPE} names {plural(len(names), 'class')}, the model others")
-    return classify, len(names)
+    if classes != len(recipe.class_names):
+        its = plural(len(recipe.class_names), "class")
+        raise UserError(f"{folder}: {RECIPE} names {its}, the model others")
+    return classify, recipe
 
 
-def read_weights(network: ResNet50, folder: Path, spec: SimpleNamespace) -> str:
+def read_checkpoint(checkpoint: tf.train.Checkpoint, prefix: Path) -> None:
+    """Loads the variables that were saved under the names `prefix`.*.
+
+    Raises one of DAMAGED, or UserError or OSError if the storage fails: such files are not damaged.
+    """
+    for file in prefix.parent.glob(f"{prefix.name}.*"):
+        if not file.is_file():  # TensorFlow would wait until somebody writes into a pipe
+            raise ValueError(f"{file.name} is not a file")
+        utils.read_file(file)
+    checkpoint.read(str(prefix)).assert_existing_objects_matched()
+
+
+def read_weights(
+    network: ResNet50, folder: Path, class_names: list[str], mu: list[float], sigma: list[float]
+) -> str:
     """Copies the weights and averages of a saved model to the network. Returns a line to print.
 
-    The dense layer is copied only if the classes have the same names in the same order. `spec` has
-    the `class_names`, `mu` and `sigma` of the new training. Warns if the model was trained with
-    another normalisation. Raises UserError.
+    `class_names`, `mu` and `sigma` are those of the new training. The dense layer is copied only if
+    the classes have the same names in the same order. Warns if the model was trained with another
+    normalisation. Raises UserError.
     """
     recipe = model_recipe(folder)
     source = ResNet50(len(recipe.class_names))
-    checkpoint = tf.train.Checkpoint(network=source)
     try:
-        status = checkpoint.read(str(folder / "variables" / "variables"))
-        status.assert_existing_objects_matched()
+        read_checkpoint(tf.train.Checkpoint(network=source), folder / "variables" / "variables")
     except DAMAGED as error:
         raise UserError(f"{folder}: the model is damaged: {brief(error)}") from None
-    same = recipe.class_names == spec.class_names
+    same = recipe.class_names == class_names
     for variable, its in zip(network.variables, source.variables, strict=True):
         if same or "dense" not in variable.name:
             variable.assign(its)
-    for name in ("mu", "sigma"):
-        its, new = getattr(recipe, name), list(getattr(spec, name))
+    for name, its, new in (("mu", recipe.mu, mu), ("sigma", recipe.sigma, sigma)):
         if its != new:
             utils.warn(
                 f"{folder} was trained with {name} = {its}, now it is {new}; its weights work "
                 f"best with the old {name}: set that in the [utils] section of your settings"
             )
-    dense = "copied" if same else f"new: {plural(len(spec.class_names), 'class')}"
+    dense = "copied" if same else f"new: {plural(len(class_names), 'class')}"
     its_classes = plural(len(recipe.class_names), "class")
     return f"initialised from {folder} ({its_classes}); the dense layer is {dense}"
 
@@ -522,52 +532,42 @@ def warn_of_other_classes(model: Path, names: list[str], where: str) -> None:
 
 # --- the command line -------------------------------------------------------------------------
 
-AT_ONCE = 16
-"""Pictures that go through the network together."""
-
-Best = list[tuple[int, str, float]]
-"""Label, name and probability of the five most probable classes, best first."""
-
 
 def main() -> None:
     args = parse_arguments()
     tf.config.set_visible_devices([], "GPU")  # train.py may need all of the GPU's memory
-    model = find_model(args.model, args.config)
-    classify, _ = load_model(model)
-    names = model_recipe(model).class_names
+    classify, recipe = load_model(find_model(args.model))
+    names = recipe.class_names
     pictures = find_pictures(args.paths, names)
-    seen, progress = {}, utils.Progress(len(pictures), "pictures")
-    for path, best in predict(classify, names, list(pictures)):
-        seen[path] = best
+    crops = utils.map_in_order(centre, pictures, utils.cores())
+    progress, rows, hits = utils.Progress(len(pictures), "pictures"), [], []
+    for (path, folder), crop in zip(pictures.items(), crops, strict=True):
         if args.csv:
             progress.add()
+        if crop is None:
             continue
-        shares = ", ".join(f"{share:.1%} {printable(name)}" for _, name, share in best)
-        print(f"{printable(path)}: {shares}")
-        if len(seen) < len(pictures):
-            utils.show_status(f"{len(seen):,} of {plural(len(pictures), 'picture')}")
+        probabilities = classify(images=tf.constant(crop[None]))["probabilities"][0].numpy()
+        best = np.argsort(-probabilities, kind="stable")[:5].tolist()
+        shares = [(label, printable(names[label]), float(probabilities[label])) for label in best]
+        rows.append(as_row(path, shares))
+        if not args.csv:
+            line = ", ".join(f"{share:.1%} {name}" for _, name, share in shares)
+            print(f"{printable(path)}: {line}")
+        if folder is not None:
+            hits.append([names[label] == folder for label in best])
     if args.csv:
-        utils.write_csv(args.csv, COLUMNS, [as_row(path, best) for path, best in seen.items()])
+        utils.write_csv(args.csv, COLUMNS, rows)
         print(f"wrote {args.csv}")
-    say_accuracy(seen, pictures)
-    if failed := len(pictures) - len(seen):
-        raise UserError(
-            f"{failed} of {plural(len(pictures), 'picture')} could not be read; see the warnings "
-            f"above"
-        )
-
-
-def say_accuracy(seen: dict[Path, Best], pictures: dict[Path, str | None]) -> None:
-    """Prints top-1 and top-5 of the pictures in folders that have the name of a class."""
-    hits = []
-    for path, best in seen.items():
-        if pictures[path] is not None:
-            hits.append([name == pictures[path] for _, name, _ in best])
     if hits:
         top1, top5 = np.mean([hit[0] for hit in hits]), np.mean([any(hit) for hit in hits])
         print(
             f"{plural(len(hits), 'picture')} in folders with names of classes: top-1 {top1:.2%}, "
             f"top-5 {top5:.2%} (centre crop)"
+        )
+    if failed := len(pictures) - len(rows):
+        raise UserError(
+            f"{failed} of {plural(len(pictures), 'picture')} could not be read; see the warnings "
+            f"above"
         )
 
 
@@ -577,40 +577,31 @@ def parse_arguments() -> argparse.Namespace:
         "saved model can run any code when it is loaded: load only models that you trust.",
         "resnet50.py saved_models/mytestrun cat.jpg dog.png holiday/",
     )
-    add = parser.add_argument
-    model = "folder of a saved model, or folder or name of a run (its newest epoch is used)"
-    add("model", type=no_file, metavar="MODEL", help=model)
+    add, model = parser.add_argument, "folder of a saved model, or of a run (its newest is used)"
+    add("model", type=Path, metavar="MODEL", help=model)
     add("paths", type=Path, metavar="PATH", nargs="+", help="pictures, and folders of pictures")
     parser.add("--csv", Path, "write a table with a row per picture, instead of the lines")
     parser.add("--verbose", None, "show TensorFlow's own messages")  # see utils.quiet_tensorflow
     args = parser.parse()
-    if args.csv and (args.csv.suffix != ".csv" or not args.csv.absolute().parent.is_dir()):
+    if args.csv and not (args.csv.suffix == ".csv" and can_be_written(args.csv)):
         raise UserError(
-            f"--csv={args.csv}: expected a name ending in .csv, in a folder that exists"
+            f"--csv={args.csv}: expected a name ending in .csv, in a folder that can be written to"
         )
     return args
 
 
-def no_file(text: str) -> Path:
-    """Argument type: a path, but not of a file."""
-    if os.path.isfile(text):
-        raise argparse.ArgumentTypeError(f"{text} is a file; name the model first, then pictures")
-    return Path(text)
+def can_be_written(file: Path) -> bool:
+    folder = file.absolute().parent
+    return not file.is_dir() and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
-def find_model(given: Path, settings: Path) -> Path:
-    """The folder of the model. `given`: the folder of a model or a run, or the name of a run.
-
-    Raises UserError if there is no model.
-    """
-    folder = given
-    if not given.exists() and settings.is_file():
-        folder = utils.load_config(settings).train.path_for_saving / given
+def find_model(folder: Path) -> Path:
+    """The folder of a model, given that or the run's. Raises UserError if there is no model."""
     if epochs := epochs_in(folder):
         return folder / str(epochs[-1])
     if not is_model(folder):
         raise UserError(
-            f"{given}: not a saved model such as saved_models/mytestrun/29, nor a run that has "
+            f"{folder}: not a saved model such as saved_models/mytestrun/29, nor a run that has "
             f"one, such as saved_models/mytestrun; the model comes first, then the pictures"
         )
     return folder
@@ -626,8 +617,8 @@ def find_pictures(paths: list[Path], names: list[str]) -> dict[Path, str | None]
         if not path.is_dir():
             found[path] = None
             continue
-        files = sorted(preprocess.files_below(path, ".", os.path.realpath(path), set()))
-        files = [Path(file) for file in files if preprocess.is_picture_name(file)]
+        files = preprocess.files_below(path, ".", os.path.realpath(path), set())
+        files = [Path(file) for file in sorted(files) if preprocess.is_picture_name(file)]
         if not files:
             raise UserError(f"{path}: no pictures in this folder or below")
         top = path.absolute().name
@@ -637,20 +628,6 @@ def find_pictures(paths: list[Path], names: list[str]) -> dict[Path, str | None]
             own = (n for f in (top, *file.parts[:-1]) for n in (f, readable[f]) if n in known)
             found[path / file] = next(own, None)
     return found
-
-
-def predict(classify: Callable, names: list[str], paths: list[Path]) -> Iterator[tuple[Path, Best]]:
-    """Yields each picture and its best classes, in order. Leaves out, with a warning, what cannot
-    be read.
-    """
-    loaded = zip(paths, utils.map_in_order(centre, paths, utils.cores()), strict=True)
-    crops = ((path, crop) for path, crop in loaded if crop is not None)
-    while group := list(itertools.islice(crops, AT_ONCE)):
-        images = tf.constant(np.stack([crop for _, crop in group]))
-        probabilities = classify(images=images)["probabilities"].numpy()
-        for (path, _), row in zip(group, probabilities, strict=True):
-            labels = np.argsort(-row, kind="stable")[:5].tolist()
-            yield path, [(label, names[label], float(row[label])) for label in labels]
 
 
 def centre(path: Path) -> np.ndarray | None:
@@ -671,11 +648,11 @@ def centre(path: Path) -> np.ndarray | None:
 COLUMNS = ["path", *(f"{k}_{i}" for k in ("label", "name", "probability") for i in range(1, 6))]
 
 
-def as_row(path: Path, best: Best) -> dict[str, object]:
-    """The row of a picture in the table."""
+def as_row(path: Path, shares: list[tuple[int, str, float]]) -> dict[str, object]:
+    """The row of a picture in the table. `shares`: labels, names and probabilities, best first."""
     row = {"path": printable(path)}
-    for i, (label, name, share) in enumerate(best, 1):
-        row |= {f"label_{i}": label, f"name_{i}": printable(name), f"probability_{i}": share}
+    for i, (label, name, share) in enumerate(shares, 1):
+        row |= {f"label_{i}": label, f"name_{i}": name, f"probability_{i}": share}
     return row
 
 

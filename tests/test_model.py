@@ -6,6 +6,7 @@ python3 -m pytest tests/test_model.py
 import csv
 import functools
 import io
+import os
 import shutil
 import sys
 import zlib
@@ -31,11 +32,10 @@ NAMES = ["tabby", "tiger cat", "line\nbreak", "Käse", "lone \udcff byte", "\x1b
 IN_GRAPH = [*NAMES[:4], "lone \\udcff byte", *NAMES[5:]]
 PRINTED = ["tabby", "tiger cat", "line\\nbreak", "Käse", IN_GRAPH[4], "\\x1b]0;owned\\x07", "g"]
 MU, SIGMA = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
-SPEC = SimpleNamespace(class_names=NAMES, mu=MU, sigma=SIGMA)
 
 
 def recipe(names: list[str]) -> ModelRecipe:
-    return ModelRecipe(names, MU, SIGMA, {"lr_drop_epochs": [3, 4]}, step=12, epoch_end=11)
+    return ModelRecipe(names, MU, SIGMA, {"lr_drop_epochs": [3, 4]}, step=12)
 
 
 loaded = functools.cache(lambda model: tf.saved_model.load(str(model)))
@@ -118,8 +118,8 @@ def test_the_saved_model_computes_what_keras_layers_do_with_its_variables(model)
     assert (
         expected.max() < 0.99 and expected.std(0).max() > 0.01
     )  # else a model that looks at nothing would do
-    classify, classes = load_model(model)
-    assert classes == len(NAMES)
+    classify, its = load_model(model)
+    assert its.class_names == NAMES
     probabilities = classify(images=tf.constant(crops))["probabilities"].numpy()
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities, expected, rtol=1e-3)
@@ -268,7 +268,7 @@ def test_a_model_is_saved_where_temporary_files_cannot_be(tmp_path, monkeypatch)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
     export_model(ResNet50(2), tmp_path / "0", recipe(["a", "b"]))
-    assert load_model(tmp_path / "0")[1] == 2
+    assert load_model(tmp_path / "0")[1].class_names == ["a", "b"]
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
@@ -322,7 +322,7 @@ def assert_same_variables(network: ResNet50, source: ResNet50, dense: bool) -> N
 
 def test_weights_of_the_same_classes_are_taken_over_whole(network, model, capsys):
     fresh = ResNet50(len(NAMES))
-    line = read_weights(fresh, model, SPEC)
+    line = read_weights(fresh, model, NAMES, MU, SIGMA)
     assert line == f"initialised from {model} (7 classes); the dense layer is copied"
     assert_same_variables(fresh, network, dense=True)
     assert capsys.readouterr().err == ""
@@ -333,7 +333,7 @@ def test_weights_for_other_classes_leave_the_dense_layer_new(network, model, nam
     """Of another number, or of the same in another order."""
     fresh = ResNet50(len(names))
     kernel, bias = fresh.dense_kernel.numpy(), fresh.dense_bias.numpy()
-    line = read_weights(fresh, model, SimpleNamespace(class_names=names, mu=MU, sigma=SIGMA))
+    line = read_weights(fresh, model, names, MU, SIGMA)
     assert line.endswith(f"(7 classes); the dense layer is new: {len(names)} classes")
     assert_same_variables(fresh, network, dense=False)
     np.testing.assert_array_equal(fresh.dense_kernel, kernel)
@@ -344,7 +344,7 @@ def test_weights_reach_every_replica_and_a_model_of_replicas_is_as_any(network, 
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
         mirrored = ResNet50(len(NAMES))
-    read_weights(mirrored, model, SPEC)
+    read_weights(mirrored, model, NAMES, MU, SIGMA)
     for variable, its in zip(mirrored.variables, network.variables, strict=True):
         for copy in strategy.experimental_local_results(variable):
             np.testing.assert_array_equal(copy, its, variable.name)
@@ -356,7 +356,7 @@ def test_weights_reach_every_replica_and_a_model_of_replicas_is_as_any(network, 
 
 
 def test_weights_of_pixels_normalised_otherwise_are_warned_of(model, capsys):
-    read_weights(ResNet50(2), model, SimpleNamespace(class_names=["x", "y"], mu=MU, sigma=[1] * 3))
+    read_weights(ResNet50(2), model, ["x", "y"], MU, [1.0] * 3)
     warning = capsys.readouterr().err
     assert f"sigma = {SIGMA}" in warning and "mu =" not in warning
 
@@ -383,12 +383,23 @@ def test_a_folder_that_is_no_model_of_the_toolkit_is_refused_in_a_line(run, tmp_
         refusals = []
         if folder != cut["saved_model.pb"]:  # for its variables alone the graph is not needed
             with pytest.raises(utils.UserError) as error:
-                read_weights(ResNet50(2), folder, SPEC)
+                read_weights(ResNet50(2), folder, NAMES, MU, SIGMA)
             refusals.append(str(error.value))
         with pytest.raises(utils.UserError) as error:
             load_model(folder)
         for refusal in (*refusals, str(error.value)):
             assert refusal.startswith(f"{folder}: ") and words in refusal
+
+
+@pytest.mark.parametrize("name", ["fingerprint.pb", "variables/variables.index"])
+def test_a_pipe_in_a_model_is_refused(name, run, tmp_path):
+    """TensorFlow would wait for ever for its content."""
+    model = tmp_path / "model"
+    shutil.copytree(run / "2", model)
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    with pytest.raises(utils.UserError, match=f"damaged: {Path(name).name} is not a file"):
+        load_model(model)
 
 
 # --- the run's folder ---------------------------------------------------------------------------
@@ -486,7 +497,7 @@ def test_torchvisions_weights_become_a_model_of_the_same_function(theirs, tmp_pa
     probabilities = load_model(model)[0](images=tf.constant(crops))["probabilities"]
     np.testing.assert_allclose(probabilities, expected, rtol=2e-3)
     fresh = ResNet50(len(NAMES))
-    line = read_weights(fresh, model, SPEC)
+    line = read_weights(fresh, model, NAMES, MU, SIGMA)
     assert line.endswith("(7 classes); the dense layer is new: 7 classes")
     its = fresh.blocks[-1].conv3.norm
     norm = reference.get_layer("stage4_block3-conv3-norm")
@@ -649,8 +660,7 @@ def test_the_folder_of_a_class_itself_and_readable_names_count(run, folders, mon
     [
         ([], "arguments are required: MODEL, PATH"),
         (["model"], "arguments are required: PATH"),
-        (["picture"], "some.jpg is a file; name the model first"),
-        (["picture", "model"], "some.jpg is a file; name the model first"),
+        (["picture", "model"], "some.jpg: not a saved model"),
         (["folder", "model"], "not a saved model such as saved_models/mytestrun/29, nor a run"),
         (["gone", "picture"], "not a saved model such as saved_models/mytestrun/29, nor a run"),
         (["model", "picture", "--csv=x.txt"], "--csv=x.txt: expected a name ending in .csv"),
@@ -674,19 +684,27 @@ def test_a_swapped_or_missing_argument_is_named(arguments, words, run, tmp_path,
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("fault", ["a folder", "in a folder that is read-only"])
+def test_a_table_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    fault, tmp_path, monkeypatch
+):
+    table = tmp_path / "table.csv"
+    if fault == "a folder":
+        table.mkdir()
+    else:
+        monkeypatch.setattr(resnet50.os, "access", lambda path, _: Path(path) != tmp_path)
+    monkeypatch.setattr(sys, "argv", ["resnet50.py", "model", "picture", f"--csv={table}"])
+    with pytest.raises(utils.UserError, match="--csv=.*table.csv: expected"):
+        resnet50.main()
+
+
 def test_help_says_that_a_model_can_run_code():
     result = toolkit.run("resnet50.py", None, "--help")
     assert "load only models that you trust" in result.stdout.replace("\n", " ")
 
 
-def test_a_run_or_its_name_stands_for_its_newest_epoch(run, tmp_path):
-    nowhere = tmp_path / "no config.txt"
-    assert resnet50.find_model(run, nowhere) == run / "10"
-    assert resnet50.find_model(run / "2", nowhere) == run / "2"
-    settings = toolkit.write_config(
-        tmp_path, tmp_path, tmp_path, train__path_for_saving=str(run.parent)
-    )
-    assert resnet50.find_model(Path("mytestrun"), settings) == run / "10"
-    for given, file in ((Path("mistyped"), settings), (Path("mytestrun"), nowhere)):
-        with pytest.raises(utils.UserError, match=f"{given}: not a saved model"):
-            resnet50.find_model(given, file)
+def test_a_run_stands_for_its_newest_epoch(run):
+    assert resnet50.find_model(run) == run / "10"
+    assert resnet50.find_model(run / "2") == run / "2"
+    with pytest.raises(utils.UserError, match="mistyped: not a saved model"):
+        resnet50.find_model(Path("mistyped"))
