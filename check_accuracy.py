@@ -8,8 +8,8 @@ alone, and the centre crop's loss. When started again, it skips the epochs that 
 After each epoch it writes into the run's folder:
 
     accuracy.csv    a row per epoch
-    accuracy.png    top-1 and top-5 by epoch
-    training.png    the loss and top-1 of training batches, and the validation loss
+    accuracy.png    top-1 and top-5 by epoch, beside the top-1 of training batches
+    training.png    the loss of training batches, and the validation loss
     classes.csv     how often each class is recognised, and what it is most often taken for
     mistakes.png    the most confident wrong answers
     events/         the accuracies, for TensorBoard
@@ -27,11 +27,12 @@ from utils import UserError, plural, whole
 
 # isort: split
 import argparse
+import contextlib
 import enum
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,10 +46,9 @@ with utils.quiet_tensorflow():
     import tensorflow as tf
 
     import resnet50
-    from resnet50 import CheckerPlan, ModelRecipe, TrainerPlan, epochs_in, model_recipe
+    from resnet50 import epochs_in, model_recipe
 
 POLL_SECONDS = 2.0
-SAY_AGAIN_SECONDS = 600.0
 
 
 def main() -> None:
@@ -57,24 +57,23 @@ def main() -> None:
     run = config.train.path_for_saving / args.run_folder
     if args.gpu is not None:
         open_device(args.gpu, run)
-    crops = Crops(config.preprocess.path_to_save / "val", config.preprocess.N, args.crops)
+    crops = Crops(config.preprocess.path_to_save / "val", config.preprocess.N, int(args.crops))
     wait_for_run(run)
     lock = run / resnet50.CHECKER_LOCK
     utils.lock(lock, f"{run}: another check_accuracy.py is evaluating this run")
-    plan = CheckerPlan(args.epoch_start, args.epoch_end, args.every)
-    resnet50.write_plan(lock, plan)
+    epochs = epochs_wanted(args.epoch_start, args.epoch_end, args.every)
+    resnet50.write_lock_note(lock, epochs)
     utils.remove_leftovers(run, resnet50.ACCURACY, CLASSES, "*.png")
     results, failed = Results(run, crops), 0
     print(
         f"{plural(len(crops), 'picture')} of {plural(crops.classes, 'class')}, "
-        f"{plural(args.crops, 'crop')} each; results go to {results.table}"
+        f"{plural(crops.count, 'crop')} each; results go to {results.table}"
     )
-    for epoch in filter(plan.wants, range(args.epoch_start, args.epoch_end)):
-        if not results.is_done(epoch, plan):
-            state = wait_for(run, epoch, plan)
-            if state is Model.NEVER:
-                break
-            if state is Model.REMOVED:
+    if results.rows:
+        results.draw()
+    for epoch in epochs:
+        if not results.is_done(epoch, args.epoch_end):
+            if not wait_for(run, epoch, args.epoch_end):
                 continue
             open_device(args.gpu, run)
             try:
@@ -84,8 +83,6 @@ def main() -> None:
                 failed += 1
                 continue
         print(describe(results.rows[epoch]))
-        results.show_events(epoch)
-    results.close()
     if failed:
         raise UserError(f"{plural(failed, 'epoch')} could not be evaluated; see the warnings above")
 
@@ -97,7 +94,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add("--run_folder", resnet50.run_name, "name of the run", utils.REQUIRED)
     parser.add_epochs()
-    parser.add("--crops", crop_count, "10, or 1: only the centre crop, a tenth of the work", 10)
+    crops = "10, or 1: only the centre crop, a tenth of the work"
+    parser.add("--crops", ("10", "1"), crops, "10")
     parser.add("--every", whole(1), "evaluate every K-th epoch and the last (default: 1)", 1)
     gpu = "GPU to use (default: GPU 1 unless training uses it, else the CPU)"
     parser.add("--gpu", whole(0), gpu)
@@ -106,11 +104,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse()
 
 
-def crop_count(text: str) -> int:
-    """Argument type: 1 or 10."""
-    if text not in ("1", "10"):
-        raise argparse.ArgumentTypeError(f"expected 1 or 10, not {text!r}")
-    return int(text)
+def epochs_wanted(start: int, end: int, every: int) -> list[int]:
+    """Every K-th epoch, and the last. No run has a million: see `resnet50.epochs_in`."""
+    epochs = range(start, min(end, 10**6))
+    return [epoch for epoch in epochs if (epoch + 1) % every == 0 or epoch == end - 1]
 
 
 @functools.cache  # TensorFlow's devices can be chosen only once
@@ -121,8 +118,7 @@ def open_device(gpu: int | None, run: Path) -> None:
     Raises UserError if the GPU asked for does not exist.
     """
     wanted = [1 if gpu is None else gpu]
-    training = resnet50.read_plan(TrainerPlan, run / resnet50.TRAINER_LOCK)
-    if gpu is None and training and 1 in training.gpus:
+    if gpu is None and 1 in resnet50.read_lock_note(run / resnet50.TRAINER_LOCK):
         wanted = []
     if utils.choose_gpus(wanted, required=gpu is not None):
         print(f"evaluating on GPU {wanted[0]}")
@@ -139,47 +135,32 @@ class Model(enum.Enum):
 
     SAVED = "it is there"
     REMOVED = "only later ones are there"  # by --keep_last, say
-    NEVER = "training has saved the last epoch that it was asked for, an earlier one"
     TRAINING = "train.py is training this run"
     IDLE = "no train.py is running for it"
 
 
-def state_of(run: Path, epoch: int, plan: CheckerPlan) -> Model:
-    """Looks at the epochs that are wanted. A backup, say, may have any other number for a name."""
+def state_of(run: Path, epoch: int, end: int) -> Model:
+    """Looks at epochs before `end`. A backup, say, may have any other number for a name."""
     training = utils.is_locked(run / resnet50.TRAINER_LOCK)  # first: it may end now
-    epochs = [e for e in epochs_in(run) if e < plan.epoch_end]
+    epochs = [e for e in epochs_in(run) if e < end]
     if epoch in epochs:
         return Model.SAVED
     if epochs and epochs[-1] > epoch:
         return Model.REMOVED
-    if training:
-        return Model.TRAINING
-    recipe = recipe_of(run, epochs[-1]) if epochs else None
-    has_ended = recipe and recipe.epoch_end is not None and recipe.epoch_end <= epochs[-1] + 1
-    return Model.NEVER if has_ended else Model.IDLE
+    return Model.TRAINING if training else Model.IDLE
 
 
-def recipe_of(run: Path, epoch: int) -> ModelRecipe | None:
-    """None for a model that is broken: `evaluate` says why."""
-    try:
-        return model_recipe(run / str(epoch))
-    except UserError:
-        return None
-
-
-def wait_for(run: Path, epoch: int, plan: CheckerPlan) -> Model:
-    """Waits for a model and says so. Returns SAVED, REMOVED or NEVER."""
-    said, say_again, model = None, 0.0, run / str(epoch)
-    while (state := state_of(run, epoch, plan)) in (Model.TRAINING, Model.IDLE):
-        if state is not said or time.monotonic() > say_again:
+def wait_for(run: Path, epoch: int, end: int) -> bool:
+    """Waits for a model and says so. Returns whether it is there: it may have been removed."""
+    said, model = None, run / str(epoch)
+    while (state := state_of(run, epoch, end)) in (Model.TRAINING, Model.IDLE):
+        if state is not said:
             print(f"waiting for {model}; {state.value}")
-            said, say_again = state, time.monotonic() + SAY_AGAIN_SECONDS
+            said = state
         time.sleep(POLL_SECONDS)
     if state is Model.REMOVED:
         print(f"{model} does not exist, but later ones do; epoch {epoch} is left out")
-    if state is Model.NEVER:
-        print(f"training ended before epoch {epoch}; there will be no more models")
-    return state
+    return state is Model.SAVED
 
 
 def wait_for_run(run: Path, seconds: float = 30.0) -> None:
@@ -203,9 +184,8 @@ def evaluate(model: Path, crops: Crops, pictures: int) -> tuple[dict, SimpleName
     """Evaluates a saved model, so many pictures at a time. Returns the row of accuracy.csv, and
     what `ask` returns. Raises UserError if the model cannot be used.
     """
-    recipe = model_recipe(model)
-    classify, classes = resnet50.load_model(model)
-    if crops.classes > classes:
+    classify, recipe = resnet50.load_model(model)
+    if crops.classes > (classes := len(recipe.class_names)):
         raise UserError(
             f"{model}: a model of {plural(classes, 'class')}, but the validation pictures have "
             f"{crops.classes:,}"
@@ -281,26 +261,27 @@ class Results:
 
     def __init__(self, run: Path, crops: Crops):
         self.run, self.crops, self.table = run, crops, run / resnet50.ACCURACY
+        if self.table.is_dir():
+            raise UserError(f"{self.table}: is a folder; move it away")
         rows = utils.read_csv(self.table, resnet50.ACCURACY_COLUMNS)
         self.rows = {row["epoch"]: row for row in rows}
-        self._drawn = False
-        self._events: utils.Events | None = None
-        self._shown = -1  # the last epoch that is in the events
 
-    def is_done(self, epoch: int, plan: CheckerPlan) -> bool:
+    def is_done(self, epoch: int, end: int) -> bool:
         """Whether an epoch has a row, and its model need not or cannot be evaluated again."""
         if epoch not in self.rows:
             return False
-        row, state = self.rows[epoch], state_of(self.run, epoch, plan)
+        row, model = self.rows[epoch], self.run / str(epoch)
+        state = state_of(self.run, epoch, end)
         enough = self.crops.count == 1 or row["top1_10crop"] is not None
         same_crops = enough and row["crops"] == self.crops.fingerprint
-        if state not in (Model.SAVED, Model.TRAINING):
+        if state in (Model.REMOVED, Model.IDLE):
             if not same_crops:
                 print(f"epoch {epoch} keeps its row of other crops: its model is gone")
             return True
-        recipe = recipe_of(self.run, epoch) if state is Model.SAVED and same_crops else None
-        if recipe and row["model"] == recipe.fingerprint:
-            return True
+        if state is Model.SAVED and same_crops:
+            with contextlib.suppress(UserError):  # evaluating a broken model says why
+                if row["model"] == model_recipe(model).fingerprint:
+                    return True
         print(f"epoch {epoch} is evaluated again: other pictures, crops or weights")
         return False
 
@@ -308,45 +289,30 @@ class Results:
         """Writes the table and draws the charts; of the newest epoch also where it errs."""
         self.rows = dict(sorted((self.rows | {row["epoch"]: row}).items()))
         utils.write_csv(self.table, resnet50.ACCURACY_COLUMNS, self.rows.values())
-        self._draw(answers if row["epoch"] == max(self.rows) else None)
+        self.draw(answers if row["epoch"] == max(self.rows) else None)
 
-    def show_events(self, epoch: int) -> None:
-        """Adds the rows up to this epoch to the events.
-
-        At each start the events begin again. Readers take a smaller step for another restart, and
-        forget what came after it, so each step is added once and in order.
-        """
+    def draw(self, answers: SimpleNamespace | None = None) -> None:
+        """Writes all that follows from the table, and from the newest epoch's answers."""
         try:
-            if not self._events:
-                self._events = utils.Events(self.run / "events" / "accuracy", first_step=0)
-            for each, row in self.rows.items():
-                if self._shown < each <= epoch:
-                    step = each if row["step"] is None else row["step"]
-                    names = [name for name in SCALARS if row[name] is not None]
-                    self._events.add(step, {f"accuracy/{name}": row[name] for name in names})
-            self._shown = epoch
-            self._events.flush()
-        except (OSError, tf.errors.OpError) as error:
-            utils.warn(f"{self.run}: events could not be written: {error}")
-
-    def close(self) -> None:
-        """Shows the rows of later epochs, and draws the charts if no epoch was evaluated."""
-        if self.rows:
-            self.show_events(max(self.rows))
-            if not self._drawn:
-                self._draw(None)
-            print(f"the results are in {self.table}")
-
-    def _draw(self, answers: SimpleNamespace | None) -> None:
-        self._drawn = True
-        try:
-            draw_charts(self.run, list(self.rows.values()), self.crops.classes)
             if answers:
                 write_classes(answers, self.crops.names, self.run / CLASSES)
                 title = f"{self.run.name}, epoch {max(self.rows)}"
                 draw_mistakes(answers, self.crops, title, self.run / "mistakes.png")
-        except (UserError, OSError) as error:
-            utils.warn(f"{self.run}: charts could not be written: {error}")
+            self.write_events()
+            draw_charts(self.run, list(self.rows.values()), self.crops.classes)
+        except (UserError, OSError, tf.errors.OpError) as error:
+            utils.warn(f"{self.run}: not all charts, tables and events could be written: {error}")
+
+    def write_events(self) -> None:
+        """Writes all rows, by training step, into a new file of events. Readers take the step 0
+        for a restart, and forget what they have read before.
+        """
+        events = utils.Events(self.run / "events" / "accuracy", first_step=0)
+        for epoch, row in self.rows.items():
+            step = epoch if row["step"] is None else row["step"]
+            names = [name for name in SCALARS if row[name] is not None]
+            events.add(step, {f"accuracy/{name}": row[name] for name in names})
+        events.close()
 
 
 SCALARS = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre", "loss_centre")
@@ -460,12 +426,6 @@ class Chart:
             self.bottom - (y - y0) / (y1 - y0) * (self.bottom - self.top),
         )
 
-    def mark(self, x: float, label: str) -> None:
-        """A thin vertical line with a label on top."""
-        at, _ = self.place(x, self.y_range[0])
-        self.pen.line([at, self.top, at, self.bottom], GREY, 1)
-        self.text((at, self.top - 12), label, 26, "mb", GREY)
-
     def curve(self, points: list[tuple], colour: tuple, name: str, notes: list[str]) -> None:
         """A line through (x, y) points, with its name and notes in the legend beside the chart."""
         places = [self.place(x, y) for x, y in points]
@@ -497,23 +457,37 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
 def draw_charts(run: Path, rows: list[dict], classes: int) -> None:
     """accuracy.png and training.png. The end of epoch e, where its model is saved, is at x = e."""
     log = utils.read_csv(run / resnet50.TRAINING_LOG, resnet50.LOG_COLUMNS)
-    batches = max((row["batch"] for row in log), default=0) + 1
-    for row in log:
-        row["x"] = row["epoch"] - 1 + (row["batch"] + 1) / batches
     epochs = [row["epoch"] for row in (*rows, *log)]
     x_range = (min(epochs) - 1, max(epochs))
-    draw_accuracy(rows, log, x_range, classes, run / "accuracy.png")
-    if len(log) > 1:
-        draw_training(rows, log, x_range, run / "training.png")
+    curves = training_curves(log) if log else {}
+    draw_accuracy(rows, curves, x_range, classes, run / "accuracy.png")
+    if log:
+        draw_training(rows, curves, x_range, run / "training.png")
+
+
+def training_curves(log: list[dict], most: int = 150) -> dict[str, list[float]]:
+    """Columns of the log and x, averaged to at most `most` points."""
+    batches = max(row["batch"] for row in log) + 1
+    for row in log:
+        row["x"] = row["epoch"] - 1 + (row["batch"] + 1) / batches
+    size = math.ceil(len(log) / most)
+    groups = [log[i : i + size] for i in range(0, len(log), size)]
+    return {
+        name: [float(np.mean([row[name] for row in group])) for group in groups]
+        for name in ("x", "loss", "loss_without_l2", "top1")
+    }
 
 
 def draw_accuracy(
-    rows: list[dict], log: list[dict], x_range: tuple, classes: int, path: Path
+    rows: list[dict], curves: dict[str, list], x_range: tuple, classes: int, path: Path
 ) -> None:
-    """Top-5 and top-1 of ten crops and of the centre crop, by epoch. No top-5 of a few classes."""
-    chart = Chart(f"{path.parent.name}: validation accuracy", x_range, (0, 1), percent=True)
-    for x, rate in rate_drops(log):
-        chart.mark(x, f"rate {rate:g}")
+    """Top-5 and top-1 of ten crops, of the centre crop and of training batches, by epoch. No top-5
+    of a few classes.
+    """
+    chart = Chart(f"{path.parent.name}: accuracy", x_range, (0, 1), percent=True)
+    if curves:  # first, so that the others are drawn over it
+        points = list(zip(curves["x"], curves["top1"], strict=True))
+        chart.curve(points, GREEN, "top-1, training", [f"last {points[-1][1]:.2%}"])
     for column, name, colour in (
         ("top5_centre", "top-5, centre crop", LIGHT_BLUE),
         ("top5_10crop", "top-5, 10 crops", BLUE),
@@ -528,34 +502,15 @@ def draw_accuracy(
     chart.save(path)
 
 
-def rate_drops(log: list[dict]) -> Iterator[tuple[float, float]]:
-    """Where a constant learning rate was followed by a lower one: x, and the new rate."""
-    for i in range(2, len(log) - 1):
-        before, last, first, after = (row["learning_rate"] for row in log[i - 2 : i + 2])
-        if before == last > first == after:
-            yield log[i - 1]["x"], first
-
-
-def draw_training(
-    rows: list[dict], log: list[dict], x_range: tuple, path: Path, most: int = 300
-) -> None:
-    """Loss and top-1 of training batches, averaged to at most `most` points, and the validation
-    loss, by epoch. Top-1 has its own scale on the right.
-    """
-    table = np.array([(r["x"], r["loss_without_l2"], r["loss"], r["top1"]) for r in log])
-    groups = np.array_split(table, min(len(table), most))
-    xs, plain, loss, top1 = np.array([group.mean(axis=0) for group in groups]).T
+def draw_training(rows: list[dict], curves: dict[str, list], x_range: tuple, path: Path) -> None:
+    """The loss of training batches, without its L2 part, and the validation loss, by epoch."""
+    plain, last = curves["loss_without_l2"], curves["loss"][-1]
     checked = [(row["epoch"], row["loss_centre"]) for row in rows]
-    highest = max(plain.max(), *(y for _, y in checked), 0.01)
-    chart = Chart(f"{path.parent.name}: training", x_range, (0, highest * 1.05))
-    notes = [f"last {plain[-1]:.3f}", f"L2 adds {loss[-1] - plain[-1]:.3f}"]
-    chart.curve(list(zip(xs, plain, strict=True)), BLUE, "loss of batches", notes)
-    chart.curve(checked, ORANGE, "validation loss", [f"last {checked[-1][1]:.3f}"])
-    points = list(zip(xs, top1 * highest, strict=True))
-    chart.curve(points, GREEN, "top-1 of batches", [f"last {top1[-1]:.1%}"])
-    for value in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        _, y = chart.place(x_range[0], value * highest)
-        chart.text((chart.right + 84, y), f"{value:.0%}", 28, "rm", GREEN)
+    highest = max(*plain, *(y for _, y in checked), 0.01)
+    chart = Chart(f"{path.parent.name}: loss", x_range, (0, highest * 1.05))
+    notes = [f"last {plain[-1]:.3f}", f"L2 adds {last - plain[-1]:.3f}"]
+    chart.curve(list(zip(curves["x"], plain, strict=True)), BLUE, "training", notes)
+    chart.curve(checked, ORANGE, "validation", [f"last {checked[-1][1]:.3f}"])
     chart.save(path)
 
 

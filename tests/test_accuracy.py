@@ -24,12 +24,12 @@ import check_accuracy
 import resnet50
 from check_accuracy import Model
 from preprocess_val import Crops, Note
-from resnet50 import CheckerPlan, ModelRecipe, TrainerPlan
+from resnet50 import ModelRecipe
 
 CLASSES = 7
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 ACCURACIES = ("top1_10crop", "top5_10crop", "top1_centre", "top5_centre")
-PLAN = CheckerPlan(0, 9)
+END = 9
 SPAN = ["--run_folder=run", "--epoch_start=0"]
 
 
@@ -158,32 +158,32 @@ def test_a_row_belongs_to_its_model_pictures_and_crops(prepared, capsys):
     save_model(run / "0", 0)
     crops, centre = Crops(folder, 0), Crops(folder, 0, 1)
     row, _ = check_accuracy.evaluate(run / "0", crops, 6)
-    assert results(run, crops, row).is_done(0, PLAN)
-    assert results(run, centre, row).is_done(0, PLAN)
-    assert not results(run, centre, row).is_done(1, PLAN)
+    assert results(run, crops, row).is_done(0, END)
+    assert results(run, centre, row).is_done(0, END)
+    assert not results(run, centre, row).is_done(1, END)
     only_centre, _ = check_accuracy.evaluate(run / "0", centre, 6)
-    assert not results(run, crops, only_centre).is_done(0, PLAN)
+    assert not results(run, crops, only_centre).is_done(0, END)
     assert "again" in capsys.readouterr().out
     shutil.rmtree(run / "0")
-    assert results(run, crops, only_centre).is_done(0, PLAN)
+    assert results(run, crops, only_centre).is_done(0, END)
     save_model(run / "0", 1)  # trained anew
-    assert not results(run, crops, row).is_done(0, PLAN)
+    assert not results(run, crops, row).is_done(0, END)
     (run / "0/assets/recipe.json").write_text("{")  # broken: evaluating it says why
-    assert not results(run, crops, row).is_done(0, PLAN)
+    assert not results(run, crops, row).is_done(0, END)
 
 
 def test_corrected_labels_or_replaced_pictures_are_evaluated_again(prepared):
     _, folder, run, labels = prepared
     save_model(run / "0", 0)
     row, _ = check_accuracy.evaluate(run / "0", Crops(folder, 0), 6)
-    assert results(run, Crops(folder, 0), row).is_done(0, PLAN)
+    assert results(run, Crops(folder, 0), row).is_done(0, END)
     utils.write_record(folder / "crops.json", Note("/pictures", "1-3", True, NAMES))
-    assert not results(run, Crops(folder, 0), row).is_done(0, PLAN)
+    assert not results(run, Crops(folder, 0), row).is_done(0, END)
     utils.write_record(folder / "crops.json", Note("/moved", "1-2", True, NAMES))
-    assert results(run, Crops(folder, 0), row).is_done(0, PLAN)
+    assert results(run, Crops(folder, 0), row).is_done(0, END)
     labels[[0, 1]] = labels[[1, 0]]
     np.save(folder / "y.npy", labels)
-    assert not results(run, Crops(folder, 0), row).is_done(0, PLAN)
+    assert not results(run, Crops(folder, 0), row).is_done(0, END)
 
 
 def test_an_epoch_that_is_evaluated_again_has_one_row(prepared, check):
@@ -225,9 +225,9 @@ def test_a_row_is_not_believed_while_its_epoch_is_trained_again(prepared):
     row, _ = check_accuracy.evaluate(run / "0", crops, 6)
     shutil.rmtree(run / "0")
     utils.lock(run / ".train.lock", "")
-    assert not results(run, crops, row).is_done(0, PLAN)
+    assert not results(run, crops, row).is_done(0, END)
     utils._forget_locks()
-    assert results(run, crops, row).is_done(0, PLAN)
+    assert results(run, crops, row).is_done(0, END)
 
 
 def test_charts_that_cannot_be_written_are_a_warning(prepared):
@@ -236,7 +236,7 @@ def test_charts_that_cannot_be_written_are_a_warning(prepared):
     (run / "events").write_text("a file")
     result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
     assert result.returncode == 0, result.stderr
-    assert "events could not be written" in result.stderr.splitlines()[0]
+    assert "not all charts, tables and events could be written" in result.stderr
     assert len(rows(run)) == 1
 
 
@@ -261,7 +261,8 @@ def test_a_model_that_fails_is_left_out(prepared, monkeypatch):
     def fails(**_: object) -> None:
         raise tf.errors.InternalError(None, None, "the device fails")
 
-    monkeypatch.setattr(resnet50, "load_model", lambda _: (fails, CLASSES))
+    recipe = resnet50.model_recipe(run / "0")
+    monkeypatch.setattr(resnet50, "load_model", lambda _: (fails, recipe))
     with pytest.raises(utils.UserError, match="run/0: cannot be evaluated: the device fails"):
         check_accuracy.evaluate(run / "0", Crops(folder, 0), 6)
 
@@ -275,7 +276,7 @@ def test_a_model_that_names_its_weights_is_told_by_them(prepared):
     assert (row["model"], row["step"]) == ("aaaa", 77)
     (run / "0").rename(run / "2")
     (run / "1").rename(run / "0")
-    assert not results(run, crops, row).is_done(0, PLAN)
+    assert not results(run, crops, row).is_done(0, END)
 
 
 def test_the_centre_crop_alone(prepared):
@@ -322,59 +323,52 @@ def test_waits_for_an_epoch_saying_so(prepared, tmp_path):
     assert [row["epoch"] for row in rows(run)] == ["0", "1"]
 
 
-def test_waiting_says_whether_training_is_at_work_and_ends_with_it(tmp_path, monkeypatch, capsys):
+def test_waiting_says_whether_training_is_at_work(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     made(run / "1")
     naps = []
 
     def sleep(_: float) -> None:
         naps.append(0)
-        assert len(naps) < 9, "waits for ever"
-        if len(naps) == 1:
+        if len(naps) == 2:
             utils._forget_locks()  # the training stops
-        elif len(naps) == 2:  # it went on, and was asked for two epochs, which are there
-            write_recipe(run / "1", epoch_end=2)
+        elif len(naps) == 4:
+            made(run / "2")
 
     utils.lock(run / ".train.lock", "")
     monkeypatch.setattr(check_accuracy.time, "sleep", sleep)
-    assert check_accuracy.wait_for(run, 2, PLAN) is Model.NEVER
+    assert check_accuracy.wait_for(run, 2, END)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3
+    assert len(naps) == 4 and len(said) == 2
     assert "train.py is training this run" in said[0] and "no train.py is running" in said[1]
-    assert "training ended before epoch 2" in said[2]
-    write_recipe(run / "1", epoch_end=9)
-    monkeypatch.setattr(check_accuracy.time, "sleep", lambda _: made(run / "2"))
-    assert check_accuracy.wait_for(run, 2, PLAN) is Model.SAVED
+    assert not check_accuracy.wait_for(run, 0, END)
+    assert "0 does not exist, but later ones do" in capsys.readouterr().out
 
 
-def made(folder: Path, **facts: object) -> None:
+def made(folder: Path) -> None:
     """What looks like an epoch's model from outside."""
-    (folder / "assets").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "saved_model.pb").write_bytes(b"a model")
-    write_recipe(folder, **facts)
 
 
 def test_other_numbers_in_a_runs_folder_are_no_epochs(tmp_path):
     """Backups of finished models, of folders and of files, later and earlier."""
     run = tmp_path / "run"
-    made(run / "2", epoch_end=9)
-    for name in ("20260101", "99", "9"):
-        made(run / name, epoch_end=3)
+    for name in ("2", "20260101", "99", "9"):
+        made(run / name)
     (run / "7").write_text("a file")
     (run / "8").mkdir()
     (run / "03").mkdir()
-    states = [check_accuracy.state_of(run, epoch, PLAN) for epoch in (1, 2, 3, 7, 8)]
+    states = [check_accuracy.state_of(run, epoch, END) for epoch in (1, 2, 3, 7, 8)]
     assert states == [Model.REMOVED, Model.SAVED, Model.IDLE, Model.IDLE, Model.IDLE]
     utils.lock(run / ".train.lock", "")
-    assert check_accuracy.state_of(run, 3, PLAN) is Model.TRAINING
+    assert check_accuracy.state_of(run, 3, END) is Model.TRAINING
     utils._forget_locks()
-    (run / "2/assets/recipe.json").write_text("null")  # broken: more may come
-    assert check_accuracy.state_of(run, 3, PLAN) is Model.IDLE
 
 
 def test_an_idle_lock_of_another_user_is_not_held(tmp_path, monkeypatch):
     """It can be read, not written."""
-    made(tmp_path / "run/0", epoch_end=1)
+    made(tmp_path / "run/0")
     lock = tmp_path / "run/.train.lock"
     lock.touch()
     open_ = os.open
@@ -385,7 +379,7 @@ def test_an_idle_lock_of_another_user_is_not_held(tmp_path, monkeypatch):
         return open_(path, flags, *rest)
 
     monkeypatch.setattr(os, "open", refused)
-    assert check_accuracy.state_of(tmp_path / "run", 3, PLAN) is Model.NEVER
+    assert check_accuracy.state_of(tmp_path / "run", 3, END) is Model.IDLE
 
 
 def test_nothing_is_written_through_a_link(prepared, tmp_path, check):
@@ -529,14 +523,14 @@ def gpus(monkeypatch):
 def test_the_gpus_of_training_are_left_alone(training, gpu, count, said, tmp_path, gpus, capsys):
     if training:
         utils.lock(tmp_path / ".train.lock", "")
-        resnet50.write_plan(tmp_path / ".train.lock", TrainerPlan(training))
+        resnet50.write_lock_note(tmp_path / ".train.lock", training)
     gpus(gpu, tmp_path, count)
     utils._forget_locks()
     assert ", ".join(capsys.readouterr().out.splitlines()) == said
 
 
 def test_the_gpus_of_a_training_that_has_ended_are_free(tmp_path, gpus, capsys):
-    (tmp_path / ".train.lock").write_text('{"gpus": [0, 1]}')
+    (tmp_path / ".train.lock").write_text('{"numbers": [0, 1]}')
     gpus(None, tmp_path, 2)
     assert capsys.readouterr().out == "evaluating on GPU 1\n"
     utils.lock(tmp_path / ".train.lock", "")  # it is just starting: its GPUs are not known yet
@@ -550,7 +544,7 @@ def test_the_device_is_chosen_when_a_model_is_there(prepared, monkeypatch, tmp_p
     """A training that starts after the checker has named its GPUs by then."""
     config, _, run, _ = prepared
     order = []
-    monkeypatch.setattr(check_accuracy, "wait_for", lambda *_: order.append("there") or Model.SAVED)
+    monkeypatch.setattr(check_accuracy, "wait_for", lambda *_: order.append("there") or True)
     monkeypatch.setattr(check_accuracy, "open_device", lambda *_: order.append("opened"))
     arguments = ["check_accuracy.py", f"--config={config}", *SPAN, "--epoch_end=1"]
     monkeypatch.setattr(check_accuracy.sys, "argv", arguments)
@@ -565,16 +559,20 @@ def test_the_lock_says_what_will_be_evaluated(prepared, check):
     save_model(run / "2", 0)
     check(config, "--run_folder=run", "--epoch_start=2", "--epoch_end=3", "--every=5")
     lock = run / ".check_accuracy.lock"
-    assert json.loads(lock.read_text()) == {"epoch_start": 2, "epoch_end": 3, "every": 5}
-    assert resnet50.read_plan(CheckerPlan, lock) is None  # the checker has ended
+    assert json.loads(lock.read_text()) == {"numbers": [2]}
+    assert resnet50.read_lock_note(lock) == []  # the checker has ended
     utils.lock(lock, "")
-    assert resnet50.read_plan(CheckerPlan, lock) == CheckerPlan(2, 3, 5)
-    lock.write_text("1")
-    assert resnet50.read_plan(CheckerPlan, lock).wants(12345)
+    assert resnet50.read_lock_note(lock) == [2]
+    for text in ("1", "", '{"numbers": ["2"]}', '{"epoch_start": 2}'):
+        lock.write_text(text)
+        assert 12345 in resnet50.read_lock_note(lock)
     utils._forget_locks()
-    wanted = [epoch for epoch in range(30) if CheckerPlan(2, 20, 5).wants(epoch)]
-    assert wanted == [4, 9, 14, 19]
-    assert [epoch for epoch in range(9) if CheckerPlan(3, 7, 4).wants(epoch)] == [3, 6]
+
+
+def test_every_kth_epoch_and_the_last_are_wanted():
+    assert check_accuracy.epochs_wanted(2, 20, 5) == [4, 9, 14, 19]
+    assert check_accuracy.epochs_wanted(3, 7, 4) == [3, 6]
+    assert check_accuracy.epochs_wanted(10**6 - 2, 10**17, 1) == [10**6 - 2, 10**6 - 1]
 
 
 def test_the_chart_names_the_best_epoch(tmp_path, monkeypatch):
@@ -582,8 +580,24 @@ def test_the_chart_names_the_best_epoch(tmp_path, monkeypatch):
     curve = lambda self, points, colour, name, said: notes.update({name: said})  # noqa: E731
     monkeypatch.setattr(check_accuracy.Chart, "curve", curve)
     rows = [table_row(e, top1, 1, top1, 1) for e, top1 in enumerate([0.2, 0.8, 0.6])]
-    check_accuracy.draw_accuracy(rows, [], (-1, 2), 7, tmp_path / "chart.png")
+    check_accuracy.draw_accuracy(rows, {}, (-1, 2), 7, tmp_path / "chart.png")
     assert notes["top-1, 10 crops"] == ["last 60.00%", "best 80.00% (epoch 1)"]
+
+
+def test_a_folder_in_the_place_of_a_result_is_named(prepared, check, capsys):
+    """The table's at once: without it nothing is left of an evaluation."""
+    config, _, run, _ = prepared
+    save_model(run / "0", 0)
+    for name in ("accuracy.csv", "classes.csv"):
+        (run / name).mkdir()
+    with pytest.raises(utils.UserError, match="accuracy.csv: is a folder"):
+        check(config, *SPAN, "--epoch_end=1")
+    assert "epoch 0" not in capsys.readouterr().out  # before anything is evaluated
+    (run / "accuracy.csv").rmdir()
+    check(config, *SPAN, "--epoch_end=1")
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert str(run / "classes.csv") in warning
+    assert len(rows(run)) == 1
 
 
 def test_second_checker_on_a_run_is_refused(prepared):
@@ -677,7 +691,7 @@ def test_charts_of_any_length_are_drawn(epochs, tmp_path):
     assert not (tmp_path / "training.png").exists()
 
 
-def write_log(run: Path, count: int, rate=lambda i: 0.1) -> None:
+def write_log(run: Path, count: int) -> None:
     """A falling loss and a rising top-1 over 4 epochs."""
     others = {name: 1 for name in resnet50.LOG_COLUMNS}
     rows = [
@@ -689,7 +703,7 @@ def write_log(run: Path, count: int, rate=lambda i: 0.1) -> None:
             "loss": 3 - 2 * i / count,
             "loss_without_l2": 2.5 - 2 * i / count,
             "top1": i / count,
-            "learning_rate": rate(i),
+            "learning_rate": 0.1,
         }
         for i in range(count)
     ]
@@ -705,11 +719,12 @@ def test_training_curves_are_drawn_where_they_belong(tmp_path):
     for colour, right in (
         (check_accuracy.BLUE, [2.0, 1.5, 1.0]),  # without L2
         (check_accuracy.ORANGE, [2.3, 1.8, 1.3]),
-        (check_accuracy.GREEN, [0.625, 1.25, 1.875]),  # top-1, whose 100% is the highest loss
     ):
         assert drawn.values(colour, [0, 1, 2]) == pytest.approx(right, abs=0.04)
     accuracy = Drawn(tmp_path / "accuracy.png", [0.2, 0.4, 0.6, 0.8, 1.0], [0, 1, 2, 3])
     assert accuracy.x == pytest.approx(drawn.x)
+    top1 = accuracy.values(check_accuracy.GREEN, [0, 1, 2])
+    assert top1 == pytest.approx([0.25, 0.5, 0.75], abs=0.02)
 
 
 def test_the_l2_part_of_the_loss_is_a_number(tmp_path, monkeypatch):
@@ -718,8 +733,7 @@ def test_the_l2_part_of_the_loss_is_a_number(tmp_path, monkeypatch):
     monkeypatch.setattr(check_accuracy.Chart, "curve", curve)
     write_log(tmp_path, 400)
     check_accuracy.draw_charts(tmp_path, [table_row(0, 0, 0, 0, 0)], classes=7)
-    assert notes["loss of batches"][1] == "L2 adds 0.500"
-    assert "loss" not in notes
+    assert notes["training"][1] == "L2 adds 0.500"
 
 
 def test_events_are_by_training_step_each_once(prepared):
@@ -729,32 +743,15 @@ def test_events_are_by_training_step_each_once(prepared):
     for epoch, row in enumerate(rows):
         row["step"] = 700 * (epoch + 1)
     first = results(run, Crops(folder, 0), *rows[:2])
-    first.show_events(1)
-    first.close()
+    first.write_events()
     utils._forget_locks()
-    time.sleep(1.1)  # the names of event files have whole seconds
     second = results(run, Crops(folder, 0), *rows)
     second.rows[0] = rows[0] | {"top1_centre": 0.9}
-    second.show_events(0)
-    second.show_events(2)
-    second.close()
+    second.write_events()
     seen = toolkit.scalars(run / "events" / "accuracy")
     assert {step for _, step in seen} == {700, 1400, 2100, 2800}
     assert seen["accuracy/top1_centre", 700] == pytest.approx(0.9)
     assert seen["accuracy/top5_centre", 2800] == pytest.approx(0.43)
-
-
-def test_events_grow_under_a_reader(prepared):
-    """A reader that has the file open sees what comes later."""
-    _, folder, run, _ = prepared
-    made = results(run, Crops(folder, 0), *(table_row(e, 0.1, 0.2, 0.3, 0.4) for e in range(3)))
-    made.show_events(0)
-    (file,) = (run / "events/accuracy").iterdir()
-    with open(file, "rb") as reader:
-        before = reader.read()
-        made.show_events(1)
-        assert len(before) > 100 and len(reader.read()) > 100
-    utils._forget_locks()
 
 
 def test_ticks_are_round_and_few():
@@ -766,20 +763,6 @@ def test_ticks_are_round_and_few():
         assert 2 <= len(values) <= 9 and all(value == int(value) for value in values)
 
 
-def test_rate_drops_are_read_from_the_log(tmp_path, monkeypatch):
-    marks = []
-    monkeypatch.setattr(check_accuracy.Chart, "mark", lambda self, *mark: marks.append(mark))
-    rows = [table_row(0, 0.1, 0.2, 0.1, 0.2)]
-    for rate in (
-        lambda i: 0.1 if i < 30 else 0.05 if i < 35 else 0.01,
-        lambda i: 0.1 * 0.9**i,  # falls all the time
-        lambda i: min(i, 20) / 100,  # rises
-    ):
-        write_log(tmp_path, 40, rate)
-        check_accuracy.draw_charts(tmp_path, rows, classes=7)
-    assert marks == [(pytest.approx(2), "rate 0.05"), (pytest.approx(2.5), "rate 0.01")]
-
-
 def test_charts_without_a_readable_log_are_a_warning(prepared, check, capsys):
     config, _, run, _ = prepared
     save_model(run / "0", 0)
@@ -789,7 +772,7 @@ def test_charts_without_a_readable_log_are_a_warning(prepared, check, capsys):
     check(config, *SPAN, "--epoch_end=1")
     assert len(rows(run)) == 1
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "charts could not be written" in warning and str(log) in warning
+    assert "could be written" in warning and str(log) in warning
 
 
 BROKEN_TABLES = {
