@@ -201,7 +201,7 @@ class Crops:
         for slot, index in enumerate(indices):
             path = self.folder / f"X10_{index}.npy"
             try:
-                ten = utils.load_array(path, np.uint8, (10, CROP, CROP, 3))
+                ten = utils.read_array(path, np.empty((10, CROP, CROP, 3), np.uint8))
             except (ValueError, FileNotFoundError):
                 raise UserError(
                     f"{path}: missing or broken; remove it and run preprocess_val.py again"
@@ -214,7 +214,7 @@ def read_labels(path: Path, classes: int) -> np.ndarray:
     """int64 [pictures], each label in [-1, classes). Raises UserError for any other content."""
     try:
         size = path.stat().st_size - utils.array_file_size(np.int64, (0,))
-        labels = utils.load_array(path, np.int64, (max(size, 0) // 8,))
+        labels = utils.read_array(path, np.empty(max(size, 0) // 8, np.int64))
     except (ValueError, FileNotFoundError):
         labels = np.empty(0, np.int64)
     if not (labels.min(initial=-1) == -1 and 0 <= labels.max(initial=-1) < classes):

@@ -1127,20 +1127,11 @@ def read_batch(
     """
     x_path, y_path = spec.files(folder, step)
     labels = np.empty(spec.batch_size, np.int32)
-    utils.patiently(lambda path: read_array(path, images), x_path)
-    utils.patiently(lambda path: read_array(path, labels), y_path)
+    utils.read_array(x_path, images)
+    utils.read_array(y_path, labels)
     if labels.min() < 0 or labels.max() >= spec.classes:
         raise ValueError(f"{y_path}: labels outside 0 … {spec.classes - 1}")
     return images, labels
-
-
-def read_array(path: Path, array: np.ndarray) -> None:
-    """Fills an array from a .npy file. Raises ValueError if the file holds anything else."""
-    header = utils.npy_header(array.dtype, array.shape)
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe must not block
-        begins = file.read(len(header)) == header
-        if not begins or file.readinto(array.data) != array.nbytes or file.read(1):
-            raise ValueError(f"{path}: does not hold {array.dtype} {list(array.shape)} whole")
 
 
 # --- benchmark and preview ----------------------------------------------------------------------

@@ -19,7 +19,7 @@ import sys
 # --- Ctrl-C is one line, from the first statement on ----------------------------------------
 
 _messages = 2
-"""Descriptor of the terminal's messages. `quiet_tensorflow` changes it for a while."""
+"""Descriptor of the terminal's messages."""
 
 
 def script_name() -> str:
@@ -60,18 +60,18 @@ import time
 import types
 import typing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NoReturn
 
 # --- what a script needs --------------------------------------------------------------------
 
 
 def printable(text: object) -> str:
-    """`text` with everything escaped that is not seen, or does more than be seen: control
-    characters, escape sequences, marks that reverse the direction. File names contain them.
+    """`text` with invisible characters escaped: line breaks, escape sequences, marks that reverse
+    the direction of writing. The name of a file may contain any of them.
     """
     text = str(text)
     if text.isprintable():
@@ -107,6 +107,7 @@ def _die_without(error: ImportError) -> None:
 # Everything above this line must also run on older versions of Python.
 try:
     import fcntl
+    import resource
     import tomllib
 
     import numpy as np
@@ -120,6 +121,7 @@ except ImportError as _error:
 while (_descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
 os.close(_descriptor)
+_messages = os.dup(2)  # `quiet_tensorflow` hides what goes to 2
 
 
 # --- output ---------------------------------------------------------------------------------
@@ -162,38 +164,35 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 _writer: _Writer | None = None
-_is_forked = False
+"""None where lines are written at once: before `run`, and in a forked process, which may end
+without waiting for a thread."""
+
+
+def _start_writer() -> None:
+    global _writer
+    writer = _Writer()
+    with contextlib.suppress(RuntimeError):  # no more threads
+        writer.start()
+        _writer = writer
+
+
+def _stop_writer() -> None:
+    global _writer
+    writer, _writer = _writer, None
+    if writer is not None:
+        writer.drain()
 
 
 def _put(descriptor: int, text: str) -> None:
-    global _writer
-    try:
-        if _writer is None and not _is_forked:
-            _writer = _Writer()
-            _writer.start()
-    except RuntimeError:  # no more threads, or Python is ending
-        _writer = None
-    if _writer is not None:
-        _writer.put((descriptor, text.encode()))
-        return
-    with contextlib.suppress(OSError):
-        _write(descriptor, text.encode())
+    if writer := _writer:
+        writer.put((descriptor, text.encode()))
+    else:
+        with contextlib.suppress(OSError):
+            _write(descriptor, text.encode())
 
 
-def _drain() -> None:
-    global _writer
-    if _writer is not None:
-        _writer.drain()
-        _writer = None
-
-
-def _after_fork() -> None:
-    """A forked process may end without `atexit`: it writes at once."""
-    global _is_forked
-    _is_forked = True
-
-
-os.register_at_fork(before=_drain, after_in_child=_after_fork)  # only one thread goes into a fork
+_ERASE = "\r\x1b[K"
+"""Erases the status line of a terminal."""
 
 
 class _Output(io.TextIOBase):
@@ -207,7 +206,7 @@ class _Output(io.TextIOBase):
     def __init__(self, descriptor: int, is_product: bool = False):
         self._is_product = is_product
         self._descriptor, self._begun = descriptor, threading.local()  # each thread's own line
-        self._start = "\r\x1b[K" if self.isatty() else ""  # erases a status line
+        self._start = _ERASE if self.isatty() else ""
 
     def write(self, text: str) -> int:
         *lines, self._begun.line = (getattr(self._begun, "line", "") + text).split("\n")
@@ -222,10 +221,6 @@ class _Output(io.TextIOBase):
         if getattr(self._begun, "line", ""):
             self.write("\n")
 
-    def show_status(self, text: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        _put(self._descriptor, self._start + printable(text)[:width])
-
     def fileno(self) -> int:
         return self._descriptor
 
@@ -237,8 +232,9 @@ def show_status(text: str) -> None:
     """Shows a line, cut to the terminal's width, that the next line replaces. Nothing if standard
     output is not a terminal.
     """
-    if isinstance(sys.stdout, _Output) and sys.stdout.isatty():
-        sys.stdout.show_status(text)
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        _put(1, _ERASE + printable(text)[:width])
 
 
 # --- errors and command lines ---------------------------------------------------------------
@@ -256,10 +252,6 @@ class TryAgain(UserError):
     status = 1
 
 
-class NoLocks(UserError):
-    """The file system does not support locks."""
-
-
 def run(main: Callable[[], None], lines_are_product: bool = False) -> None:
     """Runs a script. Reports a `UserError` in one line on stderr and exits with its status.
 
@@ -267,7 +259,10 @@ def run(main: Callable[[], None], lines_are_product: bool = False) -> None:
     printed lines are the script's product, none is lost, and it ends when nobody reads them.
     """
     sys.stdout, sys.stderr = _Output(1, lines_are_product), _Output(2)
-    atexit.register(_drain)
+    _start_writer()
+    atexit.register(_stop_writer)
+    # Only one thread goes into a fork.
+    os.register_at_fork(before=_stop_writer, after_in_parent=_start_writer)
     if signal.getsignal(signal.SIGINT) == _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -297,32 +292,6 @@ def warn(message: str) -> None:
 REQUIRED = object()
 """Pass this as the default of a flag that is required."""
 
-MEANT = {
-    "--learning_rate": "lr base_lr", "--lr_schedule": "sched schedule scheduler lr_scheduler",
-    "--lr_drop_epochs": "lr_steps decay_epochs milestones", "--warmup_epochs": "warmup",
-    "--label_smoothing": "smoothing", "--batch_size": "b batch bs",
-    "--epoch_start and --epoch_end": "epochs num_epochs", "--epoch_start": "start_epoch",
-    "--accumulation_steps": "accum_iter grad_accum_steps gradient_accumulation_steps",
-    "--init_from": "pretrained finetune weights checkpoint", "--precision": "amp fp16 bf16",
-    "--run_folder": "o output output_dir out_dir save_dir name experiment",
-    "--gpu": "gpus device devices", "--log_seconds": "print_freq log_interval",
-    "[runtime_preprocessing] num_of_threads": "j workers num_workers threads",
-    "[l2] l2_penalty": "weight_decay wd", "[train] sgd_momentum": "momentum",
-    "[train] seed": "seed", "[train] buffer_size": "buffer_size prefetch",
-    "[preprocess] ImageNet_folder": "data data_path data_dir dataset root",
-}  # fmt: skip
-"""What other training programs call our flags and the keys of config.txt."""
-
-
-def _meant(flag: str, known: Sequence[str]) -> str | None:
-    """The flag or key that an unknown flag probably means, or None."""
-    plain = flag.lstrip("-").replace("-", "_").lower()
-    for ours, theirs in MEANT.items():
-        if plain in theirs.split():
-            where = "" if ours.split()[0] in known else " of train.py"
-            return f"{ours} of config.txt" if ours.startswith("[") else ours + where
-    return next(iter(difflib.get_close_matches(flag, known, 1)), None)
-
 
 class Parser(argparse.ArgumentParser):
     """argparse with `--config`, an example below the flags, and one-line errors."""
@@ -341,11 +310,14 @@ class Parser(argparse.ArgumentParser):
         self.add("--config", Path, "settings (default: config.txt next to the script)", default)
 
     def error(self, message: str) -> NoReturn:
-        # Report an unknown flag first: a misspelled flag is often why a required one is missing.
+        # Report a misspelled flag first: it is often why a required one is missing.
         known = [flag for action in self._actions for flag in action.option_strings]
-        for flag in re.findall(r"^(--[^=\s]+|-[a-zA-Z])", "\n".join(sys.argv[1:]), re.MULTILINE):
-            if flag not in known and (meant := _meant(flag, known)):
-                raise UserError(f"unrecognized argument {flag}; did you mean {meant}? See --help")
+        for flag in (argument.partition("=")[0] for argument in sys.argv[1:]):
+            close = difflib.get_close_matches(flag, known, 1, 0.7)
+            if close and flag not in known:
+                raise UserError(
+                    f"unrecognized argument {flag}; did you mean {close[0]}? See --help"
+                )
         if match := re.fullmatch(r"unrecognized arguments: (\S+\.(txt|toml))", message):
             raise UserError(f"unrecognized argument {match[1]}; did you mean --config={match[1]}?")
         raise UserError(f"{message}; see --help")
@@ -391,33 +363,39 @@ class Parser(argparse.ArgumentParser):
 METAVARS = {Path: "FILE"}
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    """Argument type: a whole number of at least `minimum`."""
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a flag, a key of config.txt or a cell of a table may hold."""
 
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or int(text) < minimum:
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number of at least {minimum}, not {text!r}"
-            )
-        return int(text)
+    expected: str
+    read: Callable[[str], Any]  # raises ValueError
 
-    return parse
-
-
-def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
-    """Argument type: a finite number in [minimum, maximum]."""
-
-    def parse(text: str) -> float:
+    def __call__(self, text: str) -> Any:
         try:
-            value = float(text)
+            return self.read(text)
         except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and minimum <= value <= maximum):
-            span = f"of at least {minimum}" if maximum == math.inf else f"{minimum} to {maximum}"
-            raise argparse.ArgumentTypeError(f"expected a number {span}, not {text!r}")
+            wrong = f"expected {self.expected}, not {text[:60]!r}"
+            raise argparse.ArgumentTypeError(wrong) from None
+
+
+def whole(minimum: int, maximum: int = 10**18) -> Kind:
+    """A whole number in [minimum, maximum]."""
+    return _number("a whole number", int, minimum, maximum)
+
+
+def number(minimum: float, maximum: float = 1e300) -> Kind:
+    """A finite number in [minimum, maximum]."""
+    return _number("a number", float, minimum, maximum)
+
+
+def _number(name: str, kind: type, minimum: float, maximum: float) -> Kind:
+    def read(text: str) -> float:
+        if not minimum <= (value := kind(text)) <= maximum:
+            raise ValueError
         return value
 
-    return parse
+    limits = f"of at least {minimum}" if maximum >= 10**18 else f"from {minimum} to {maximum}"
+    return Kind(f"{name} {limits}", read)
 
 
 # --- stopping -------------------------------------------------------------------------------
@@ -473,77 +451,61 @@ class Epochs(float):
     """A number of epochs, where a whole number would count updates."""
 
 
-class Key(NamedTuple):
-    """The allowed values of a key in config.txt. A key with a `default` is optional."""
-
-    type: type
-    minimum: float = -math.inf
-    maximum: float = math.inf
-    default: object = None
-    choices: tuple[str, ...] = ()
-
-    @property
-    def expected(self) -> str:
-        if self.type is Path:
-            return 'a path in quotes, such as "/data/imagenet"'
-        if self.type is str:
-            return " or ".join(f'"{choice}"' for choice in self.choices)
-        if self.type is Epochs:
-            return 'epochs in quotes, such as "3 epochs", or a whole number of updates'
-        kind = "a whole number" if self.type is int else "a number"
-        if self.maximum < math.inf:
-            return f"{kind} from {self.minimum:g} to {self.maximum:g}"
-        return f"{kind} of at least {self.minimum:g}"
-
-    def accepts(self, value: object) -> bool:
-        if self.type is Path:
-            return isinstance(value, str) and value.strip() != "" and "\0" not in value
-        if self.type is str:
-            return value in self.choices
-        if self.type is Epochs and isinstance(value, str):
-            return _EPOCHS.fullmatch(value) is not None
-        number = int if self.type is Epochs else (int, self.type)
-        if isinstance(value, bool) or not isinstance(value, number):
-            return False
-        return self.minimum <= value <= self.maximum
+def _read_path(text: str) -> Path:
+    path = json.loads(text)
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        raise ValueError
+    return Path(path)
 
 
-_EPOCHS = re.compile(r"\s*([0-9]{1,6}(?:\.[0-9]+)?)\s*epochs?\s*")
-_COUNT = Key(int, 0, 10**12)
-_SECONDS = Key(float, 0.01, 86_400)
-_FRACTION = Key(float, 0, 1)
-_WHEN = Key(Epochs, 0, 10**12)
-KEYS: dict[str, dict[str, Key]] = {
-    "preprocess": {"ImageNet_folder": Key(Path), "path_to_save": Key(Path), "N": _COUNT},
-    "get_mu_sigma": {"path_to_save": Key(Path)},
+def _read_when(text: str) -> Epochs | int:
+    epochs = re.fullmatch(r'"\s*([0-9]{1,6}(?:\.[0-9]+)?)\s*epochs?\s*"', text)
+    return Epochs(epochs[1]) if epochs else whole(0, 10**12).read(text)
+
+
+def _read_crop(text: str) -> str:
+    if text not in ('"side"', '"area"'):
+        raise ValueError
+    return text.strip('"')
+
+
+_PATH = Kind('a path in quotes, such as "/data/imagenet"', _read_path)
+_WHEN = Kind('epochs in quotes, such as "3 epochs", or a whole number of updates', _read_when)
+_COUNT, _SECONDS, _FRACTION = whole(0, 10**12), number(0.01, 86_400), number(0, 1)
+_SIGMA = number(0.001, 1)
+KEYS: dict[str, dict[str, Kind]] = {
+    "preprocess": {"ImageNet_folder": _PATH, "path_to_save": _PATH, "N": _COUNT},
+    "get_mu_sigma": {"path_to_save": _PATH},
     "train": {
-        "buffer_folder": Key(Path),
-        "path_for_saving": Key(Path),
+        "buffer_folder": _PATH,
+        "path_for_saving": _PATH,
         "N": _COUNT,
-        "sgd_momentum": Key(float, 0, 0.9999),
-        "buffer_size": Key(int, 1, 10_000_000),
+        "sgd_momentum": number(0, 0.9999),
+        "buffer_size": whole(1, 10_000_000),
         "sleep_time": _SECONDS,
-        "seed": Key(int, 0, 2**31 - 1, default=0),
+        "seed": whole(0, 2**31 - 1),
     },
     "batch_renorm": {
-        "moving_avgs_momentum": Key(float, 0, 0.999999),
-        "rmax_max": Key(float, 1, 1e6),
-        "dmax_max": Key(float, 0, 1e6),
+        "moving_avgs_momentum": number(0, 0.999999),
+        "rmax_max": number(1, 1_000_000),
+        "dmax_max": number(0, 1_000_000),
         "start_relaxing_rmax": _WHEN, "reach_rmax_max": _WHEN,
         "start_relaxing_dmax": _WHEN, "reach_dmax_max": _WHEN,
     },
     "runtime_preprocessing": {
         "sleep_time": _SECONDS,
-        "num_of_threads": Key(int, 1, 1024),
-        "crop": Key(str, default="side", choices=("side", "area")),
+        "num_of_threads": whole(1, 1024),
+        "crop": Kind('"side" or "area"', _read_crop),
     },
     "utils": {
         "mu_0": _FRACTION, "mu_1": _FRACTION, "mu_2": _FRACTION,
-        "sigma_0": Key(float, 0.001, 1), "sigma_1": Key(float, 0.001, 1),
-        "sigma_2": Key(float, 0.001, 1),
+        "sigma_0": _SIGMA, "sigma_1": _SIGMA, "sigma_2": _SIGMA,
     },
-    "l2": {"l2_penalty": Key(float, 0, 1)},
+    "l2": {"l2_penalty": _FRACTION},
 }  # fmt: skip
+"""Every section and key. A value is read from its text in JSON, so that quotes count."""
+OPTIONAL = {"seed": 0, "crop": "side"}
+"""The keys that may be missing, with their defaults."""
 
 
 def load_config(file: Path) -> SimpleNamespace:
@@ -557,15 +519,20 @@ def load_config(file: Path) -> SimpleNamespace:
     sections = _read_toml(file)
     _check_names(str(file), "section", sections, KEYS)
     config = SimpleNamespace()
-    for section, keys in KEYS.items():
+    for section, kinds in KEYS.items():
         values, where = sections[section], f"{file}: [{section}]"
         if not isinstance(values, dict):
             raise UserError(f"{file}: {section} must be a section: it needs a line [{section}]")
-        _check_names(where, "key", values, keys)
-        converted = {
-            name: _converted(f"{where} {name}", values.get(name, key.default), key, file.parent)
-            for name, key in keys.items()
-        }
+        _check_names(where, "key", values, kinds)
+        converted = {}
+        for name, kind in kinds.items():
+            try:
+                value = kind(json.dumps(values.get(name, OPTIONAL.get(name)), default=str))
+            except argparse.ArgumentTypeError as error:
+                raise UserError(f"{where} {name}: {error}") from None
+            if isinstance(value, Path):
+                value = _absolute(f"{where} {name}", value, file.parent)
+            converted[name] = value
         setattr(config, section, SimpleNamespace(**converted))
     colours = config.utils
     colours.mu = [colours.mu_0, colours.mu_1, colours.mu_2]
@@ -575,8 +542,10 @@ def load_config(file: Path) -> SimpleNamespace:
 
 def _read_toml(file: Path) -> dict:
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        return tomllib.loads(text)
+        if file.is_fifo():
+            raise UserError(f"{file}: a pipe; write the settings into a file")
+        text = read_file(file).decode("utf-8-sig")
+        return tomllib.loads(text.replace("\r\n", "\n"))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give the settings file with --config") from None
     except UnicodeDecodeError as error:
@@ -590,23 +559,19 @@ def _read_toml(file: Path) -> dict:
 _HINTS = {
     r"\s*(\w+)\s*=\s*([~$./A-Za-z].*?)\s*(#.*)?$": r'text and paths need quotes: \1 = "\2"',
     ".*[“”„‘’]": 'write straight quotes: "',
-    r".*=\s*\d{1,3}(,\d{3})+\s*(#.*)?$": "write whole numbers without commas",
-    r".*=\s*\d+,\d": "write decimal numbers with a point",
-    r".*\\": "a backslash in quotes starts an escape sequence: write paths with /",
-    r"\s*\w+\s*:": "write key = value, not key: value",
-    r'[^"]*"[^"]*$': "a closing quote is missing",
-    r"\s*\[(\w+)\]": r"there must be only one section [\1]: replace the old one",
-    r"\s*(\w+)\s*=.*": r"\1 may already stand above: a key may occur only once in its section",
+    r".*=\s*\d+,\d": "write numbers without commas: 1000000, 0.5",
+    r"\s*(\w+)\s*=.*\nCannot overwrite": r"\1 stands twice in this section: remove one",
+    r"\s*\[(\w+)\].*\nCannot declare": r"there must be only one section [\1]: replace the old one",
 }
-"""Patterns of lines that are not valid TOML, and how to fix them."""
+"""What is often wrong, and how to mend it: patterns of a line and tomllib's message below it."""
 
 
-def _hint(text: str, error: str) -> str:
+def _hint(text: str, message: str) -> str:
     """How to fix the line that a TOML error points to; "" if that is unknown."""
-    number = re.search(r"line (\d+)", error)
+    number = re.search(r"line (\d+)", message)
     line = text.splitlines()[int(number[1]) - 1] if number else ""
     for pattern, hint in _HINTS.items():
-        if match := re.match(pattern, line):
+        if match := re.match(pattern, f"{line}\n{message}", re.MULTILINE):
             return f"; {match.expand(hint)}"
     return ""
 
@@ -618,22 +583,13 @@ def _check_names(where: str, kind: str, found: dict, known: dict) -> None:
             close = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
             raise UserError(f"{where}: unknown {kind} {name}; {hint}")
-    for name, key in known.items():
-        if name not in found and (kind == "section" or key.default is None):
-            expected = "" if kind == "section" else f"; expected {key.expected}"
+    for name in known:
+        if name not in found and name not in OPTIONAL:
+            expected = "" if kind == "section" else f"; expected {known[name].expected}"
             raise UserError(f"{where}: missing {kind} {name}{expected}")
 
 
-def _converted(where: str, value: object, key: Key, folder: Path) -> object:
-    """The value in the type of its key. Raises UserError."""
-    if not key.accepts(value):
-        shown = "a section" if isinstance(value, dict) else json.dumps(value, default=str)
-        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        raise UserError(f"{where}: expected {key.expected}, not {shown}")
-    if key.type is Epochs:
-        return Epochs(_EPOCHS.fullmatch(value)[1]) if isinstance(value, str) else value
-    if key.type is not Path:
-        return key.type(value)
+def _absolute(where: str, value: Path, folder: Path) -> Path:
     path = os.path.expanduser(os.path.expandvars(value))
     if unset := re.search(r"\$(\w+|\{\w+\})", path):
         raise UserError(f"{where}: the environment variable {unset[0]} is not set")
@@ -692,11 +648,13 @@ LARGEST = 1_000_000_000
 """No file that we read whole has so many bytes. A sparse file may claim more than the memory."""
 
 
-def _read_once(path: str | Path) -> bytes:
-    def not_blocking(name: str | Path, flags: int) -> int:  # a pipe must not block
-        return os.open(name, flags | os.O_NONBLOCK)
+def _not_blocking(path: str, flags: int) -> int:
+    """Opens a file to read it. Does not wait for the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
-    with open(path, "rb", buffering=0, opener=not_blocking) as file:
+
+def _read_once(path: str | Path) -> bytes:
+    with open(path, "rb", buffering=0, opener=_not_blocking) as file:
         status = os.fstat(file.fileno())
         if stat.S_ISCHR(status.st_mode):  # /dev/zero never ends
             raise OSError(errno.ENXIO, "a device, not a file", str(path))
@@ -813,6 +771,7 @@ def make_folder(folder: Path, private: bool = False) -> Path:
     A `private` folder is made for its user alone. It must not belong to another user, nor may
     everybody write to it: they could plant links there.
     """
+    other = "; choose another [train] buffer_folder" if private else ""
     try:
         target = Path(os.path.realpath(folder))  # of a link, the folder may have to be made again
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -821,14 +780,14 @@ def make_folder(folder: Path, private: bool = False) -> Path:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder}: not a folder; this path or one above it is a file") from None
     except OSError as error:
-        raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be created: {error.strerror}{other}") from None
     inside = f"use a folder inside it, such as {folder / 'batches'}"
     if private and {status.st_uid, link.st_uid} != {os.geteuid()}:
         raise UserError(f"{folder}: belongs to another user; {inside}, or another folder")
     if private and status.st_mode & stat.S_IWOTH:
         raise UserError(f"{folder}: everybody may write to it; chmod o-w {folder}, or {inside}")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: cannot be written to: Permission denied")
+        raise UserError(f"{folder}: cannot be written to{other}")
     return folder
 
 
@@ -869,18 +828,23 @@ def save_array(path: Path, array: np.ndarray) -> None:
         file.write(np.ascontiguousarray(array).data)
 
 
-def load_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in a .npy file. Raises ValueError if the file contains anything else.
+def read_array(path: Path, array: np.ndarray) -> np.ndarray:
+    """Fills `array` from a .npy file and returns it. Raises ValueError if the file is of anything
+    else.
 
     Compares the header and the length with the expected ones, and never interprets them. So a
     malicious file can neither run code nor allocate memory.
     """
-    content, header = read_file(path), npy_header(dtype, shape)
-    if not content.startswith(header):
-        raise ValueError(f"{path}: does not hold {np.dtype(dtype)} {list(shape)}")
-    if len(content) != array_file_size(dtype, shape):
-        raise ValueError(f"{path}: is cut off, or longer than its array")
-    return np.frombuffer(content, dtype, offset=len(header)).reshape(shape)
+    header = npy_header(array.dtype, array.shape)
+
+    def read(path: Path) -> np.ndarray:
+        with open(path, "rb", opener=_not_blocking) as file:
+            begins = file.read(len(header)) == header
+            if not begins or file.readinto(array.data) != array.nbytes or file.read(1):
+                raise ValueError(f"{path}: does not hold {array.dtype} {list(array.shape)} whole")
+        return array
+
+    return patiently(read, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -917,20 +881,17 @@ def as_record(kind: type, text: str | bytes, wrong: str) -> Any:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("no JSON object")
-        hints, arguments = typing.get_type_hints(kind), {}
+        arguments = {}
         for field in dataclasses.fields(kind):
             if field.name in values:
-                hint = hints[field.name]
-                if not _fits(values[field.name], hint):
-                    kind_of = hint.__name__ if isinstance(hint, type) else hint
-                    raise ValueError(f"{field.name} is not {kind_of}")
+                if not _fits(values[field.name], field.type):
+                    name = field.type.__name__ if isinstance(field.type, type) else field.type
+                    raise ValueError(f"{field.name} is not {name}")
                 arguments[field.name] = values[field.name]
             elif field.default is dataclasses.MISSING:
                 raise ValueError(f"{field.name} is missing")
         return kind(**arguments)
-    except RecursionError:
-        raise UserError(f"{wrong}: JSON inside JSON, too deep to read") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are
         raise UserError(f"{wrong}: {error}") from None
 
 
@@ -954,20 +915,20 @@ def read_csv(path: Path, kinds: dict[str, Callable[[str], Any]]) -> list[dict[st
     Skips rows that were cut off. Empty if there is no such file. Raises UserError if a column is
     missing or a cell cannot be read. Then the file is not ours, and must not be overwritten.
     """
-    if not path.is_file():
+    try:
+        text = read_file(path).decode("utf-8", "replace")
+    except FileNotFoundError:
         return []
-    rows = []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        table = csv.DictReader(file)
-        try:
-            if missing := set(kinds).difference(table.fieldnames or kinds):
-                raise ValueError(f"not the expected table (no column {min(missing)})")
-            for row in table:
-                if None not in row and None not in row.values():
-                    rows.append({name: kind(row[name]) for name, kind in kinds.items()})
-        except (csv.Error, ValueError, argparse.ArgumentTypeError) as error:
-            where = f"line {table.line_num}: {error}"
-            raise UserError(f"{path}: {where}; correct it, or move the file away") from None
+    rows, table = [], csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        if missing := set(kinds).difference(table.fieldnames or kinds):
+            raise ValueError(f"not the expected table (no column {min(missing)})")
+        for row in table:
+            if None not in row and None not in row.values():
+                rows.append({name: kind(row[name]) for name, kind in kinds.items()})
+    except (csv.Error, ValueError, argparse.ArgumentTypeError) as error:
+        where = f"line {table.line_num}: {error}"
+        raise UserError(f"{path}: {where}; correct it, or move the file away") from None
     return rows
 
 
@@ -994,9 +955,8 @@ def csv_cell(value: object) -> object:
 
 
 # --- locks ----------------------------------------------------------------------------------
-# We lock only files that are open for writing, never folders: on NFS, other machines see no other
-# locks. A lock ends with the process that holds it, even if that process is killed. Lock files are
-# never removed, so no process can hold the lock on one that is gone.
+# A lock ends with the process that holds it, even if that process is killed. Lock files are never
+# removed. Over NFS, other machines see locks on files, but none on folders.
 
 _locks: dict[Path, int] = {}
 """The descriptors that hold this process's locks."""
@@ -1006,20 +966,12 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
     """Locks a file until the process ends. Creates the file if it is missing.
 
     Several processes can hold the lock if all of them pass `shared`; for that they need only be
-    able to read the file. Raises UserError with `refusal` if another process holds the lock, or
-    NoLocks.
+    able to read the file. Raises UserError: with `refusal` if another process holds the lock.
     """
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644)
-    except PermissionError:
-        if not shared:
-            raise
-        descriptor = os.open(path, flags | os.O_RDONLY)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise UserError(f"{path}: is a link, which this toolkit never makes; remove it") from None
+    if os.path.islink(path):
+        raise UserError(f"{path}: is a link, which this toolkit never makes; remove it")
+    mode = os.O_RDONLY if shared else os.O_RDWR
+    descriptor = os.open(path, mode | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # another name for another file
         os.close(descriptor)
@@ -1034,10 +986,9 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
             time.sleep(0.05)  # `is_locked` in another process holds the lock for a moment
         except OSError as error:
             os.close(descriptor)
-            raise NoLocks(
-                f"{path}: this file system does not support locks ({error.strerror}); put "
-                f"{path.parent} on one that does: a local disk, a RAM disk, or NFS with its lock "
-                f"service"
+            raise UserError(
+                f"{path}: this file system does not support locks ({error.strerror}); use a local "
+                f"disk, a RAM disk, or NFS with its lock service"
             ) from None
     os.close(descriptor)
     raise UserError(refusal)
@@ -1226,8 +1177,8 @@ def quiet_tensorflow() -> Iterator[None]:
     # TensorFlow imports Keras. We do not use it, so no settings meant for it may end the import.
     os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
-    global _messages
-    terminal = _messages = os.dup(2)
+    if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < 2_000_000_000:  # its import may hang
+        _die("TensorFlow needs more memory than `ulimit -v` allows; allow at least 2000000")
     if "--verbose" not in sys.argv:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         with open(os.devnull, "w") as nowhere:
@@ -1236,10 +1187,8 @@ def quiet_tensorflow() -> Iterator[None]:
         try:
             yield
         finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)
-            _messages = 2
-    except ModuleNotFoundError as error:
+            os.dup2(_messages, 2)
+    except ImportError as error:
         _die_without(error)
 
 

@@ -269,10 +269,17 @@ def test_a_pipe_in_the_place_of_a_file_holds_nothing_up(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "X_0_0.npy")]
     subprocess.run(command, cwd=toolkit.ROOT, check=True, timeout=toolkit.PATIENCE)
     with pytest.raises(ValueError, match="does not hold"):
-        utils.load_array(tmp_path / "X_0_0.npy", np.uint8, (3,))
+        utils.read_array(tmp_path / "X_0_0.npy", np.empty(3, np.uint8))
     with pytest.raises(UserError, match="not what this toolkit writes"):
         utils.read_record(Note, tmp_path / "X_0_0.npy")
-    assert not utils.is_locked(tmp_path / "X_0_0.npy")
+    assert utils.read_csv(tmp_path / "X_0_0.npy", {"a": int}) == []
+    utils.write_csv(tmp_path / "X_0_0.npy", ["a"], [])
+    assert (tmp_path / "X_0_0.npy").read_text() == "a\n"
+
+
+def test_a_pipe_is_no_lock_that_anybody_holds(tmp_path):
+    os.mkfifo(tmp_path / "lock")
+    assert not utils.is_locked(tmp_path / "lock")
 
 
 def test_a_private_folder_is_made_for_its_user_alone(tmp_path):
@@ -591,7 +598,7 @@ def test_a_file_system_without_locks_is_named(number, tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     utils.write_text(tmp_path / "file", "whole")
     assert names(tmp_path) == ["file"] and utils.is_locked(tmp_path / "file")
-    with pytest.raises(utils.NoLocks) as error:
+    with pytest.raises(UserError) as error:
         utils.lock(tmp_path / ".lock", "taken")
     words = ("does not support locks", os.strerror(number), "local disk", "NFS")
     for word in (str(tmp_path / ".lock"), *words):
@@ -827,6 +834,31 @@ def test_a_table_of_somebody_else_is_not_overwritten(tmp_path):
     assert (tmp_path / "table.csv").read_text() == "a,b\n3,4\n"
 
 
+def test_a_folder_in_the_place_of_a_table_is_named(tmp_path):
+    (tmp_path / "table.csv").mkdir()
+    for use in (
+        lambda: utils.read_csv(tmp_path / "table.csv", {"a": int}),
+        lambda: utils.write_csv(tmp_path / "table.csv", ["a"], []),
+    ):
+        with pytest.raises(IsADirectoryError) as error:
+            use()
+        assert error.value.filename == str(tmp_path / "table.csv")
+    assert names(tmp_path) == ["table.csv"]
+
+
+def test_a_table_that_may_not_be_written_is_named(shared_folder):
+    shared_folder.chmod(0o555)
+
+    def write() -> list:
+        try:
+            utils.write_csv(shared_folder / "table.csv", ["a"], [])
+        except PermissionError as error:
+            return [error.filename, error.strerror]
+
+    expected = [f"{shared_folder}/table.csv", "Permission denied"]
+    assert as_another_user(write) == expected
+
+
 def test_a_table_is_on_the_disk_before_its_name_is(tmp_path, history):
     utils.write_csv(tmp_path / "table.csv", ["a"], [{"a": 1 / 3}])
     assert [kind for kind, _ in history] == ["sync", "name", "sync"]
@@ -849,7 +881,7 @@ ARRAYS = {
 def test_an_array_of_anything_else_is_told(name, tmp_path):
     (tmp_path / "y.npy").write_bytes(ARRAYS[name])
     with pytest.raises(ValueError, match="y.npy: "):
-        utils.load_array(tmp_path / "y.npy", np.uint8, (3,))
+        utils.read_array(tmp_path / "y.npy", np.empty(3, np.uint8))
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.int32, np.uint8, np.int64, bool])
@@ -859,8 +891,9 @@ def test_arrays_are_what_numpy_writes(kind, tmp_path):
     np.save(tmp_path / "numpys.npy", np.ascontiguousarray(array))
     assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
     assert (tmp_path / "ours.npy").stat().st_size == utils.array_file_size(kind, array.shape)
-    again = utils.load_array(tmp_path / "ours.npy", kind, array.shape)
-    assert again.dtype == kind and np.array_equal(again, array)
+    again = np.empty(array.shape, kind)
+    assert utils.read_array(tmp_path / "ours.npy", again) is again
+    assert np.array_equal(again, array)
 
 
 # --- a container's limits ---------------------------------------------------------------------

@@ -96,8 +96,9 @@ class PlainReader(TimedReader):
 
     def _timed(self, step: int) -> object:
         x, y = self.spec.files(self.folder, step)
-        images = utils.load_array(x, np.float16, self.spec.shape)
-        return tf.constant(images), tf.constant(utils.load_array(y, np.int32, self.spec.shape[:1]))
+        images = utils.read_array(x, np.empty(self.spec.shape, np.float16))
+        labels = utils.read_array(y, np.empty(self.spec.batch_size, np.int32))
+        return tf.constant(images), tf.constant(labels)
 
 
 def stock(folder: Path, size: int) -> BatchSpec:
