@@ -997,14 +997,13 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
 def keep_lock(path: Path, refusal: str) -> None:
     """Locks a file again if somebody has removed it, alone or with its folder.
 
-    Raises UserError with `refusal` if the path names another file: another process took the place.
+    Raises UserError with `refusal` if another process has taken the lock meanwhile.
     """
     held = _locks.get(path)
     if held is not None:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(held), os.stat(path)):
                 return
-            raise UserError(refusal)
     lock(path, refusal)
     if held is not None:
         os.close(held)

@@ -563,8 +563,17 @@ def test_a_lock_whose_place_was_taken_is_lost(tmp_path):
     path.unlink()
     with another_process(HOLDING, path), pytest.raises(UserError, match="^lost$"):
         utils.keep_lock(path, "lost")
-    with pytest.raises(UserError, match="^lost$"):  # not even once the other has ended
-        utils.keep_lock(path, "lost")
+
+
+def test_a_lock_whose_place_nobody_holds_is_taken_again(tmp_path):
+    """The folder was moved away, made again, and has come back with its old lock file."""
+    path = tmp_path / ".preprocessor.lock"
+    utils.lock(path, "taken")
+    path.rename(tmp_path / "away")
+    utils.keep_lock(path, "lost")
+    (tmp_path / "away").rename(path)
+    utils.keep_lock(path, "lost")
+    assert utils.is_locked(path)
 
 
 def test_a_lock_that_another_took_first_is_lost(tmp_path, monkeypatch):
