@@ -18,22 +18,12 @@ from utils import UserError
 # isort: split
 import functools
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from preprocess import (
-    BrokenPicture,
-    Failures,
-    Pictures,
-    copies_for,
-    decode,
-    map_pictures,
-    read_picture,
-    training_pictures,
-)
+from preprocess import Failures, Pictures, copies_for, map_pictures, training_pictures
 
 
 def main() -> None:
@@ -46,15 +36,15 @@ def main() -> None:
     args = parser.parse()
     config = utils.load_config(args.config)
     pictures = training_pictures(config)
-    folder, load = pictures.folder, pictures.decoded
+    copies = None
     if args.shorter_side:
-        folder = folder_of_copies(config.preprocess.path_to_save, pictures, args.shorter_side)
-        load = functools.partial(decoded_copy, folder, pictures)
+        copies = copies_at(config.preprocess.path_to_save, pictures, args.shorter_side)
+    folder = copies or pictures.folder
     print(f"{utils.plural(len(pictures), 'training picture')} in {folder}, {pictures.layout}")
     result = utils.make_folder(config.get_mu_sigma.path_to_save) / "mu_sigma.txt"
     refuse_others_result(result)
     failures = Failures(len(pictures))
-    text = toml(*mu_sigma(pictures, load, failures))
+    text = toml(*mu_sigma(pictures, failures, copies))
     utils.write_text(result, text)
     print(
         f"{text}\nAlso saved to {result}; {failures}. Paste it into {args.config} only if your "
@@ -63,7 +53,7 @@ def main() -> None:
     )
 
 
-def folder_of_copies(root: Path, pictures: Pictures, side: int) -> Path:
+def copies_at(root: Path, pictures: Pictures, side: int) -> Path:
     """The folder with the copies at this shorter side. Raises UserError if they are unusable."""
     folder = copies_for(root, pictures).get(side)
     if folder is None:
@@ -72,14 +62,6 @@ def folder_of_copies(root: Path, pictures: Pictures, side: int) -> Path:
             f"preprocess.py --shorter_side={side} first (256, 263, … 480)"
         )
     return folder
-
-
-def decoded_copy(folder: Path, pictures: Pictures, index: int) -> Image.Image:
-    """A picture's copy, or the original if a power failure has left the copy empty or broken."""
-    try:
-        return decode(read_picture(folder / pictures.paths[index]))
-    except BrokenPicture:
-        return pictures.decoded(index)
 
 
 def refuse_others_result(result: Path) -> None:
@@ -95,9 +77,10 @@ def refuse_others_result(result: Path) -> None:
 
 
 def mu_sigma(
-    pictures: Pictures, load: Callable[[int], Image.Image], failures: Failures
+    pictures: Pictures, failures: Failures, copies: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, float64 [3] each, RGB, pixels scaled to 0…1.
+    """Mean and standard deviation, float64 [3] each, RGB, pixels scaled to 0…1. `copies`: the
+    folder with copies to use instead of the originals.
 
     Computes E[x] and E[x²] of each picture exactly, from its histogram, and averages them in the
     order of the pictures. So the result is the same to the last bit on any number of cores.
@@ -110,6 +93,7 @@ def mu_sigma(
         sums = np.stack([counts @ levels, counts @ levels**2])
         return sums / counts[0].sum()
 
+    load = functools.partial(pictures.decoded, copies=copies)
     total, used = np.zeros((2, 3)), 0
     for result in map_pictures(pictures, range(len(pictures)), load, moments, failures):
         if result is not None:

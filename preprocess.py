@@ -30,10 +30,8 @@ import io
 import logging
 import math
 import re
-import shlex
 import struct
 import threading
-import unicodedata
 import warnings
 import zlib
 from array import array
@@ -150,12 +148,21 @@ class Pictures:
     def path(self, index: int) -> str:
         return f"{self.folder}/{self.paths[index]}"
 
-    def read(self, index: int) -> bytes:
-        return read_picture(self.path(index), self.folder)
+    def use(self, index: int, function: Callable, copies: Path | None = None) -> Image.Image:
+        """`function(content)` of a picture's copy in the folder `copies`. Of the original if no
+        folder is given, or if a power failure has left the copy missing or broken.
 
-    def decoded(self, index: int) -> Image.Image:
-        """8-bit RGB. Raises what `read_picture` and `decode` raise."""
-        return decode(self.read(index))
+        Raises BrokenPicture.
+        """
+        path = self.paths[index]
+        if copies:
+            with contextlib.suppress(BrokenPicture):
+                return function(read_picture(f"{copies}/{path}", copies))
+        return function(read_picture(f"{self.folder}/{path}", self.folder))
+
+    def decoded(self, index: int, copies: Path | None = None) -> Image.Image:
+        """8-bit RGB. Raises BrokenPicture."""
+        return self.use(index, decode, copies)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -294,16 +301,14 @@ def validation_pictures(config: SimpleNamespace) -> Pictures:
 def _validation_part(root: Path) -> str | None:
     """The name of the validation set's list or folder; None if there is none."""
     if _has_lists(root):
-        found = (name for name in VALIDATION if (root / f"{name}.txt").is_file())
-    else:
-        found = (name for name in VALIDATION if (root / name).is_dir())
-    return next(found, None)
+        return next((name for name in VALIDATION if (root / f"{name}.txt").is_file()), None)
+    return next((name for name in VALIDATION if (root / name).is_dir()), None)
 
 
 def _as_expected(pictures: Pictures, section: str, expected: int) -> Pictures:
     """The pictures. Raises UserError if [section] N is another number. Warns of empty classes."""
     if not len(pictures):
-        raise UserError(f"{pictures.folder}: no pictures found; {_content(pictures.folder)}")
+        raise UserError(f"{pictures.folder}: no pictures found; {_what_is_there(pictures.folder)}")
     if expected not in (0, len(pictures)):
         raise UserError(
             f"[{section}] N is {expected}, but {pictures.folder} holds {len(pictures)} pictures; "
@@ -314,12 +319,10 @@ def _as_expected(pictures: Pictures, section: str, expected: int) -> Pictures:
     empty = [names[label] for label in np.flatnonzero(counts == 0)]
     if empty:
         few = ", ".join(empty[:1000]) + ", …" * (len(empty) > 1000)
-        way_out = "the classes are those of the training set"
-        if section == "train":
-            way_out = "to leave a folder out, begin its name with a dot"
         utils.warn(
             f"{pictures.folder}: no pictures in {plural(len(empty), 'class')} of {len(names):,}: "
-            f"{few}; {way_out}; the labels in lists count from 0"
+            f"{few}. The classes are those of the training set: begin a folder's name with a dot "
+            f"there to leave it out; labels in lists count from 0"
         )
     return pictures
 
@@ -333,14 +336,12 @@ def _dataset_root(folder: Path) -> Path:
         )
     if root := _root_in(folder):
         return root
-    if other := next((name for name in _subfolders(folder) if name.lower() == "train"), None):
-        raise UserError(f"{folder / other}: rename this folder to train, in lower case")
     near = [*list(folder.parents)[:2], *(folder / name for name in _subfolders(folder)[:1000])]
     meant = next((other for other in near if _root_in(other)), None)
     raise UserError(
         f"[preprocess] ImageNet_folder {folder}: found neither train/<class>/ nor "
         f"ILSVRC/Data/CLS-LOC/train/<class>/ nor train.txt in it; "
-        + (f"did you mean {meant}?" if meant else _content(folder))
+        + (f"did you mean {meant}?" if meant else _what_is_there(folder))
     )
 
 
@@ -351,60 +352,22 @@ def _root_in(folder: Path) -> Path | None:
 
 
 def _has_lists(root: Path) -> bool:
-    """Whether train.txt lists the pictures. Beside class folders of all parts it may be any text,
-    unless there is a val.txt, or its first line is `filename label` and there is such a file.
-    """
-    listed = [name for name in ("train", *VALIDATION) if (root / f"{name}.txt").is_file()]
-    if "train" not in listed:
-        return False
-    if "val" in listed or not all(_subfolders(root / name) for name in ("train", *listed)):
-        return True
-    first = utils.read_file(root / "train.txt").removeprefix(codecs.BOM_UTF8).lstrip()
-    line = LIST_LINE.fullmatch(os.fsdecode(first.partition(b"\n")[0]))
-    if first.startswith(UTF_16):  # `_read_list` refuses it
-        return True
-    return bool(line) and any(os.path.isfile(f / line[1]) for f in _picture_folders(root, "train"))
+    """Whether train.txt lists the pictures."""
+    return (root / "train.txt").is_file()
 
 
-LIST_LINE = re.compile(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*")
-"""Of a list of pictures: `filename label`."""
-
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-"""How a text starts that PowerShell's `>` has written."""
+IMAGENET_TAR = re.compile(r"(n\d{8}|ILSVRC2012_img_.*)\.tar")
+"""The archives that ImageNet comes in."""
 
 
-def _picture_folders(root: Path, part: str) -> list[Path]:
-    """Where the pictures of a list may be."""
-    return [root / f"2012_{part}", root / f"2012_{part[:3]}", root / part]
-
-
-UNPACK_CLASSES = 'for f in *.tar; do mkdir -p "${f%.tar}" && tar -xf "$f" -C "${f%.tar}"; done'
-
-ARCHIVES = {
-    r"n\d{8}\.tar": f"ImageNet's classes, each still in its archive; unpack them: "
-    f"cd FOLDER && {UNPACK_CLASSES}",
-    r"ILSVRC2012_img_train.*\.tar": f"ImageNet's training pictures; unpack them: "
-    f"cd FOLDER && mkdir -p train && tar -xf NAME -C train && cd train && {UNPACK_CLASSES}",
-    r"ILSVRC2012_img_val\.tar": "ImageNet's validation pictures; unpack them: cd FOLDER && "
-    "mkdir -p val && tar -xf NAME -C val, and put Kaggle's LOC_val_solution.csv next to val",
-}
-"""The archives that ImageNet comes in: name, what they are, what to do."""
-
-
-def _content(folder: Path) -> str:
+def _what_is_there(folder: Path) -> str:
     """What is in a folder that is not a dataset, and what to do about it."""
     names = sorted(entry.name for entry in _visible(folder))
-    for pattern, way_out in ARCHIVES.items():
-        found = [name for name in names if re.fullmatch(pattern, name, re.IGNORECASE)]
-        if found:
-            others = f" and {plural(len(found) - 1, 'other')} are" if len(found) > 1 else " is"
-            way_out = way_out.replace("FOLDER", shlex.quote(str(folder)))
-            return f"{folder / found[0]}{others} {way_out.replace('NAME', shlex.quote(found[0]))}"
-    if _picture_names(folder):
-        return "its pictures are not in class folders: move each into a folder for its class"
-    with contextlib.suppress(OSError):  # it is only a hint
-        if any(_picture_names(folder / name) for name in _subfolders(folder)[:3]):
-            return f"its folders look like classes: move them into {folder / 'train'}"
+    if archive := next(filter(IMAGENET_TAR.fullmatch, names), None):
+        return (
+            f"it holds ImageNet's archive {archive}; unpack it as the section of README.md about "
+            f"ImageNet says"
+        )
     more = f" and {plural(len(names) - 8, 'other')}" if len(names) > 8 else ""
     holds = f"it holds {', '.join(names[:8])}{more}" if names else "it is empty"
     return f"{holds}. Only picture files in train/<class>/ are supported, no archives or tables"
@@ -482,18 +445,10 @@ def _mapping(root: Path) -> list[list[str]]:
 
 
 def _ranks(root: Path) -> dict[str, int]:
-    """The label of each class folder: its rank among the folders of the training set.
-
-    Raises UserError if two of them print alike.
-    """
-    folder, plain = root / "train", {}
+    """The label of each class folder: its rank among the folders of the training set."""
+    folder = root / "train"
     _refuse_broken_links(folder, (entry.name for entry in _visible(folder)))
-    names = _subfolders(folder)
-    for name in names:
-        other = plain.setdefault(unicodedata.normalize("NFC", name), name)
-        if other != name:
-            raise UserError(f"{folder / name}: {_why_unknown([name], [other], root)}")
-    return {name: rank for rank, name in enumerate(names)}
+    return {name: rank for rank, name in enumerate(_subfolders(folder))}
 
 
 def readable_names(root: Path, classes: Iterable[str]) -> list[str]:
@@ -507,7 +462,11 @@ def _in_class_folders(root: Path, part: str) -> Pictures:
     folder, rank, others = root / part, _ranks(root), []
     found = _subfolders(folder)
     if unknown := sorted(set(found).difference(rank)):
-        raise UserError(f"{folder / unknown[0]}: {_why_unknown(unknown, list(rank), root)}")
+        raise UserError(
+            f"{folder / unknown[0]}: not a class of the training set ({len(unknown)} such); "
+            f"validation must use the class folders of {root / 'train'}, to the letter (macOS "
+            f"writes accents in another way)"
+        )
     paths, counts = Paths(), []
     for name in found:
         files = sorted(files_below(folder, name, os.path.realpath(folder / name), set()))
@@ -521,20 +480,6 @@ def _in_class_folders(root: Path, part: str) -> Pictures:
     layout = "Kaggle layout" if root.parts[-2:] == ("Data", "CLS-LOC") else "class folders"
     labels = np.repeat(np.array([rank[name] for name in found], np.int32), counts)
     return Pictures(folder, paths, labels, readable_names(root, rank), layout)
-
-
-def _why_unknown(unknown: list[str], classes: list[str], root: Path) -> str:
-    """Why class folders of the validation set cannot be used."""
-    first, *plain = (unicodedata.normalize("NFC", name) for name in (unknown[0], *classes))
-    if first in plain:
-        return (
-            f"looks like {root / 'train' / classes[plain.index(first)]}, but is written with "
-            f"other Unicode characters (NFC and NFD); rename one of the two folders"
-        )
-    return (
-        f"not a class of the training set ({len(unknown)} such); validation must use the class "
-        f"folders of {root / 'train'}"
-    )
 
 
 def _warn_of_unused(folder: Path, others: list[str]) -> None:
@@ -578,7 +523,7 @@ def _flat_validation(home: Path, root: Path, part: str) -> Pictures:
 
 def _listed(root: Path, part: str) -> Pictures:
     """The pictures in `train.txt` or `val.txt`. Each line is `filename label`."""
-    near = _picture_folders(root, part)
+    near = [root / name for name in (f"2012_{part}", f"2012_{part[:3]}", part)]
     folder = next((each for each in near if each.is_dir()), None)
     if folder is None:
         raise UserError(
@@ -611,12 +556,14 @@ def _names_of_labels(root: Path, paths: Paths, labels: np.ndarray) -> list[str]:
     return [str(label) for label in range(classes)]
 
 
+LIST_LINE = re.compile(r"\s*([^\0]*\S)\s+([0-9]{1,6})\s*")
+"""Of a list of pictures: `filename label`."""
+
+
 def _read_list(file: Path) -> tuple[Paths, np.ndarray]:
     """The paths and the labels, int32 [n], in `filename label` lines. Raises UserError."""
     paths, labels = Paths(), array("i")
     content = utils.read_file(file).removeprefix(codecs.BOM_UTF8)
-    if content.startswith(UTF_16):
-        raise UserError(f"{file}: this text is in UTF-16; save it as UTF-8")
     for number, line in enumerate(map(os.fsdecode, io.BytesIO(content)), 1):
         where = f"{file}: line {number}"
         if match := LIST_LINE.fullmatch(line):
@@ -625,9 +572,12 @@ def _read_list(file: Path) -> tuple[Paths, np.ndarray]:
             paths.extend([match[1]])
             labels.append(int(match[2]))
         elif line.strip():
-            raise UserError(f"{where}: expected 'filename label', not {line.strip()!r}")
+            raise UserError(
+                f"{where}: expected 'filename label' in UTF-8, not {line.strip()!r}; if this is no "
+                f"list of pictures, rename it"
+            )
     if not labels:
-        raise UserError(f"{file}: lists no pictures; expected 'filename label' lines")
+        raise UserError(f"{file}: lists no pictures; if it is no list of pictures, rename it")
     return paths, np.array(labels, np.int32)
 
 
@@ -726,14 +676,15 @@ def opened(content: bytes) -> Image.Image:
 
 
 def misread(image: Image.Image) -> bool:
-    """Whether Pillow opens the picture, but with wrong colours: as signed, floating-point or 32-bit
-    numbers, or as 16-bit colours one after the other.
+    """Whether Pillow opens the picture, but with wrong colours: as signed, floating-point, 12-bit
+    or 32-bit numbers, as 16-bit colours one after the other, or as 16-bit grey from white to black.
     """
     tags = getattr(image, "tag_v2", {})
     bits = max(tags.get(BITS_PER_SAMPLE, (8,)))
     apart = (tags.get(PLANAR_CONFIGURATION), tags.get(COMPRESSION, 1)) == (2, 1)
     unsigned = set(tags.get(SAMPLE_FORMAT, (1,))) <= {1, 4}  # 4: undefined
-    return image.mode == "F" or bits > 16 or not unsigned or (apart and bits > 8)
+    deep = bits > 8 and (bits != 16 or apart or tags.get(PHOTOMETRIC) == 0)
+    return image.mode == "F" or not unsigned or deep
 
 
 def decode(content: bytes) -> Image.Image:
@@ -754,19 +705,15 @@ def as_rgb(image: Image.Image) -> Image.Image:
             return image.convert("RGB")
     except PILLOW_ERRORS as error:
         raise broken(error) from error
-    # Grey of up to 16 bits: Pillow would clip it, not scale it.
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
-    grey = np.clip(np.asarray(image).astype(np.int64) >> bits - 8, 0, 255)
-    if tags.get(PHOTOMETRIC) == 0:  # the smallest number is white
-        grey = 255 - grey
+    # Grey of 16 bits: Pillow would clip it, not scale it.
+    grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, PLANAR_CONFIGURATION, SAMPLE_FORMAT = (
     258, 259, 262, 284, 339,
 )  # fmt: skip
-"""TIFF's tags. Pillow opens 12 bits as numbers up to 4095."""
+"""TIFF's tags."""
 
 
 def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
@@ -780,26 +727,26 @@ def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom, in pixels."""
 
-Window = Callable[[int, int], Box]
-"""Where to cut a crop: takes the width and height of a picture."""
+BoxChooser = Callable[[int, int], Box]
+"""Where to cut a crop from a picture of this width and height."""
 
 
-def side_window(side: int, corner: Sequence[float]) -> Window:
+def side_box(side: int, corner: Sequence[float]) -> BoxChooser:
     """The 224x224 crop at `corner` of the picture when its shorter side is resized to `side`.
 
     `corner`: position from left to right and from top to bottom, two numbers in [0, 1).
     """
 
-    def window(width: int, height: int) -> Box:
+    def choose(width: int, height: int) -> Box:
         resized = resized_size(width, height, side)
         left, top = (int(corner[i] * (resized[i] - CROP + 1)) for i in range(2))
         across, down = width / resized[0], height / resized[1]
         return left * across, top * down, (left + CROP) * across, (top + CROP) * down
 
-    return window
+    return choose
 
 
-def area_window(tries: Sequence[Sequence[float]]) -> Window:
+def area_box(tries: Sequence[Sequence[float]]) -> BoxChooser:
     """A box of 8 to 100% of the area and an aspect of 3/4 to 4/3 (Szegedy et al. 2014).
 
     `tries`: float [n, 4] in [0, 1): area, aspect, and position from left to right and from top to
@@ -807,7 +754,7 @@ def area_window(tries: Sequence[Sequence[float]]) -> Window:
     long and thin, its middle is taken.
     """
 
-    def window(width: int, height: int) -> Box:
+    def choose(width: int, height: int) -> Box:
         for area, aspect, x, y in tries:
             pixels, ratio = width * height * (0.08 + 0.92 * area), (4 / 3) ** (2 * aspect - 1)
             across, down = math.sqrt(pixels * ratio), math.sqrt(pixels / ratio)
@@ -818,14 +765,14 @@ def area_window(tries: Sequence[Sequence[float]]) -> Window:
         left, top = (width - across) / 2, (height - down) / 2
         return left, top, left + across, top + down
 
-    return window
+    return choose
 
 
-def crop(content: bytes, window: Window) -> Image.Image:
-    """The part of a picture in a window, resized to 224x224, RGB. Raises BrokenPicture.
+def crop(content: bytes, choose_box: BoxChooser) -> Image.Image:
+    """A part of a picture, resized to 224x224, RGB. Raises BrokenPicture.
 
     Decodes and resizes no more than that part needs. These differences remain, in levels of 256:
-    - at most 1, in one window of twenty, from the same box of the whole picture, because Pillow
+    - at most 1, in one crop of twenty, from the same box of the whole picture, because Pillow
       chooses the order of its two passes by the height;
     - at most 2, on average 0.01, from resizing the whole picture and then cutting;
     - on average 0.6, in single pixels up to 20, if a JPEG of four times the size is halved while
@@ -833,7 +780,7 @@ def crop(content: bytes, window: Window) -> Image.Image:
     - on average 1.1 if the crop is cut from a resized copy, see QUALITY.
     """
     image = opened(content)
-    box = window(*image.size)
+    box = choose_box(*image.size)
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
         image, box = top_of_jpeg(content, image, box) or (image, box)
     return cut(as_rgb(image), box)
@@ -843,7 +790,7 @@ def top_of_jpeg(content: bytes, image: Image.Image, box: Box) -> tuple[Image.Ima
     """A JPEG from its top to the bottom of the box, and the box in pixels of that part.
 
     libjpeg halves a large picture while decoding, as long as twice the needed pixels remain. We
-    tell Pillow's decoder that the picture ends at the bottom of the window. It stops there, which
+    tell Pillow's decoder that the picture ends at the bottom of the box. It stops there, which
     saves a fifth of the work. It raises ValueError for the data left over, but also for broken
     data. If the last row is still black, the data may be broken: then returns None. So a picture
     that is damaged only below the box is used.
@@ -852,7 +799,7 @@ def top_of_jpeg(content: bytes, image: Image.Image, box: Box) -> tuple[Image.Ima
     factor = next(f for f in (8, 4, 2, 1) if scale >= 2 * f or f == 1)
     width, height = -(-image.width // factor), -(-image.height // factor)
     box = tuple(edge / factor for edge in box)
-    # Antialiasing reaches one output pixel beyond the window. One more row is for rounding.
+    # Antialiasing reaches one output pixel beyond the box. One more row is for rounding.
     rows = min(int(box[3] + max((box[3] - box[1]) / CROP, 1)) + 2, height)
     part = Image.new(image.mode, (width, rows))
     try:
@@ -895,14 +842,10 @@ def note_about(root: Path, pictures: Pictures) -> CopiesNote | None:
     """The note in `root`; None if there is none. Raises UserError if it is about other pictures."""
     note = utils.read_record(CopiesNote, root / NOTE)
     if note and (note.originals, note.fingerprint) != (str(pictures.folder), pictures.fingerprint):
-        what = f"these are copies of the pictures in {note.originals}, not in {pictures.folder}"
-        if note.originals == str(pictures.folder):
-            what = "pictures were added, removed or replaced after these copies were made"
-        elif note.fingerprint == pictures.fingerprint:
-            what += " (if they have only moved, correct that file)"
         raise UserError(
-            f"{root / NOTE}: {what}; remove it and the folders 256 … 480 beside it, or use another "
-            f"path_to_save"
+            f"{root / NOTE}: these are copies of the pictures that were in {note.originals} then, "
+            f"not of those now in {pictures.folder}; remove it and the folders 256 … 480 beside "
+            f"it, or use another path_to_save (if the pictures have only moved, correct that file)"
         )
     return note
 
@@ -958,7 +901,7 @@ def missing_copies(pictures: Pictures, folders: dict[int, Path], index: int) -> 
     wanted = [s for s, folder in folders.items() if size_of_file(f"{folder}/{name}") <= 0]
     if not wanted:
         return iter(())
-    image = opened(pictures.read(index))
+    image = pictures.use(index, opened)
     size, enough = image.size, resized_size(*image.size, 2 * max(wanted))
     reduced = image.draft(image.mode, enough)
     picture, box = as_rgb(image), reduced[1] if reduced else None

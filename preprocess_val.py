@@ -50,7 +50,7 @@ def main() -> None:
         f"{plural(len(pictures.class_names), 'class')} in {pictures.folder}, {pictures.layout}"
     )
     folder = utils.make_folder(output_root(config) / "val")
-    jobs = claim(folder, pictures)
+    jobs = take_folder(folder, pictures)
     if jobs:
         needed = len(jobs) * CROP_FILE_BYTES
         print(f"the crops of {len(jobs):,} are still to be cut ({utils.file_size(needed)})")
@@ -85,7 +85,7 @@ class Note:
     class_names: list[str]
 
 
-def claim(folder: Path, pictures: Pictures) -> list[int]:
+def take_folder(folder: Path, pictures: Pictures) -> list[int]:
     """Locks the folder. Returns the indices of the pictures whose crops are still to be cut.
 
     Removes the crops of pictures that have changed. Raises UserError if the folder holds the crops
@@ -215,10 +215,10 @@ def read_labels(path: Path, classes: int) -> np.ndarray:
     try:
         size = path.stat().st_size - utils.array_file_size(np.int64, (0,))
         labels = utils.read_array(path, np.empty(max(size, 0) // 8, np.int64))
+        if labels.min() < -1 or not 0 <= labels.max() < classes:  # ValueError if there are none
+            raise ValueError
     except (ValueError, FileNotFoundError):
-        labels = np.empty(0, np.int64)
-    if not (labels.min(initial=-1) == -1 and 0 <= labels.max(initial=-1) < classes):
-        raise UserError(f"{path}: holds no labels; run preprocess_val.py again")
+        raise UserError(f"{path}: holds no labels; run preprocess_val.py again") from None
     return labels
 
 

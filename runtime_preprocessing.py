@@ -56,15 +56,14 @@ from PIL import Image, ImageDraw, ImageFont
 from preprocess import (
     CROP,
     SIDES,
+    BoxChooser,
     BrokenPicture,
     Failures,
     Pictures,
-    Window,
-    area_window,
+    area_box,
     copies_for,
     crop,
-    read_picture,
-    side_window,
+    side_box,
     training_pictures,
 )
 
@@ -730,12 +729,8 @@ class Batches:
 
     def _crop(self, index: int, choice: "Choice") -> Image.Image:
         """The crop of a picture, from its resized copy if there is one. Raises BrokenPicture."""
-        path = self.pictures.paths[index]
-        if choice.side in self.copies:
-            folder = self.copies[choice.side]
-            with contextlib.suppress(BrokenPicture):  # then the original is used
-                return crop(read_picture(f"{folder}/{path}", folder), choice.window)
-        return crop(self.pictures.read(index), choice.window)
+        cut_out = functools.partial(crop, choose_box=choice.window)
+        return self.pictures.use(index, cut_out, self.copies.get(choice.side))
 
 
 # --- the six steps ----------------------------------------------------------------------------
@@ -745,7 +740,7 @@ class Choice(NamedTuple):
     """The random choices for a picture."""
 
     side: int  # shorter side in pixels; 0 with crop = "area"
-    window: Window  # where the crop is
+    window: BoxChooser  # where the crop is
     flip: bool
     alpha: np.ndarray  # float64 [3], standard deviation 0.1: strength of the three colour shifts
 
@@ -756,10 +751,10 @@ def draw_choices(generator: np.random.Generator, count: int, how: str) -> list[C
     if how == "side":
         sides = generator.choice(np.array(SIDES), count).tolist()
         corners = generator.random((count, 2)).tolist()
-        windows = list(map(side_window, sides, corners))
+        windows = list(map(side_box, sides, corners))
     else:
         sides = [0] * count
-        windows = list(map(area_window, generator.random((count, 10, 4)).tolist()))
+        windows = list(map(area_box, generator.random((count, 10, 4)).tolist()))
     flips = (generator.random(count) < 0.5).tolist()
     alphas = generator.normal(0, 0.1, (count, 3))
     return list(map(Choice, sides, windows, flips, alphas))

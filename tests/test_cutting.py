@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import preprocess
-from preprocess import CROP, SIDES, BrokenPicture, area_window, crop, side_window
+from preprocess import CROP, SIDES, BrokenPicture, area_box, crop, side_box
 
 
 def textured(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -79,7 +79,7 @@ def test_crop_is_pillows_resize_then_crop(tmp_path, kind):
     rng = np.random.default_rng(1)
     sides = [SIDES[0], SIDES[-1], *rng.choice(SIDES, 4)]
     for side, corner in zip(sides, [*CORNERS, *rng.random((2, 2))], strict=True):
-        found = toolkit.crop_file(tmp_path / name, side_window(int(side), corner))
+        found = toolkit.crop_file(tmp_path / name, side_box(int(side), corner))
         assert (found.mode, found.size) == ("RGB", (CROP, CROP))
         difference = np.asarray(found) - reference_crop(tmp_path / name, int(side), corner)
         assert np.abs(difference).max() <= 2, (side, corner)
@@ -91,9 +91,9 @@ def test_crops_of_many_draws_are_pillows(toy):
     rng = np.random.default_rng(2)
     for path in paths:
         side, corner = int(rng.choice(SIDES)), rng.random(2)
-        difference = np.asarray(
-            toolkit.crop_file(path, side_window(side, corner))
-        ) - reference_crop(path, side, corner)
+        difference = np.asarray(toolkit.crop_file(path, side_box(side, corner))) - reference_crop(
+            path, side, corner
+        )
         assert np.abs(difference).max() <= 2, (path, side, corner)
 
 
@@ -101,16 +101,16 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
     """Pillow's own conversion would clip nearly all of it to white."""
     ramp = np.tile(np.linspace(0, 65535, 300).astype(np.uint16), (300, 1))
     Image.fromarray(ramp).save(tmp_path / "a.png")
-    found = np.asarray(toolkit.crop_file(tmp_path / "a.png", side_window(256, (0.0, 0.0))))
+    found = np.asarray(toolkit.crop_file(tmp_path / "a.png", side_box(256, (0.0, 0.0))))
     assert found[0, 0].max() <= 1
     assert abs(int(found[0, 223, 1]) - 255 * 223 / 255) < 3
     assert (found[..., 0] == found[..., 2]).all()
 
 
-def whole_then_cut(content: bytes, window) -> np.ndarray:
+def whole_then_cut(content: bytes, choose_box) -> np.ndarray:
     """The crop from the whole picture, int64 [224, 224, 3]: Pillow alone, nothing left out."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
-    box = window(*image.size)
+    box = choose_box(*image.size)
     return np.asarray(image.resize((CROP, CROP), Image.Resampling.BILINEAR, box), np.int64)
 
 
@@ -124,20 +124,20 @@ def test_a_jpeg_decoded_in_part_gives_the_same_picture(kind):
     textured(width, height).convert(mode).save(file, "JPEG", **{"quality": 90} | options)
     draw = np.random.default_rng(3)
     for _ in range(12):
-        for window in (
-            side_window(int(draw.choice(SIDES)), draw.random(2)),
-            area_window(draw.random((10, 4))),
+        for choose_box in (
+            side_box(int(draw.choice(SIDES)), draw.random(2)),
+            area_box(draw.random((10, 4))),
         ):
-            left, top, right, bottom = window(width, height)
+            left, top, right, bottom = choose_box(width, height)
             if min(right - left, bottom - top) < 2 * 2 * CROP:  # not halved while decoding
-                found = np.asarray(crop(file.getvalue(), window), np.int64)
+                found = np.asarray(crop(file.getvalue(), choose_box), np.int64)
                 # Pillow chooses the order of its passes by the height: a level may differ.
-                assert np.abs(found - whole_then_cut(file.getvalue(), window)).max() <= 1
+                assert np.abs(found - whole_then_cut(file.getvalue(), choose_box)).max() <= 1
 
 
 @pytest.mark.parametrize("kind", JPEGS)
-def test_no_more_of_a_jpeg_is_decoded_than_the_window_needs(kind, monkeypatch):
-    """The rows of the picture that the decoder fills, for a window in the upper half."""
+def test_no_more_of_a_jpeg_is_decoded_than_the_box_needs(kind, monkeypatch):
+    """The rows of the picture that the decoder fills, for a box in the upper half."""
     width, height, mode, _, options = FILES[kind]
     file = io.BytesIO()
     textured(width, height).convert(mode).save(file, "JPEG", **{"quality": 90} | options)
@@ -164,7 +164,7 @@ def test_a_black_bottom_is_no_broken_file(tmp_path, mode, first_black_row):
     Image.fromarray(pixels).convert(mode).save(tmp_path / "a.jpg", quality=95)
     for side, corner in ((256, (0.5, 0.9)), (480, (0.1, 0.0)), (480, (0.1, 0.5)), (361, (0.9, 1))):
         corner = np.minimum(corner, 0.999999)
-        found = np.asarray(toolkit.crop_file(tmp_path / "a.jpg", side_window(side, corner)))
+        found = np.asarray(toolkit.crop_file(tmp_path / "a.jpg", side_box(side, corner)))
         difference = found - reference_crop(tmp_path / "a.jpg", side, corner)
         assert np.abs(difference).max() <= 2, (side, corner)
 
@@ -179,7 +179,7 @@ def test_a_crop_beyond_the_end_of_a_broken_file_is_refused(tmp_path, progressive
     for share, down in ((0.0, 0.9), (0.1, 0.999999), (0.1, 0.5), (0.5, 0.9), (0.8, 0.999999)):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(BrokenPicture):
-            toolkit.crop_file(path, side_window(480, (0.5, down)))
+            toolkit.crop_file(path, side_box(480, (0.5, down)))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -187,7 +187,7 @@ def test_a_crop_beyond_the_end_of_a_broken_file_is_refused(tmp_path, progressive
 def test_a_very_large_jpeg_is_right_without_decoding_all_of_it(tmp_path, mode, size):
     textured(*size).convert(mode).save(tmp_path / "a.jpg", quality=92)
     for side, corner in ((256, (0.0, 0.0)), (256, (0.999999, 0.999999)), (333, (0.4, 0.6))):
-        found = np.asarray(toolkit.crop_file(tmp_path / "a.jpg", side_window(side, corner)))
+        found = np.asarray(toolkit.crop_file(tmp_path / "a.jpg", side_box(side, corner)))
         difference = found - reference_crop(tmp_path / "a.jpg", side, corner)
         assert np.abs(difference).mean() < 1, (side, corner)
         assert np.abs(difference.mean(axis=(0, 1))).max() < 0.15, (side, corner)
@@ -200,7 +200,7 @@ def test_orientation_and_broken_exif_are_ignored(tmp_path, capfd):
     textured(500, 375).save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\xff\xff", quality=90)
     textured(500, 375).save(tmp_path / "plain.jpg", quality=90)
     crops = [
-        np.asarray(toolkit.crop_file(tmp_path / name, side_window(305, (0.2, 0.7))))
+        np.asarray(toolkit.crop_file(tmp_path / name, side_box(305, (0.2, 0.7))))
         for name in ("plain.jpg", "turned.jpg", "broken.jpg")
     ]
     np.testing.assert_array_equal(crops[0], crops[1])
@@ -215,13 +215,13 @@ def test_a_picture_that_is_damaged_below_the_crop_is_used(progressive, tmp_path)
     textured(500, 375).save(file, "JPEG", quality=90, progressive=progressive)
     (tmp_path / "whole.jpg").write_bytes(file.getvalue())
     (tmp_path / "cut.jpg").write_bytes(file.getvalue()[: int(0.9 * len(file.getvalue()))])
-    window = side_window(480, (0.5, 0.1))
+    choose_box = side_box(480, (0.5, 0.1))
     if progressive:
         with pytest.raises(BrokenPicture):
-            toolkit.crop_file(tmp_path / "cut.jpg", window)
+            toolkit.crop_file(tmp_path / "cut.jpg", choose_box)
     else:
         found, expected = (
-            toolkit.crop_file(tmp_path / name, window) for name in ("cut.jpg", "whole.jpg")
+            toolkit.crop_file(tmp_path / name, choose_box) for name in ("cut.jpg", "whole.jpg")
         )
         assert found.tobytes() == expected.tobytes()
 
@@ -239,8 +239,8 @@ def test_one_file_has_one_verdict(cut_short, tmp_path):
     path.write_bytes(content)
     ways = (
         lambda: preprocess.decode(preprocess.read_picture(path)),
-        lambda: toolkit.crop_file(path, side_window(256, (0, 0))),
-        lambda: toolkit.crop_file(path, area_window([(0.5, 0.5, 0.5, 0.5)])),
+        lambda: toolkit.crop_file(path, side_box(256, (0, 0))),
+        lambda: toolkit.crop_file(path, area_box([(0.5, 0.5, 0.5, 0.5)])),
     )
     for way in ways:
         if cut_short:
@@ -250,13 +250,13 @@ def test_one_file_has_one_verdict(cut_short, tmp_path):
             assert way().mode == "RGB"
 
 
-# --- where a window lies ----------------------------------------------------------------------
+# --- where a box lies -------------------------------------------------------------------------
 
 
-def test_windows_reach_every_place_and_both_ends():
+def test_boxes_reach_every_place_and_both_ends():
     """Of a picture of 300x256 that is not resized."""
     draw = np.random.default_rng(4)
-    boxes = np.array([side_window(256, draw.random(2))(300, 256) for _ in range(4000)])
+    boxes = np.array([side_box(256, draw.random(2))(300, 256) for _ in range(4000)])
     assert (boxes[:, 2:] - boxes[:, :2] == CROP).all()
     for at, places in ((boxes[:, 0], 300 - CROP + 1), (boxes[:, 1], 256 - CROP + 1)):
         counts = np.bincount(at.astype(int), minlength=places)
@@ -269,7 +269,7 @@ def test_windows_reach_every_place_and_both_ends():
 def area_boxes(width: int, height: int, count: int) -> np.ndarray:
     """float64 [count, 4], drawn as the preprocessor draws them."""
     draw = np.random.default_rng(5)
-    return np.array([area_window(draw.random((10, 4)))(width, height) for _ in range(count)])
+    return np.array([area_box(draw.random((10, 4)))(width, height) for _ in range(count)])
 
 
 def torchvisions_boxes(width: int, height: int, count: int) -> np.ndarray:
@@ -320,8 +320,8 @@ def test_areas_are_those_of_szegedy(size):
 
 def test_the_first_try_that_fits_is_taken():
     fits, too_wide = (0.5, 0.5, 0.25, 0.75), (0.999, 0.999, 0.0, 0.0)
-    expected = area_window([fits])(200, 200)
-    assert area_window([too_wide, fits, (0.1, 0.1, 0.1, 0.1)])(200, 200) == expected
+    expected = area_box([fits])(200, 200)
+    assert area_box([too_wide, fits, (0.1, 0.1, 0.1, 0.1)])(200, 200) == expected
     side = np.sqrt(200 * 200 * 0.54)
     left, top = 0.25 * (200 - side), 0.75 * (200 - side)
     assert expected == pytest.approx((left, top, left + side, top + side))
@@ -329,7 +329,7 @@ def test_the_first_try_that_fits_is_taken():
 
 @pytest.mark.parametrize("size", [(900, 100), (100, 900)])
 def test_the_middle_of_a_long_picture_is_taken(size):
-    box = area_window([(0.999, 0.5, 0.0, 0.0)] * 10)(*size)
+    box = area_box([(0.999, 0.5, 0.0, 0.0)] * 10)(*size)
     long, short = (400 / 3, 100) if size[0] == 900 else (100, 400 / 3)
     assert (box[2] - box[0], box[3] - box[1]) == pytest.approx((long, short))
     assert (box[0] + box[2], box[1] + box[3]) == pytest.approx(size)
@@ -341,7 +341,7 @@ def test_a_crop_by_area_is_pillows(name, tmp_path):
     for width, height in ((500, 375), (120, 90), (33, 500)):
         textured(width, height).save(tmp_path / name, quality=90)
         draw = np.random.default_rng(7)
-        for window in (area_window(draw.random((10, 4))) for _ in range(6)):
-            found = np.asarray(toolkit.crop_file(tmp_path / name, window), np.int64)
-            expected = whole_then_cut((tmp_path / name).read_bytes(), window)
+        for choose_box in (area_box(draw.random((10, 4))) for _ in range(6)):
+            found = np.asarray(toolkit.crop_file(tmp_path / name, choose_box), np.int64)
+            expected = whole_then_cut((tmp_path / name).read_bytes(), choose_box)
             assert np.abs(found - expected).max() <= 1

@@ -7,7 +7,6 @@ import io
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import toolkit
@@ -240,7 +239,7 @@ def test_labels_counted_from_1_are_warned_of(tmp_path, settings, capsys):
     preprocess.training_pictures(settings(tmp_path))
     warning = capsys.readouterr().err
     assert (
-        "no pictures in 1 class of 4: 0; " in warning and "labels in lists count from 0" in warning
+        "no pictures in 1 class of 4: 0. " in warning and "labels in lists count from 0" in warning
     )
 
 
@@ -312,11 +311,10 @@ def test_an_empty_class_is_warned_of_and_keeps_its_rank(tmp_path, settings, caps
     config = settings(tmp_path)
     train = preprocess.training_pictures(config)
     warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 1 and "no pictures in 1 class of 4: n015; " in warnings[0]
+    assert len(warnings) == 1 and "no pictures in 1 class of 4: n015. " in warnings[0]
     val = preprocess.validation_pictures(config)
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "1 class of 4: n015; the classes are those of the training set" in warning
-    assert "dot" not in warning  # hiding val/n015 would change nothing
+    assert "1 class of 4: n015. The classes are those of the training set" in warning
     expected = {"n01": 0, "n02": 2, "n10": 3}
     assert labels_by_name(train) == {name: expected[wnid] for name, wnid in TRAIN.items()}
     assert labels_by_name(val) == {name: expected[wnid] for name, wnid in VAL.items()}
@@ -332,8 +330,8 @@ def test_all_classes_without_pictures_are_named_and_how_to_leave_them_out(
     config = settings(tmp_path)
     assert len(preprocess.training_pictures(config).class_names) == 6
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "3 classes of 6: labels\\x1b[31m, n00 empty, notes; " in warning
-    assert "begin its name with a dot" in warning
+    assert "3 classes of 6: labels\\x1b[31m, n00 empty, notes. " in warning
+    assert "begin a folder's name with a dot" in warning
     for name in ("notes", "n00 empty", "labels\x1b[31m"):  # as the warning says
         (tmp_path / "train" / name).rename(tmp_path / "train" / f".{name}")
     assert preprocess.training_pictures(config).class_names == ["n01", "n02", "n10"]
@@ -358,15 +356,8 @@ def test_one_name_in_two_unicode_normal_forms_is_explained(tmp_path, settings):
     put(tmp_path / "train/tea/a.jpg")
     put(tmp_path / "val/cafe\u0301/a.jpg")
     put(tmp_path / "val/tea/a.jpg")
-    with pytest.raises(UserError, match=r"looks like .*train/caf\u00e9, .*\(NFC and NFD\); rename"):
+    with pytest.raises(UserError, match="val/cafe\u0301: not a class .* to the letter"):
         preprocess.validation_pictures(settings(tmp_path))
-
-
-def test_two_classes_that_print_alike_are_refused(tmp_path, settings):
-    for name in ("caf\u00e9", "cafe\u0301", "tea"):
-        put(tmp_path / "train" / name / "a.jpg")
-    with pytest.raises(UserError, match=r"looks like .*/train/caf.*\(NFC and NFD\); rename"):
-        preprocess.training_pictures(settings(tmp_path))
 
 
 STRANGE = [
@@ -673,15 +664,11 @@ def test_lists_may_hold_spaces_windows_line_ends_and_any_bytes(tmp_path, setting
     assert pictures.labels.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("lists", [("train", "val"), ("train",)])
-def test_a_list_in_utf_16_is_named_with_the_way_out(lists, tmp_path, settings):
+def test_a_list_in_utf_16_is_named_with_the_way_out(tmp_path, settings):
     make_list_files(tmp_path, "train", "val")
-    for part in ("train", "val"):
-        text = (tmp_path / f"{part}.txt").read_text()
-        (tmp_path / f"{part}.txt").write_text(text, encoding="utf-16")
-        if part not in lists:
-            (tmp_path / f"{part}.txt").unlink()
-    with pytest.raises(UserError, match=r"train\.txt: .* UTF-16; save it as UTF-8$"):
+    text = (tmp_path / "train.txt").read_text()
+    (tmp_path / "train.txt").write_text(text, encoding="utf-16")
+    with pytest.raises(UserError, match=r"train\.txt: line 1: expected .* in UTF-8, not "):
         preprocess.training_pictures(settings(tmp_path))
 
 
@@ -780,11 +767,12 @@ def test_training_without_a_validation_set_says_so(layout, tmp_path):
     toolkit.assert_one_line_error(result, "preprocess_val.py", "no validation set", expected)
 
 
-def test_a_note_called_train_txt_beside_class_folders_is_no_list(tmp_path, settings):
+def test_a_note_called_train_txt_beside_class_folders_is_named(tmp_path, settings):
     put(tmp_path / "train/cat/a.jpg")
-    for text in ("", "\n", "Downloaded on Monday.\n", "Pictures " * 40 + "of 2012\n"):
+    for text in ("", "\n", "Downloaded on Monday.\n", "cat/a\ncat/b\n"):
         (tmp_path / "train.txt").write_text(text)
-        assert preprocess.training_pictures(settings(tmp_path)).layout.startswith("class folders")
+        with pytest.raises(UserError, match=r"train\.txt: .* no list of pictures, rename it"):
+            preprocess.training_pictures(settings(tmp_path))
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
@@ -810,8 +798,8 @@ def refusal(settings, folder: Path) -> str:
 
 
 INSTEAD = {
-    "ILSVRC2012_img_train.tar": "tar -xf ILSVRC2012_img_train.tar -C train && cd train && for f in",
-    "n01440764.tar": "ImageNet's classes, each still in its archive",
+    "ILSVRC2012_img_train.tar": "unpack it as the section of README.md about ImageNet says",
+    "n01440764.tar": "it holds ImageNet's archive n01440764.tar; unpack it",
     "imagenet1k-train-0003.tar": "no archives or tables",
     "archive.zip": "no archives or tables",
     "train-00000-of-00294.parquet": "no archives or tables",
@@ -831,26 +819,6 @@ def test_what_lies_there_instead_is_named_with_the_way_out(name, place, tmp_path
     assert "found neither train/<class>/" in message or "no pictures found" in message
 
 
-def test_the_command_unpacks_the_classes_of_imagenet(tmp_path, settings):
-    """It is what the message says, in a shell, and afterwards all pictures are there."""
-    make_class_folders(tmp_path / "disk")
-    train = tmp_path / "data set" / "train"
-    train.mkdir(parents=True)
-    for wnid in ("n00000001", "n00000002"):
-        folder = tmp_path / "disk/train/n01"
-        subprocess.run(["tar", "-cf", train / f"{wnid}.tar", "-C", folder, "."], check=True)
-    command = re.search(r"unpack them: (cd .* done)$", refusal(settings, tmp_path / "data set"))[1]
-    subprocess.run(["bash", "-c", command], check=True)
-    pictures = preprocess.training_pictures(settings(tmp_path / "data set"))
-    assert len(pictures) == 6 and pictures.class_names == ["n00000001", "n00000002"]
-
-
-def test_a_folder_in_capitals_is_named(tmp_path, settings):
-    make_class_folders(tmp_path)
-    (tmp_path / "train").rename(tmp_path / "Train")
-    assert refusal(settings, tmp_path).startswith(f"{tmp_path / 'Train'}: rename this folder to tr")
-
-
 @pytest.mark.parametrize("below", ["train", "train/n01", "val"])
 def test_one_folder_too_deep_is_named(below, tmp_path, settings):
     make_class_folders(tmp_path / "data")
@@ -862,17 +830,6 @@ def test_one_folder_too_high_is_named(tmp_path, settings):
     (tmp_path / "downloads/other").mkdir()
     message = refusal(settings, tmp_path / "downloads")
     assert message.endswith(f"did you mean {tmp_path / 'downloads/flowers'}?")
-
-
-def test_class_folders_without_train_are_named(tmp_path, settings):
-    put(tmp_path / "data/cat/a.jpg")
-    assert f"move them into {tmp_path / 'data/train'}" in refusal(settings, tmp_path / "data")
-
-
-@pytest.mark.parametrize("place", [".", "train"])
-def test_pictures_without_class_folders_are_named(place, tmp_path, settings):
-    put(tmp_path / "data" / place / "a.jpg")
-    assert "not in class folders" in refusal(settings, tmp_path / "data")
 
 
 def test_the_way_out_of_a_flat_validation_set_is_named(tmp_path, settings):
@@ -887,7 +844,7 @@ def test_validation_pictures_still_in_their_archive_are_named(tmp_path, settings
     make_class_folders(tmp_path)
     shutil.rmtree(tmp_path / "val")
     put(tmp_path / "val" / "ILSVRC2012_img_val.tar", b"")
-    with pytest.raises(UserError, match=r"no pictures found; .*ILSVRC2012_img_val\.tar is ImageNe"):
+    with pytest.raises(UserError, match=r"no pictures found; .*archive ILSVRC2012_img_val\.tar"):
         preprocess.validation_pictures(settings(tmp_path))
 
 
@@ -980,13 +937,3 @@ def test_the_fingerprint_looks_at_the_whole_set(tmp_path, settings, monkeypatch)
     pictures = preprocess.training_pictures(settings(tmp_path))
     assert pictures.fingerprint
     assert sorted(looked_at) == sorted(pictures.path(i) for i in (0, 2, 4, 6, 8))
-
-
-def test_lists_beside_class_folders_for_both_parts_are_not_needed(tmp_path, settings):
-    """As other datasets come, with lists in a format of their own."""
-    make_class_folders(tmp_path)
-    (tmp_path / "val").rename(tmp_path / "test")
-    for name in ("train.txt", "test.txt"):
-        (tmp_path / name).write_text("cat/a\ncat/b\n")
-    assert len(preprocess.training_pictures(settings(tmp_path))) == len(TRAIN)
-    assert len(preprocess.validation_pictures(settings(tmp_path))) == len(VAL)

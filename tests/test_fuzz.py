@@ -3,7 +3,7 @@
     python3 -m pytest tests/test_fuzz.py
     python3 tests/test_fuzz.py 600 [SEED]     # for ten minutes, and from another seed
 
-`crop` stops decoding where the crop's window ends. Whatever bytes a file holds, it must give the
+`crop` stops decoding where the crop's box ends. Whatever bytes a file holds, it must give the
 crop that the whole picture gives, or refuse what Pillow refuses.
 """
 
@@ -29,7 +29,7 @@ from preprocess import (
     decode,
     opened,
     resized_size,
-    side_window,
+    side_box,
     top_of_jpeg,
 )
 
@@ -252,22 +252,22 @@ def whole_crop(content: bytes, side: int, corner: tuple[float, float]) -> np.nda
     width, height = image.size
     draft = image.draft(image.mode, resized_size(width, height, 2 * side))
     across, down = (draft[1][2] / width, draft[1][3] / height) if draft else (1, 1)
-    left, top, right, bottom = side_window(side, corner)(width, height)
+    left, top, right, bottom = side_box(side, corner)(width, height)
     found = cut(as_rgb(image), (left * across, top * down, right * across, bottom * down))
     return np.asarray(found).astype(int)
 
 
 def compare(content: bytes, side: int, corner: tuple[float, float]) -> str:
     """Raises AssertionError if the crop is not that of the whole picture."""
-    window = side_window(side, corner)
+    choose_box = side_box(side, corner)
     try:
-        found = crop(content, window)
+        found = crop(content, choose_box)
     except BrokenPicture:
         with pytest.raises(BrokenPicture):
             decode(content)
         return "refused by both"
     image = opened(content)
-    if image.mode == "CMYK" or top_of_jpeg(content, image, window(*image.size)) is None:
+    if image.mode == "CMYK" or top_of_jpeg(content, image, choose_box(*image.size)) is None:
         return "decoded whole"
     outcome = "equal"
     try:

@@ -26,7 +26,7 @@ from PIL import Image
 import get_mu_sigma
 import preprocess
 import runtime_preprocessing
-from preprocess import CROP, SIDES, side_window
+from preprocess import CROP, SIDES, side_box
 from runtime_preprocessing import (
     GROUP,
     Batches,
@@ -276,7 +276,7 @@ def crops(toy) -> np.ndarray:
     """uint8 [40, 224, 224, 3]."""
     rng = np.random.default_rng(5)
     paths = sorted((toy / "train").rglob("*.JPEG"))
-    windows = [side_window(int(rng.choice(SIDES)), rng.random(2)) for _ in paths]
+    windows = [side_box(int(rng.choice(SIDES)), rng.random(2)) for _ in paths]
     return np.stack(list(map(toolkit.crop_file, paths, windows)))
 
 
@@ -420,7 +420,7 @@ def test_crops_by_area_are_of_the_originals(tmp_path, toy, ram):
 
 def test_normalised_pictures_have_mean_0_and_deviation_1(config):
     batches = batches_of(config, batch_size=40)
-    values = get_mu_sigma.mu_sigma(batches.pictures, batches.pictures.decoded, batches.failures)
+    values = get_mu_sigma.mu_sigma(batches.pictures, batches.failures)
     mu, sigma = ([float(v) for v in value] for value in values)
     batches.spec = dataclasses.replace(batches.spec, mu=mu, sigma=sigma)
     x = np.concatenate([batches.make(epoch)[0].astype(np.float32) for epoch in range(3)])
@@ -583,7 +583,7 @@ def test_pictures_that_are_gone_do_not_change_what_is_prepared(tmp_path, toy, ow
 
 
 def statistics_of(pictures: preprocess.Pictures, failures: preprocess.Failures):
-    return get_mu_sigma.mu_sigma(pictures, pictures.decoded, failures)
+    return get_mu_sigma.mu_sigma(pictures, failures)
 
 
 def pictures_of(tmp_path: Path, dataset: Path) -> tuple[preprocess.Pictures, preprocess.Failures]:

@@ -313,7 +313,7 @@ def test_copies_of_another_dataset_are_refused_and_not_trained_on(settings, tmp_
     toolkit.assert_one_line_error(result, "preprocess.py", *words)
     assert not (tmp_path / "preprocessed/263").exists()
     result = preview(other, tmp_path)
-    assert result.returncode == 0 and f"{mixed / 'train'}, not in " in result.stderr
+    assert result.returncode == 0 and f"that were in {mixed / 'train'} then" in result.stderr
     assert "from the originals" in result.stdout
     result = toolkit.run("get_mu_sigma.py", other, "--shorter_side=256")
     toolkit.assert_one_line_error(result, "get_mu_sigma.py", "preprocessed/256: no copies")
@@ -380,7 +380,7 @@ def test_copies_of_pictures_that_have_changed_since_are_refused(how, tmp_path, m
     config = toolkit.write_config(tmp_path, tmp_path / "data", tmp_path / "buffer")
     run_well("preprocess.py", config, "--shorter_side=256")
     edit_pictures(tmp_path / "data/train", how)
-    reason = "copies.json: pictures were added, removed or replaced after"
+    reason = "copies.json: these are copies of the pictures that were in"
     for side in (256, 263):
         result = toolkit.run("preprocess.py", config, f"--shorter_side={side}")
         words = reason, "remove it and the folders 256 … 480", "another path_to_save"

@@ -64,11 +64,11 @@ def batches_of(config: Path, batch_size: int = 4, **changes: object):
     return runtime_preprocessing.Batches(spec, batches.pictures, batches.copies)
 
 
-def crop_file(path: Path, window: object):
-    """The crop of a picture's file that `window` chooses, as batches have it."""
+def crop_file(path: Path, choose_box: object):
+    """The crop of a picture's file that `choose_box` chooses, as batches have it."""
     import preprocess
 
-    return preprocess.crop(preprocess.read_picture(path), window)
+    return preprocess.crop(preprocess.read_picture(path), choose_box)
 
 
 def command(script: str, config: Path | None, *arguments: str) -> list[str]:

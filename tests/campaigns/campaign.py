@@ -31,7 +31,7 @@ import numpy as np
 # isort: split
 import preprocess
 import toy_dataset
-from preprocess import side_window
+from preprocess import side_box
 from runtime_preprocessing import write_progress
 
 PATIENCE = 180
@@ -284,7 +284,7 @@ def flip_bytes(tries: int = 2000) -> tuple[int, int]:
             target.write_bytes(content)
             try:
                 side = int(rng.choice(preprocess.SIDES))
-                crop = toolkit.crop_file(target, side_window(side, rng.random(2)))
+                crop = toolkit.crop_file(target, side_box(side, rng.random(2)))
                 lost += crop.size != (224, 224) or crop.mode != "RGB"
             except preprocess.BrokenPicture:
                 broken += 1
