@@ -20,13 +20,13 @@ import utils  # first: it says which package is missing
 from utils import TryAgain, UserError, plural
 
 # isort: split
-import argparse
 import contextlib
 import ctypes
 import dataclasses
 import functools
 import gc
 import itertools
+import json
 import math
 import mmap
 import multiprocessing
@@ -74,17 +74,14 @@ def main() -> None:
     if args.preview:
         draw_preview(batches_for(config, args), args.preview)
         return
-    folder = utils.make_folder(config.train.buffer_folder, private=True)
-    utils.lock(folder / LOCK, ANOTHER.format(folder))
+    folder = hold(config.train.buffer_folder, LOCK)
     if args.benchmark:
         benchmark(batches_for(config, args), folder)
         return
     set_aside_older_run(folder, args)
     buffer = Buffer(folder, batches_for(config, args), config.train.buffer_size)
-    # A logout may have removed the folder while the pictures were looked for.
-    utils.make_folder(folder, private=True)
-    utils.keep_lock(folder / LOCK, ANOTHER.format(folder))
-    buffer.check_room()
+    hold(folder, LOCK)  # a logout may have removed it while the pictures were looked for
+    buffer.check_size()
     with utils.stop_on_signals() as stop:
         buffer.claim()
         settings = config.runtime_preprocessing
@@ -107,24 +104,24 @@ def parse_arguments() -> Namespace:
     )
     parser.add_epochs()
     parser.add("--batch_size", utils.whole(1), "pictures per batch", utils.REQUIRED)
-    parser.add("--preview", sheet_path, "draw a contact sheet of a batch and exit")
+    parser.add("--preview", Path, "draw a contact sheet of a batch and exit")
     parser.add("--benchmark", None, "measure pictures per second and exit")
-    return parser.parse()
+    args = parser.parse()
+    if args.preview and picture_format(args.preview) not in Image.SAVE:
+        raise UserError(f"--preview={args.preview}: expected a name with .png or .jpg")
+    return args
 
 
-def describe(spec: "BatchSpec", layout: str) -> str:
-    """Says what will be made, and from what."""
+def say_what_is_made(spec: "BatchSpec", layout: str) -> None:
     source = "the originals" if spec.crop == "side" else 'the originals, crop = "area"'
     if sides := len(spec.resized):
         source = f"resized copies for {sides} of the {len(SIDES)} shorter sides, else {source}"
     if spec.workers > 1:
         part = plural(spec.N // spec.workers, "picture")
         source += f"; worker {spec.worker} of {spec.workers} takes {part} of each epoch"
-    epochs = spec.epochs[1] - spec.epochs[0]
-    return (
+    print(
         f"{plural(spec.classes, 'class')}, {plural(spec.N, 'training picture')}, {layout}; "
-        f"{plural(spec.batches_per_epoch, 'batch')} of {spec.batch_size} per epoch, "
-        f"{epochs * spec.batches_per_epoch:,} in {plural(epochs, 'epoch')}, from {source}"
+        f"{plural(spec.batches_per_epoch, 'batch')} of {spec.batch_size} per epoch, from {source}"
     )
 
 
@@ -138,7 +135,7 @@ PROGRESS = "training_progress.txt"
 BENCHMARK = ".benchmark-batches"
 LOCK = ".preprocessor.lock"
 TRAINER_LOCK = ".trainer.lock"
-ANOTHER = "{}: another runtime_preprocessing.py uses this folder; give each its own"
+HOLDERS = {LOCK: "runtime_preprocessing.py", TRAINER_LOCK: "train.py"}
 
 
 @dataclass(frozen=True)
@@ -252,7 +249,7 @@ def batches_for(config: SimpleNamespace, args: Namespace) -> "Batches":
         epochs=[args.epoch_start, args.epoch_end],
         crop=how,
     )
-    print(describe(spec, pictures.layout))
+    say_what_is_made(spec, pictures.layout)
     return Batches(spec, pictures, copies)
 
 
@@ -264,15 +261,15 @@ class TFConfig:
     task: dict[str, Any]  # job and index of this machine
 
     def __post_init__(self) -> None:
-        chiefs, others = (len(self.cluster.get(job, [])) for job in ("chief", "worker"))
-        job, index, self.workers = self.task.get("type"), self.task.get("index"), chiefs + others
-        first, count = {"chief": (0, chiefs), "worker": (chiefs, others)}.get(str(job), (0, 0))
-        if type(index) is not int or not 0 <= index < count:
-            raise ValueError(f"task {self.task} is not one of the cluster's {self.workers}")
+        addresses = {job: self.cluster.get(job, []) for job in ("chief", "worker")}
+        machines = [(job, index) for job in addresses for index in range(len(addresses[job]))]
+        this = self.task.get("type"), self.task.get("index")
+        if this not in machines:
+            raise ValueError(f"task {self.task} is not one of the cluster's {len(machines)}")
         for address in itertools.chain(*self.cluster.values()):
             if not re.fullmatch(r".+:[0-9]{1,5}", address):
                 raise ValueError(f"{address!r} is not host:port")
-        self.worker = first + index
+        self.worker, self.workers = machines.index(this), len(machines)
 
 
 def worker_of_workers() -> tuple[int, int]:
@@ -331,15 +328,26 @@ def set_aside_older_run(folder: Path, args: Namespace) -> None:
 # --- the folder -------------------------------------------------------------------------------
 
 
+def hold(folder: Path, lock: str) -> Path:
+    """Makes the folder and locks it, also again: somebody may remove or move it at any time.
+
+    Raises UserError if another process holds this lock.
+    """
+    utils.make_folder(folder, private=True)
+    refusal = f"{folder}: another {HOLDERS[lock]} uses this folder; give each its own"
+    utils.keep_lock(folder / lock, refusal)
+    return folder
+
+
+PAGE = 4096
+"""Bytes. A RAM disk stores files in whole pages, so a file takes at most this much more."""
+
+
 class Buffer:
     """The folder of batches: which are needed, which are ready, and what the others need room for.
 
     It reads and removes only files with the toolkit's own names.
     """
-
-    held: tuple[int, int] | None = None
-    """The lock file that this process holds; see `lock_file`."""
-    said_no_room = False
 
     def __init__(self, folder: Path, batches: "Batches", size: int):
         self.folder, self.batches, self.spec = folder, batches, batches.spec
@@ -350,6 +358,10 @@ class Buffer:
             "Y": utils.array_file_size(np.int32, self.spec.shape[:1]),
         }
         """Bytes of a file."""
+        self.json = json.dumps(dataclasses.asdict(self.spec), indent=1)
+        self.pattern = f"{shlex.quote(str(folder))}/[XY]_[0-9]*.npy"
+        """What the shell calls the batches."""
+        self.said_no_room = False
 
     def files(self) -> dict[str, int]:
         """The batch files in the folder, with their sizes in bytes."""
@@ -363,18 +375,17 @@ class Buffer:
 
     def ready(self, files: dict[str, int]) -> set[int]:
         """Steps of the batches whose two files are complete."""
-        complete: dict[str, set[int]] = {"X": set(), "Y": set()}
-        for name, size in files.items():
-            step, kind = self.spec.step_of(name), name[0]
-            if step is not None and size == self.sizes[kind]:
-                complete[kind].add(step)
-        return complete["X"] & complete["Y"]
+        complete = [name for name, size in files.items() if size == self.sizes[name[0]]]
+        x, y = ({self.spec.step_of(name) for name in complete if name[0] == kind} for kind in "XY")
+        return x & y - {None}
 
-    def check_room(self) -> None:
+    def check_size(self) -> None:
         """Prints how much room the buffer needs and has. Raises UserError if it has too little."""
         folder, size_of = self.folder, utils.file_size
-        own, batch = on_disk(*self.files().values()), on_disk(*self.sizes.values())
-        room = shutil.disk_usage(folder).free + own - on_disk(1)  # for the progress file
+        own, batch = (
+            sum(size + PAGE for size in files.values()) for files in (self.files(), self.sizes)
+        )
+        room = shutil.disk_usage(folder).free + own - PAGE  # for the progress file
         there = f"{folder} has room for {size_of(max(room, 0))}"
         free = utils.available_memory() if is_ram_disk(folder) else None
         if free is not None:
@@ -383,10 +394,10 @@ class Buffer:
             room = min(room, free + own - min(max(10**9, free // 10), free // 2))
         needs = f"{plural(self.size, 'batch')} of {size_of(batch)}"
         if batch * self.size > room:
-            way_out = f"the largest buffer_size that fits is {room // batch}"
-            if room < batch:
-                way_out = "not even one batch fits: use another folder or a smaller --batch_size"
-            raise UserError(f"[train] buffer_size: no room for {needs}: {there}; {way_out}")
+            raise UserError(
+                f"[train] buffer_size: no room for {needs}: {there}; the largest buffer_size that "
+                f"fits is {max(room // batch, 0)}; a smaller --batch_size needs less"
+            )
         print(f"buffer: {needs}, together {size_of(batch * self.size)}; {there}")
 
     def claim(self) -> None:
@@ -406,21 +417,27 @@ class Buffer:
             print(f"{self.folder}: removing {plural(len(files), 'file')}, made with other {others}")
             self.remove(files)
         self.remove_leftovers()
-        utils.write_record(self.folder / BUFFER_JSON, self.spec)
+        utils.write_text(self.folder / BUFFER_JSON, self.json)
         self.remove([OLDER_JSON])
         if ready := self.ready(self.files()).intersection(self.window(self.wanted_first())):
             print(f"{self.folder}: {plural(len(ready), 'batch')} ready from an earlier run")
+
+    def is_ours(self) -> bool:
+        """Whether buffer.json is this buffer's: another preprocessor may have taken the folder."""
+        with contextlib.suppress(FileNotFoundError):
+            return utils.read_file(self.folder / BUFFER_JSON) == self.json.encode()
+        return False
 
     def look(self) -> dict[str, int]:
         """Returns the batch files. Makes again what somebody has removed: the folder, the lock,
         buffer.json. Raises UserError if another preprocessor was faster.
         """
-        utils.make_folder(self.folder, private=True)
         with contextlib.suppress(FileNotFoundError):  # removed just now; the next look makes it
-            utils.keep_lock(self.folder / LOCK, ANOTHER.format(self.folder))
-            self.held = lock_file(self.folder)
+            hold(self.folder, LOCK)
             if not (self.folder / BUFFER_JSON).exists():
-                utils.write_record(self.folder / BUFFER_JSON, self.spec)
+                utils.write_text(self.folder / BUFFER_JSON, self.json)
+            elif not self.is_ours():  # another preprocessor was here, and has ended
+                self.claim()
         return self.files()
 
     def wanted_first(self) -> int:
@@ -444,8 +461,7 @@ class Buffer:
         """Removes what a killed process left half-written. The lock makes this process the only
         writer of these names.
         """
-        if self.folder.is_dir():
-            utils.remove_leftovers(self.folder, "[XY]_*", BUFFER_JSON)
+        utils.remove_leftovers(self.folder, "[XY]_*", BUFFER_JSON)
         shutil.rmtree(self.folder / BENCHMARK, ignore_errors=True)
 
     def leave(self) -> None:
@@ -460,11 +476,6 @@ class Buffer:
                 f"delete them: rm {self.pattern}"
             )
 
-    @property
-    def pattern(self) -> str:
-        """What the shell calls the batches."""
-        return f"{shlex.quote(str(self.folder))}/[XY]_[0-9]*.npy"
-
 
 def is_ram_disk(folder: Path) -> bool:
     """Whether Linux keeps the folder's file system in memory. False on other systems."""
@@ -473,11 +484,6 @@ def is_ram_disk(folder: Path) -> bool:
     line = rb"^\d+ \d+ %d:%d .*? - (\w+) " % (os.major(device), os.minor(device))
     mount = re.search(line, known, re.MULTILINE)
     return mount is not None and mount[1] in (b"tmpfs", b"ramfs", b"devtmpfs")
-
-
-def on_disk(*sizes: int) -> int:
-    """Bytes that files of these sizes take on a RAM disk, in whole pages."""
-    return sum(-(-size // 4096) * 4096 for size in sizes)
 
 
 # --- keeping it full --------------------------------------------------------------------------
@@ -525,21 +531,21 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float, stop: utils.Stop)
                 ready.intersection_update(window)
                 # Two jobs per thread, so that no thread waits for this loop.
                 for step in missing[: 2 * threads - len(under_way)]:
-                    under_way[step] = pool.submit(make, step, buffer.held)
+                    under_way[step] = pool.submit(make, step)
                 filling = bool(under_way)
             wait(under_way.values(), POLL, "FIRST_COMPLETED") if under_way else stop.wait(POLL)
             done = [step for step in under_way if under_way[step].done()]
-            made = [step for step in done if is_made(step, under_way.pop(step), buffer, ready)]
+            made = [step for step in done if collect(step, under_way.pop(step), buffer, ready)]
             if made != done:
                 look_at = 0.0  # another batch or the folder was removed
             ready.update(made)
-            diary.note(first, len(ready), len(made), filling)
+            diary.report(first, len(ready), len(made), filling)
     return diary.made
 
 
-def is_made(step: int, job: Future, buffer: Buffer, ready: set[int]) -> bool:
-    """Whether a job has made its batch. False if the folder was removed, or if there was no room:
-    then the batch that is needed last makes room.
+def collect(step: int, job: Future, buffer: Buffer, ready: set[int]) -> bool:
+    """Takes what a job has to say of its batch. Returns whether the batch was made: it was not if
+    the folder was removed, or if there was no room. Then the batch that is needed last makes room.
 
     Raises the exception of a worker, and UserError if too many pictures are broken.
     """
@@ -568,28 +574,30 @@ class Diary:
         """`pause`: at least this many seconds between two lines."""
         self.buffer, self.pause = buffer, pause
         self.made = self._told = 0
-        self._busy = self._say_at = 0.0
-        self._now = self._alive_at = time.monotonic()
+        self._say_at = 0.0
+        self._began = self._alive_at = time.monotonic()
 
-    def note(self, first: int, ready: int, made: int, filling: bool) -> None:
+    def report(self, first: int, ready: int, made: int, filling: bool) -> None:
         """Called in each round: where training is, how many batches are ready, how many were just
         made, and whether more are wanted.
         """
-        last, self._now = self._now, time.monotonic()
+        now = time.monotonic()
         self.made += made
-        self._busy += self._now - last if filling or made else 0
-        new, is_due = self.made - self._told, self._busy >= max(self.pause, SAY_FILLING)
-        if new and self._now >= self._say_at and (is_due or not filling):
-            rate = new * self.buffer.spec.batch_size / max(self._busy, 1e-9)
+        new, passed = self.made - self._told, now - self._began
+        is_due = now >= self._say_at and (not filling or passed >= max(self.pause, SAY_FILLING))
+        if new and is_due:
             print(
                 f"{self.buffer.spec.position(first)}: {plural(ready, 'batch')} ready ahead of "
-                f"training, {new:,} just made at {rate:,.0f} pictures/s"
+                f"training, {new:,} just made at "
+                f"{new * self.buffer.spec.batch_size / passed:,.0f} pictures/s"
             )
-            self._told, self._busy, self._say_at = self.made, 0.0, self._now + self.pause
+            self._say_at = now + self.pause
+        if not filling or (new and is_due):
+            self._told, self._began = self.made, now
         if made or not filling:
-            self._alive_at = self._now
-        elif self._now >= self._alive_at + STUCK:
-            self._alive_at = self._now
+            self._alive_at = now
+        elif now >= self._alive_at + STUCK:
+            self._alive_at = now
             utils.warn(
                 f"no batch was made for {STUCK:.0f} s, although training needs some: a process "
                 f"hangs, the storage of {self.buffer.batches.pictures.folder} does, or no room"
@@ -604,13 +612,15 @@ libraries break after a fork, so all threads run in this process."""
 @contextlib.contextmanager
 def workers(buffer: Buffer, threads: int) -> Iterator[Executor]:
     """A pool that runs `make`. Ends at once, whatever its workers are doing."""
+    global _buffer
+    _buffer = buffer
     gc.freeze()  # garbage collection would copy the shared memory into each process
     if FORK:
         # Forks all processes at the first job, before it starts any thread.
         fork = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(threads, fork, begin_work, [buffer])
+        pool = ProcessPoolExecutor(threads, fork, begin_work)
     else:
-        pool = ThreadPoolExecutor(threads, initializer=begin_work, initargs=[buffer])
+        pool = ThreadPoolExecutor(threads)
     try:
         yield pool
     except BrokenProcessPool:
@@ -623,29 +633,26 @@ def workers(buffer: Buffer, threads: int) -> Iterator[Executor]:
             for process in multiprocessing.active_children():
                 process.kill()  # it may hang
         pool.shutdown(cancel_futures=True)
-        if lock_file(buffer.folder) == buffer.held:
+        if buffer.is_ours():
             buffer.remove_leftovers()
 
 
 _buffer: Buffer
-"""What a worker makes batches for."""
+"""What the workers make batches for."""
 
 
-def begin_work(buffer: Buffer) -> None:
-    """Runs first in each worker."""
-    global _buffer
-    _buffer = buffer
-    if parent := multiprocessing.parent_process():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # the main process decides
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the parent ends
-        if os.getppid() != parent.pid:  # it has ended before
-            os._exit(1)
+def begin_work() -> None:
+    """Runs first in each process."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the main process decides
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the parent ends
+    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended before
+        os._exit(1)
 
 
-def make(step: int, held: tuple[int, int] | None) -> list[tuple[str, BrokenPicture]]:
+def make(step: int) -> list[tuple[str, BrokenPicture]]:
     """Runs in a worker; see `write_batch`."""
-    return write_batch(_buffer, step, held)
+    return write_batch(_buffer, step)
 
 
 # --- one batch --------------------------------------------------------------------------------
@@ -679,18 +686,6 @@ class Batches:
         self._generator(0, epoch).shuffle(order)
         return order[self.spec.worker :: self.spec.workers]
 
-    def make(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """X: float16 [batch_size, 224, 224, 3], Y: int32 [batch_size]. Raises as `parts`, and if
-        too many pictures are broken.
-        """
-        broken: list[tuple[str, BrokenPicture]] = []
-        parts = [(x.copy(), y) for x, y in self.parts(step, broken)]
-        for path, error in broken:
-            self.failures.add(path, error)
-        self.failures.check()
-        x, y = zip(*parts, strict=True)
-        return np.concatenate(x), np.concatenate(y)
-
     def parts(self, step: int, broken: list) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields the batch in parts of GROUP pictures. Use each part before asking for the next.
 
@@ -715,9 +710,9 @@ class Batches:
         x = np.empty((min(GROUP, size), CROP, CROP, 3), np.float16)
         for start in range(0, size, GROUP):
             group = slice(start, min(start + GROUP, size))
-            pictures = [functools.partial(cut_out, slot) for slot in range(group.start, group.stop)]
-            augment(pictures, choices[group], spec.mu, spec.sigma, out=x)
-            yield x[: len(pictures)], self.pictures.labels[chosen[group]]
+            slots = range(group.start, group.stop)
+            augment(cut_out, slots, choices[group], spec.mu, spec.sigma, out=x)
+            yield x[: len(slots)], self.pictures.labels[chosen[group]]
 
     def _candidates(self, epoch: int, batch: int, slot: int) -> Iterator[int]:
         """The picture at this place of a batch, and then, in case it is broken, substitutes."""
@@ -729,7 +724,7 @@ class Batches:
 
     def _crop(self, index: int, choice: "Choice") -> Image.Image:
         """The crop of a picture, from its resized copy if there is one. Raises BrokenPicture."""
-        cut_out = functools.partial(crop, choose_box=choice.window)
+        cut_out = functools.partial(crop, choose_box=choice.box)
         return self.pictures.use(index, cut_out, self.copies.get(choice.side))
 
 
@@ -740,7 +735,7 @@ class Choice(NamedTuple):
     """The random choices for a picture."""
 
     side: int  # shorter side in pixels; 0 with crop = "area"
-    window: BoxChooser  # where the crop is
+    box: BoxChooser  # where the crop is, in a picture of a given width and height
     flip: bool
     alpha: np.ndarray  # float64 [3], standard deviation 0.1: strength of the three colour shifts
 
@@ -751,17 +746,18 @@ def draw_choices(generator: np.random.Generator, count: int, how: str) -> list[C
     if how == "side":
         sides = generator.choice(np.array(SIDES), count).tolist()
         corners = generator.random((count, 2)).tolist()
-        windows = list(map(side_box, sides, corners))
+        boxes = list(map(side_box, sides, corners))
     else:
         sides = [0] * count
-        windows = list(map(area_box, generator.random((count, 10, 4)).tolist()))
+        boxes = list(map(area_box, generator.random((count, 10, 4)).tolist()))
     flips = (generator.random(count) < 0.5).tolist()
     alphas = generator.normal(0, 0.1, (count, 3))
-    return list(map(Choice, sides, windows, flips, alphas))
+    return list(map(Choice, sides, boxes, flips, alphas))
 
 
 def augment(
-    pictures: Sequence[Callable[[Choice], Image.Image]],
+    cut_out: Callable[[int, Choice], Image.Image],
+    slots: Sequence[int],
     choices: Sequence[Choice],
     mu: list[float],
     sigma: list[float],
@@ -777,14 +773,13 @@ def augment(
     5. flip it half of the time;
     6. shift its colours a little.
 
-    `pictures`: functions that return a picture's crop, 8-bit RGB, 224x224. `out`: float16
-    [at least n, 224, 224, 3].
+    `cut_out` returns the crop of the picture at one of the `slots` of the batch, 8-bit RGB,
+    224x224. `out`: float16 [at least n, 224, 224, 3].
     """
     crops = []
-    for cut_out, choice in zip(pictures, choices, strict=True):
-        picture = cut_out(
-            choice
-        )  # steps 1 to 3 at once: no more is decoded and resized than the crop
+    for slot, choice in zip(slots, choices, strict=True):
+        # Steps 1 to 3 at once: no more is decoded and resized than the crop.
+        picture = cut_out(slot, choice)
         if choice.flip:  # step 5, which is fastest now
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         crops.append(np.frombuffer(picture.tobytes(), np.uint8).reshape(CROP, CROP, 3))
@@ -828,14 +823,11 @@ def colour_shifts(crops: Sequence[np.ndarray], alpha: np.ndarray, sigma: list) -
 # --- the two files of a batch -------------------------------------------------------------------
 
 
-def write_batch(
-    buffer: Buffer, step: int, held: tuple[int, int] | None
-) -> list[tuple[str, BrokenPicture]]:
+def write_batch(buffer: Buffer, step: int) -> list[tuple[str, BrokenPicture]]:
     """Makes a batch and writes its two files, labels first: a batch with pictures is whole.
 
-    `held`: the lock file that the preprocessor holds. Returns the broken pictures. Raises
-    FileNotFoundError if the folder or the lock file has been removed: another preprocessor may have
-    taken the folder. Waits a moment before it raises OSError for want of room.
+    Returns the broken pictures. Raises FileNotFoundError if the folder is no longer this buffer's.
+    Waits a moment before it raises OSError for want of room.
     """
     x_path, y_path = buffer.spec.files(buffer.folder, step)
     labels, broken = [], []
@@ -845,23 +837,14 @@ def write_batch(
             for x, y in buffer.batches.parts(step, broken):
                 file.write(x.data)
                 labels.append(y)
-            if lock_file(buffer.folder) != held:
-                raise FileNotFoundError(f"{buffer.folder / LOCK}: was removed")
+            if not buffer.is_ours():
+                raise FileNotFoundError(f"{buffer.folder / BUFFER_JSON}: was removed or replaced")
             utils.save_array(y_path, np.concatenate(labels))
     except OSError as error:
         if utils.is_no_room(error):
             time.sleep(1)
         raise
     return broken
-
-
-def lock_file(folder: Path) -> tuple[int, int] | None:
-    """Tells lock files apart; None if there is none."""
-    try:
-        status = os.stat(folder / LOCK)
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 # --- train.py's side ----------------------------------------------------------------------------
@@ -873,13 +856,10 @@ SAY_WAITING = 3.0
 """Seconds after which a missing batch is worth a line. A preprocessor whose lock was removed makes
 it again within one."""
 
-OTHER_TRAINER = "{}: another train.py uses this buffer"
-
 
 def take_buffer(config: SimpleNamespace) -> Path:
     """Locks the buffer's folder. Raises UserError if another train.py holds the lock."""
-    folder = utils.make_folder(config.train.buffer_folder, private=True)
-    utils.lock(folder / TRAINER_LOCK, OTHER_TRAINER.format(folder))
+    folder = hold(config.train.buffer_folder, TRAINER_LOCK)
     utils.remove_leftovers(folder, PROGRESS)
     return folder
 
@@ -890,7 +870,7 @@ def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
     `args`: the trainer's epoch_start, epoch_end, batch_size and config. Raises UserError if another
     train.py uses the buffer, or if a preprocessor is making batches that do not fit this training.
     """
-    folder, say_at, wrong_since = take_buffer(config), 0.0, math.inf
+    folder, say_at = take_buffer(config), 0.0
     while True:
         spec = BatchSpec.read(folder)
         wrong = misfit(spec, config, args.batch_size) if spec else ""
@@ -899,11 +879,9 @@ def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
         state = f"start {preprocessor_command(args)}"
         if utils.is_locked(folder / LOCK):
             state = "runtime_preprocessing.py is starting"
-            wrong_since = min(wrong_since, time.monotonic()) if wrong else math.inf
-            if time.monotonic() > wrong_since + SAY_WAITING:  # it will not replace buffer.json
+            time.sleep(SAY_WAITING if wrong else 0)  # one that has just begun replaces buffer.json
+            if wrong and BatchSpec.read(folder) == spec and utils.is_locked(folder / LOCK):
                 raise UserError(f"{folder}: {wrong}; start both scripts with the same value")
-        else:
-            wrong_since = math.inf
         if time.monotonic() >= say_at:
             print(f"no batches in {folder} yet; {wrong}{'; ' if wrong else ''}{state}")
             say_at = time.monotonic() + config.train.sleep_time
@@ -1069,8 +1047,7 @@ class BatchReader:
         know them. `_read` tries again.
         """
         try:
-            utils.make_folder(self.folder, private=True)
-            utils.keep_lock(self.folder / TRAINER_LOCK, OTHER_TRAINER.format(self.folder))
+            hold(self.folder, TRAINER_LOCK)
             write_progress(self.folder, self.spec, step)
         except FileNotFoundError:
             pass  # removed just now
@@ -1165,62 +1142,47 @@ def measure(
     All threads finish their batches at about the same time. So only whole rounds count, one batch
     per thread, and the first round is left out.
     """
-    buffer = Buffer(folder / BENCHMARK, batches, threads)
+    buffer, jobs, made = Buffer(folder / BENCHMARK, batches, threads), deque(), 0
     shutil.rmtree(buffer.folder, ignore_errors=True)  # of a benchmark that was killed
     buffer.folder.mkdir()
-    under_way: dict[Future, int] = {}
-    begun = made = 0
+    buffer.claim()
     try:
         with workers(buffer, threads) as pool:
             while True:
-                for _ in range(2 * threads - len(under_way)):  # as in `keep_full`
-                    under_way[pool.submit(make, step + begun, None)] = step + begun
-                    begun += 1
-                for job in wait(under_way, return_when="FIRST_COMPLETED").done:
-                    if not is_made(step, job, buffer, set()):
-                        raise UserError(f"{folder}: no room for two batches per thread")
-                    buffer.remove_batches([under_way.pop(job)])
-                    made += 1
-                    if made == threads:
-                        start = time.perf_counter()
-                    elif made % threads == 0 and (passed := time.perf_counter() - start) >= seconds:
-                        return (made - threads) * batches.spec.batch_size / passed, begun
+                while len(jobs) < 2 * threads:  # as in `keep_full`
+                    jobs.append(pool.submit(make, step + made + len(jobs)))
+                if not collect(step + made, jobs.popleft(), buffer, set()):
+                    raise UserError(f"{folder}: no room for two batches per thread")
+                buffer.remove_batches([step + made])
+                made += 1
+                if made == threads:
+                    start = time.perf_counter()
+                elif made % threads == 0 and (passed := time.perf_counter() - start) >= seconds:
+                    return (made - threads) * batches.spec.batch_size / passed, made + len(jobs)
     finally:
         shutil.rmtree(buffer.folder)
 
 
-SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-"""Formats of --preview, by suffix."""
+def picture_format(file: Path) -> str | None:
+    """The format that Pillow gives a file of this name."""
+    return Image.registered_extensions().get(file.suffix.lower())
 
 
-def sheet_path(text: str) -> Path:
-    """Argument type: a picture to draw."""
-    if Path(text).suffix.lower() not in SHEETS:
-        raise argparse.ArgumentTypeError(f"expected a name with {' or '.join(SHEETS)}, not {text}")
-    return Path(text)
-
-
-utils.METAVARS[sheet_path] = "FILE"
-
-
-def draw_preview(batches: Batches, file: Path, most: int = 32) -> None:
+def draw_preview(batches: Batches, file: Path) -> None:
     """Draws a contact sheet of the first batch as the network will see it, with class names."""
     spec = batches.spec
     step = spec.step(spec.epochs[0])
-    x, y = batches.make(step)
-    pixels = x[:most].astype(np.float32) * np.float32(spec.sigma) + np.float32(spec.mu)
+    x, y = next(batches.parts(step, broken=[]))
+    pixels = x.astype(np.float32) * np.float32(spec.sigma) + np.float32(spec.mu)
     pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
-    shown = f"first {len(pixels)} of {len(x)} pictures" if len(x) > most else f"{len(x)} pictures"
-    title = f"{spec.position(step)}: {shown}, as the network sees them"
-    captions = [[spec.class_names[label]] for label in y[:most]]
+    title = (
+        f"{spec.position(step)}: {len(x)} of {plural(spec.batch_size, 'picture')}, as the network "
+        f"sees them"
+    )
+    captions = [[spec.class_names[label]] for label in y]
     sheet = contact_sheet(pixels, captions, title, columns=min(8, len(pixels)))
-    if file.is_dir():
-        raise UserError(f"--preview={file} is a folder, not a file")
-    try:
-        with utils.written_aside(file.absolute()) as aside:
-            sheet.save(aside, SHEETS[file.suffix.lower()], quality=95)
-    except FileNotFoundError:
-        raise UserError(f"--preview={file}: no such folder") from None
+    with utils.written_aside(file.absolute()) as aside:
+        sheet.save(aside, picture_format(file), quality=95)
     print(f"wrote {file}")
 
 

@@ -4,6 +4,7 @@ The real command works on it; training is a stand-in that reads the batches in o
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import io
@@ -26,7 +27,7 @@ from types import SimpleNamespace
 
 import toolkit
 import utils
-from toolkit import PATIENCE, batches_of, wait_until
+from toolkit import PATIENCE, batches_of, made, wait_until
 
 import numpy as np
 import pytest
@@ -93,10 +94,6 @@ def is_clean(folder: Path) -> bool:
     return set(os.listdir(folder)) <= LOCKS
 
 
-def make(buffer: Buffer, step: int) -> None:
-    write_batch(buffer, step, buffer.held)
-
-
 def kept_full(buffer: Buffer, threads: int, sleep_time: float = 0.1) -> int:
     """Runs `keep_full` in this process, as the holder of the lock."""
     utils.lock(buffer.folder / ".preprocessor.lock", "held")
@@ -152,7 +149,7 @@ def load(folder: Path, position: Position) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assert_made_by(batches: Batches, position: Position, batch: tuple[np.ndarray, np.ndarray]):
-    expected = batches.make(batches.spec.step(*position))
+    expected = made(batches, batches.spec.step(*position))
     for array, right in zip(batch, expected, strict=True):
         assert array.dtype == right.dtype
         np.testing.assert_array_equal(array, right, err_msg=str(position))
@@ -666,18 +663,63 @@ def test_a_preprocessor_whose_place_was_taken_stops(tmp_path, toy, ram):
     assert is_clean(ram)
 
 
-def test_a_batch_is_not_named_once_the_lock_is_another(config, ram):
+def test_a_batch_is_not_named_once_the_buffer_is_another(config, ram):
     """A worker may finish a batch after another preprocessor has taken the folder."""
-    buffer = Buffer(ram, batches_of(config), 3)
-    utils.lock(ram / ".preprocessor.lock", "held")
-    buffer.look()
-    make(buffer, 0)
-    (ram / ".preprocessor.lock").rename(ram / "gone")
+    buffer = stock(config, ram, 1)
+    (ram / "buffer.json").unlink()
     for _ in range(2):
         with pytest.raises(FileNotFoundError):
-            make(buffer, 1)
-        (ram / ".preprocessor.lock").touch()
+            write_batch(buffer, 1)
+        other = dataclasses.replace(buffer.spec, seed=7)
+        utils.write_record(ram / "buffer.json", other)
     assert there(ram) == there(ram, "Y") == {0} and not leftovers(ram)
+
+
+def test_a_folder_that_is_moved_away_and_back_is_gone_on_with(tmp_path, toy, ram):
+    """Its lock files are not those that the scripts have made meanwhile, but nobody holds them."""
+    folder, away = ram / "batches", ram / "away"
+    config = toolkit.write_config(tmp_path, toy, folder, train__buffer_size=3)
+    batches = batches_of(config, epochs=[0, 2])
+    with preprocessor(config, *span(0, 2)) as process:
+        wait_until(made_again(folder, range(3), batches.spec), process, "full")
+        with reading(Buffer(folder, batches, 3)) as reader:
+            assert_made_by(batches, (0, 0), next_batch(reader))
+            folder.rename(away)
+            for number in range(1, 4):
+                assert_made_by(batches, (0, number), next_batch(reader))
+            assert all(utils.is_locked(folder / name) for name in LOCKS)
+            exchange(folder, away)
+            for number in range(4, 20):
+                assert_made_by(batches, divmod(number, 10), next_batch(reader))
+        end_preprocessing(folder, batches.spec, 2)
+        assert finish(process) == 0
+    assert is_clean(folder)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Gives two folders each other's name at once."""
+    exchanging = 2  # RENAME_EXCHANGE
+    names = -100, bytes(one), -100, bytes(other)
+    assert ctypes.CDLL(None).renameat2(*names, exchanging) == 0
+
+
+def test_batches_that_another_has_left_meanwhile_are_removed(tmp_path, toy, ram):
+    """The first sleeps as with its machine, while another one takes its place, and ends."""
+    (tmp_path / "other").mkdir()
+    config = toolkit.write_config(tmp_path, toy, ram, train__buffer_size=4)
+    other = toolkit.write_config(tmp_path / "other", toy, ram, train__buffer_size=8, train__seed=7)
+    with preprocessor(config, *span(0, 2)) as first:
+        wait_until(settled(ram, range(4)), first, "buffer full")
+        first.send_signal(signal.SIGSTOP)
+        for path in ram.iterdir():
+            path.unlink()
+        with preprocessor(other, *span(0, 2)) as second:
+            wait_until(settled(ram, range(8)), second, "buffer full")
+        first.send_signal(signal.SIGCONT)
+        wait_until(made_again(ram, range(4), batches_of(config).spec), first, "made again")
+        train(ram, batches_of(config), range(20), first)
+        assert finish(first) == 0
+    assert "made with other seed" in said(config) and is_clean(ram)
 
 
 @pytest.mark.parametrize(
@@ -970,7 +1012,7 @@ def test_disk_too_small_for_one_batch(tmp_path, toy, small_disk):
     config = toolkit.write_config(tmp_path, toy, small_disk(600), train__buffer_size=3)
     result = toolkit.run("runtime_preprocessing.py", config, *span(0, 1))
     toolkit.assert_one_line_error(result, "runtime_preprocessing.py", "buffer", "room", " kB")
-    assert "that fits is 0" not in result.stderr
+    assert "that fits is 0; a smaller --batch_size needs less" in result.stderr
 
 
 def test_batches_already_there_count_as_room(tmp_path, toy, small_disk):
@@ -1045,7 +1087,7 @@ def stock(config: Path, folder: Path, batches: int = 4) -> Buffer:
     buffer = Buffer(folder, batches_of(config, epochs=[0, 2]), 20)
     buffer.claim()
     for number in range(batches):
-        make(buffer, number)
+        write_batch(buffer, number)
     return buffer
 
 
@@ -1084,7 +1126,7 @@ def test_reader_hands_out_the_batches_in_order(config, ram):
             assert number < needs <= number + 3  # one handed out, one waiting, one being read
         assert next_batch(reader, 0.3) is None
         assert needed(ram) == (1, 2)
-        make(buffer, 12)
+        write_batch(buffer, 12)
         assert_made_by(buffer.batches, (1, 2), next_batch(reader))
 
 
@@ -1190,7 +1232,7 @@ def test_reader_removes_what_is_no_batch_and_says_so(config, ram, capfd, kind, d
         assert_made_by(buffer.batches, (0, 0), next_batch(reader))
         assert next_batch(reader, 0.3) is None
         assert not (ram / "X_0_1.npy").exists() and not (ram / "Y_0_1.npy").exists()
-        make(buffer, 1)
+        write_batch(buffer, 1)
         for number in (1, 2):
             assert_made_by(buffer.batches, (0, number), next_batch(reader))
     output = capfd.readouterr()
@@ -1368,7 +1410,7 @@ def test_a_buffer_that_becomes_another_stops_training(config, ram):
         assert next_batch(reader) is not None
         other = dataclasses.replace(buffer.spec, epochs=[0, 9])  # as a message advises
         utils.write_record(ram / "buffer.json", other)
-        make(buffer, 1)
+        write_batch(buffer, 1)
         assert next_batch(reader) is not None
         other = dataclasses.replace(buffer.spec, class_names=["cats"] * 4)
         utils.write_record(ram / "buffer.json", other)

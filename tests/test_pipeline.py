@@ -17,7 +17,7 @@ from pathlib import Path
 
 import toolkit
 import utils
-from toolkit import batches_of
+from toolkit import batches_of, made
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ MU, SIGMA = [0.48180, 0.44969, 0.39839], [0.27336, 0.26435, 0.27563]
 
 def content(batches: Batches, epoch: int, batch: int) -> tuple[bytes, bytes]:
     """A batch as bytes, to compare to the last bit."""
-    x, y = batches.make(batches.spec.step(epoch, batch))
+    x, y = made(batches, batches.spec.step(epoch, batch))
     return x.tobytes(), y.tobytes()
 
 
@@ -66,23 +66,23 @@ def whole_files(config: Path, count: int, log: Path, *arguments: str) -> dict[st
 
 def test_files_do_not_depend_on_threads_and_are_what_batches_makes(tmp_path, toy, ram):
     arguments = ("--epoch_start=0", "--epoch_end=2", "--batch_size=8")
-    made = {}
+    files = {}
     for threads in (1, 2, 5):
         (tmp_path / str(threads)).mkdir()
         config = toolkit.write_config(
             tmp_path / str(threads), toy, ram / str(threads),
             runtime_preprocessing__num_of_threads=threads,
         )  # fmt: skip
-        made[threads] = whole_files(config, 10, tmp_path / "log", *arguments)
-    assert len(made[1]) == 20
-    assert made[1] == made[2] == made[5]
+        files[threads] = whole_files(config, 10, tmp_path / "log", *arguments)
+    assert len(files[1]) == 20
+    assert files[1] == files[2] == files[5]
     batches = batches_of(config, 8)
     for epoch, batch in ((1, 4), (0, 0), (1, 0)):
-        x, y = batches.make(batches.spec.step(epoch, batch))
+        x, y = made(batches, batches.spec.step(epoch, batch))
         for name, array in (("X", x), ("Y", y)):
             file = io.BytesIO()
             np.save(file, array)
-            assert made[2][f"{name}_{epoch}_{batch}.npy"] == file.getvalue()
+            assert files[2][f"{name}_{epoch}_{batch}.npy"] == file.getvalue()
 
 
 def test_files_of_a_restarted_command_are_the_same(tmp_path, toy, ram):
@@ -130,13 +130,13 @@ def test_batches_and_epochs_draw_anew(config, monkeypatch, how):
     drawn = []
 
     def note(batches, index, choice):
-        drawn.append(choice.window(500, 375))
+        drawn.append(choice.box(500, 375))
         return Image.new("RGB", (CROP, CROP))
 
     monkeypatch.setattr(Batches, "_crop", note)
     batches = batches_of(config, crop=how)
     for position in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        batches.make(batches.spec.step(*position))
+        made(batches, batches.spec.step(*position))
     assert len(set(drawn)) == 16
 
 
@@ -153,7 +153,7 @@ def test_labels_follow_the_order(config):
     batches = batches_of(config)
     labels = np.concatenate(
         [
-            batches.make(batches.spec.step(3, batch))[1]
+            made(batches, batches.spec.step(3, batch))[1]
             for batch in range(batches.spec.batches_per_epoch)
         ]
     )
@@ -176,7 +176,7 @@ def test_the_last_batch_of_an_epoch_is_whole(config):
     assert batches.spec.batches_per_epoch == 3
     left_over = [frozenset(batches.order(epoch)[36:]) for epoch in range(5)]
     assert len(set(left_over)) > 1
-    assert batches.make(batches.spec.step(0, 2))[0].shape == (12, CROP, CROP, 3)
+    assert made(batches, batches.spec.step(0, 2))[0].shape == (12, CROP, CROP, 3)
 
 
 # --- the draws --------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_the_last_batch_of_an_epoch_is_whole(config):
 
 @pytest.fixture(scope="module")
 def drawn(toy, tmp_path_factory) -> dict[str, np.ndarray]:
-    """What `Batches.make` chose for 6,400 pictures, seen from outside.
+    """What batches are made with for 6,400 pictures, seen from outside.
 
     Each crop is replaced by a picture that is bright on its left, so that flips show.
     """
@@ -195,7 +195,7 @@ def drawn(toy, tmp_path_factory) -> dict[str, np.ndarray]:
 
     def crop_and_note(batches, index, choice):
         side = choice.side
-        left, top = choice.window(100 * side, side)[0], choice.window(side, 100 * side)[1]
+        left, top = choice.box(100 * side, side)[0], choice.box(side, 100 * side)[1]
         seen["side"].append(side)
         seen["corner"].append(np.array([left, top]) / (100 * side - CROP + 1))
         return Image.fromarray(bright_left)
@@ -210,7 +210,7 @@ def drawn(toy, tmp_path_factory) -> dict[str, np.ndarray]:
         patch.setattr(runtime_preprocessing, "colour_shifts", shift_and_note)
         batches = batches_of(config, batch_size=40)
         for epoch in range(160):
-            batches.make(batches.spec.step(epoch, 0))
+            made(batches, batches.spec.step(epoch, 0))
     return {name: np.array(values) for name, values in seen.items()}
 
 
@@ -258,7 +258,7 @@ def test_pictures_of_a_batch_get_draws_of_their_own():
     for how, sides in (("side", range(15, 34)), ("area", [1])):
         draws = draw_choices(np.random.default_rng(0), 64, how)
         assert len({choice.side for choice in draws}) in sides
-        assert len({choice.window(500, 375) for choice in draws}) == 64
+        assert len({choice.box(500, 375) for choice in draws}) == 64
         assert 10 < sum(choice.flip for choice in draws) < 54
         assert len(np.unique([choice.alpha for choice in draws])) == 192
 
@@ -336,9 +336,9 @@ def test_colour_shifts_are_each_crops_own(crops):
 def test_augmented_is_the_float_formula(crops, count):
     """Half a unit in the last place of float16, which has 11 bits."""
     choices = draw_choices(np.random.default_rng(8), count, "side")
-    pictures = [lambda choice, crop=crop: Image.fromarray(crop) for crop in crops[:count]]
     out = np.empty((count + 1, CROP, CROP, 3), np.float16)
-    augment(pictures, choices, MU, SIGMA, out=out)
+    pictures = list(map(Image.fromarray, crops))
+    augment(lambda slot, choice: pictures[slot], range(count), choices, MU, SIGMA, out=out)
     flipped = np.stack(
         [crop[:, ::-1] if each.flip else crop for crop, each in zip(crops, choices, strict=False)]
     )
@@ -351,7 +351,7 @@ def test_augmented_is_the_float_formula(crops, count):
 def whole_picture_cut(path: Path, choice: Choice) -> np.ndarray:
     """Steps 1 to 3 with Pillow: resizes the whole picture, then cuts. int64 [224, 224, 3]."""
     with Image.open(path) as image:
-        left, top, right, bottom = choice.window(*image.size)
+        left, top, right, bottom = choice.box(*image.size)
         scale = image.width / round(image.width * choice.side / min(image.size))
         down = image.height / round(image.height * choice.side / min(image.size))
         room = [round(image.width / scale) - CROP + 1, round(image.height / down) - CROP + 1]
@@ -368,7 +368,7 @@ def test_a_batch_is_the_six_steps(config, monkeypatch):
         return crop(batches, index, choice)
 
     monkeypatch.setattr(Batches, "_crop", note)
-    x, _ = batches.make(batches.spec.step(1, 2))
+    x, _ = made(batches, batches.spec.step(1, 2))
     order = batches.order(1)[20:30]
     assert [path for path, _ in calls] == [
         batches.pictures.folder / batches.pictures.paths[index] for index in order
@@ -392,13 +392,13 @@ def test_crops_by_area_replace_steps_1_to_3_alone(config, monkeypatch):
     crop = Batches._crop
 
     def note(batches, index, choice):
-        boxes.append(choice.window(500, 375))
+        boxes.append(choice.box(500, 375))
         return crop(batches, index, choice)
 
     monkeypatch.setattr(Batches, "_crop", note)
-    x, y = batches.make(3)
+    x, y = made(batches, 3)
     assert (x.dtype, x.shape) == (np.float16, (40, CROP, CROP, 3))
-    np.testing.assert_array_equal(y, plain.make(3)[1])
+    np.testing.assert_array_equal(y, made(plain, 3)[1])
     areas = [(box[2] - box[0]) * (box[3] - box[1]) / (500 * 375) for box in boxes[:40]]
     assert min(areas) >= 0.08 and max(areas) <= 1 and 0.3 < np.mean(areas) < 0.75
     assert content(batches, 1, 0) == content(batches_of(config, 40, crop="area"), 1, 0)
@@ -423,7 +423,7 @@ def test_normalised_pictures_have_mean_0_and_deviation_1(config):
     values = get_mu_sigma.mu_sigma(batches.pictures, batches.failures)
     mu, sigma = ([float(v) for v in value] for value in values)
     batches.spec = dataclasses.replace(batches.spec, mu=mu, sigma=sigma)
-    x = np.concatenate([batches.make(epoch)[0].astype(np.float32) for epoch in range(3)])
+    x = np.concatenate([made(batches, epoch)[0].astype(np.float32) for epoch in range(3)])
     assert np.isfinite(x).all()
     assert np.abs(x.mean(axis=(0, 1, 2))).max() < 0.1
     assert np.abs(x.std(axis=(0, 1, 2)) - 1).max() < 0.1
@@ -454,7 +454,7 @@ def test_a_broken_picture_is_replaced_with_one_warning(tmp_path, own_toy, ram):
     for epoch in range(3):
         for batch in range(5):
             x, y = (np.load(io.BytesIO(files[f"{n}_{epoch}_{batch}.npy"])) for n in "XY")
-            expected = batches.make(batches.spec.step(epoch, batch))
+            expected = made(batches, batches.spec.step(epoch, batch))
             np.testing.assert_array_equal(x, expected[0])
             np.testing.assert_array_equal(y, expected[1])
 
@@ -469,7 +469,7 @@ def test_the_substitute_is_a_picture_of_the_epoch_with_its_own_label(own_toy, tm
     batches = batches_of(toolkit.write_config(tmp_path, own_toy, Path("unused")), batch_size=40)
     replaced = []
     for epoch in range(4):
-        x, y = batches.make(batches.spec.step(epoch, 0))
+        x, y = made(batches, batches.spec.step(epoch, 0))
         shown = np.rint((x[:, 0, 0, 0].astype(float) * SIGMA[0] + MU[0]) * 255)
         np.testing.assert_allclose(shown, np.array(list(levels.values()))[y], atol=1)
         (slot,) = [
@@ -532,8 +532,8 @@ def test_nothing_but_broken_pictures_ends_it(tmp_path, ram):
 def test_a_file_that_vanishes_is_a_broken_picture(tmp_path, own_toy, capsys):
     batches = batches_of(toolkit.write_config(tmp_path, own_toy, Path("unused")), batch_size=40)
     (own_toy / "train/discs/discs_1.JPEG").unlink()
-    batches.make(batches.spec.step(0, 0))
-    batches.make(batches.spec.step(1, 0))
+    made(batches, batches.spec.step(0, 0))
+    made(batches, batches.spec.step(1, 0))
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -597,7 +597,7 @@ def test_pictures_that_stay_away_are_one_line(tmp_path, own_toy, monkeypatch):
     (own_toy / "train").rename(own_toy / "elsewhere")
     monkeypatch.setattr(utils, "PAUSES", (0, 0))
     with pytest.raises(utils.UserError, match=f"{own_toy}/train/.* no such folder; check the"):
-        batches.make(0)
+        made(batches, 0)
     assert not batches.failures
 
 
@@ -702,7 +702,7 @@ def test_resized_copies_are_used_where_they_are(tmp_path, toy):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batches, "_crop", note)
-        labels = np.concatenate([batches.make(epoch)[1] for epoch in range(6)])
+        labels = np.concatenate([made(batches, epoch)[1] for epoch in range(6)])
     assert len(calls) == len(labels) == 240
     red_sides = set()
     for (side, pixels), label in zip(calls, labels, strict=True):
@@ -759,7 +759,7 @@ def test_preview_shows_the_batch(tmp_path, config, batch_size, shown):
     columns, rows = min(8, shown), -(-shown // 8)
     assert columns * CROP <= sheet.shape[1] <= columns * CROP * 1.1 + 40
     assert rows * (CROP + 16) <= sheet.shape[0] <= rows * CROP * 1.25 + 80
-    x, _ = batches_of(config, batch_size).make(40 // batch_size)
+    x, _ = made(batches_of(config, batch_size), 40 // batch_size)
     pixels = np.rint((x[:shown].astype(np.float64) * SIGMA + MU).clip(0, 1) * 255).astype(np.int16)
     corners = sorted({0, columns - 1, shown // 2, shown - 1})  # some in reading order
     found = [places(sheet, pixels[i]) for i in corners]
@@ -775,7 +775,7 @@ def test_preview_names_each_picture_by_its_label(tmp_path, config, monkeypatch):
         lambda text, *more: names.append(text) or shortened(text, *more),
     )
     runtime_preprocessing.draw_preview(batches, tmp_path / "sheet.png")
-    _, y = batches.make(0)
+    _, y = made(batches, 0)
     assert names[1:] == [batches.spec.class_names[label] for label in y]  # after the title
 
 
@@ -837,13 +837,13 @@ def test_description_changes_with_everything_a_batch_depends_on(tmp_path, own_to
 def test_batches_under_way_at_the_same_time_do_not_mix(config):
     """A batch's parts are made in memory that its next part uses again, but never another batch."""
     batches, epochs = batches_of(config, batch_size=GROUP + 4), range(2)
-    expected = [batches.make(batches.spec.step(epoch, 0)) for epoch in epochs]
+    expected = [made(batches, batches.spec.step(epoch, 0)) for epoch in epochs]
     parts = [[], []]
     steps = map(batches.spec.step, epochs)
     for both in zip(*(batches.parts(step, []) for step in steps), strict=True):
         for epoch, (x, y) in enumerate(both):
             parts[epoch].append((x.copy(), y))
-    for (x, y), made in zip(expected, parts, strict=True):
-        np.testing.assert_array_equal(x, np.concatenate([x for x, _ in made]))
-        np.testing.assert_array_equal(y, np.concatenate([y for _, y in made]))
-        assert len(made) == 2
+    for (x, y), ours in zip(expected, parts, strict=True):
+        np.testing.assert_array_equal(x, np.concatenate([x for x, _ in ours]))
+        np.testing.assert_array_equal(y, np.concatenate([y for _, y in ours]))
+        assert len(ours) == 2

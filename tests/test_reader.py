@@ -6,6 +6,7 @@ The protocol itself is held by test_buffer.py.
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import re
@@ -33,11 +34,11 @@ from runtime_preprocessing import (
     preprocessor_command,
     take_buffer,
     why_missing,
+    write_batch,
 )
 from test_buffer import (
     assert_made_by,
     finish,
-    make,
     next_batch,
     preprocessor,
     progress,
@@ -176,7 +177,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_made_again(config, ram, monk
     with reading(buffer, lambda *batch: batch) as reader:
         assert next_batch(reader) is not None
         assert next_batch(reader, 0.5) is None
-        make(buffer, 1)
+        write_batch(buffer, 1)
         for number in (1, 2):
             assert_made_by(buffer.batches, (0, number), next_batch(reader))
     assert cut and "X_0_1.npy" in capfd.readouterr().err
@@ -184,18 +185,17 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_made_again(config, ram, monk
 
 def test_of_several_machines_none_stops_while_it_waits(config, ram):
     """The others have sent the step already. Its batch still comes, if there is who makes it."""
-    buffer = stock(config, ram, 0)
-    spec = dataclasses.replace(buffer.spec, workers=2, batches_per_epoch=5)
-    utils.write_record(ram / "buffer.json", spec)
+    share = with_other(batches_of(config, epochs=[0, 2]), workers=2, batches_per_epoch=5)
+    buffer, spec = Buffer(ram, share, 20), share.spec
+    buffer.claim()
     train = SimpleNamespace(train=SimpleNamespace(buffer_folder=ram, sleep_time=9))
     stop = utils.Stop()
     stop.set()
     take_buffer(train)
     utils.lock(ram / ".preprocessor.lock", "")
-    buffer.held = runtime_preprocessing.lock_file(ram)
     arguments = train, spec, range(10), lambda *batch: batch, ARGS
     with ThreadPoolExecutor(1) as pool, BatchReader(*arguments) as reader:
-        threading.Timer(0.3, make, [buffer, 0]).start()
+        threading.Timer(0.3, write_batch, [buffer, 0]).start()
         assert pool.submit(reader.next, stop).result(20) is not None
         threading.Timer(0.3, released, [ram, ".preprocessor.lock"]).start()
         assert pool.submit(reader.next, stop).result(20) is None
@@ -220,8 +220,11 @@ def test_a_trainer_whose_place_was_taken_stops(config, ram):
     with reading(buffer, lambda *batch: batch) as reader:
         assert next_batch(reader) is not None
         (ram / ".trainer.lock").unlink()
-        (ram / ".trainer.lock").touch()
-        with pytest.raises(utils.UserError, match="another train.py uses this buffer"):
+        with (
+            open(ram / ".trainer.lock", "w") as theirs,
+            pytest.raises(utils.UserError, match="another train.py uses this folder"),
+        ):
+            fcntl.flock(theirs, fcntl.LOCK_EX)
             for _ in range(4):
                 next_batch(reader)
 
@@ -289,7 +292,7 @@ def test_slow_batches_are_not_each_said_to_be_late(config, ram, capsys):
         for number in range(1, 8):
             assert next_batch(reader) is not None
             time.sleep(0.1)
-            make(buffer, number)
+            write_batch(buffer, number)
     assert "waiting" not in capsys.readouterr().out
 
 
@@ -315,18 +318,18 @@ def test_a_window_too_large_for_the_free_memory_is_refused(config, ram, monkeypa
     monkeypatch.setattr(utils, "available_memory", lambda: 24_000_000)
     buffer = stock(config, ram, 3)
     large = Buffer(ram, buffer.batches, 20)
-    batch = runtime_preprocessing.on_disk(*large.sizes.values())
+    batch = sum(large.sizes.values()) + 2 * 4096  # whole pages
     with pytest.raises(utils.UserError, match="24 MB of memory is free") as error:
-        large.check_room()
+        large.check_size()
     size = int(re.search(r"largest buffer_size that fits is (\d+)", str(error.value))[1])
     # Half of so little memory is left to training; three batches are there already.
     assert size == 12_000_000 // batch + 3
-    Buffer(ram, buffer.batches, size).check_room()
+    Buffer(ram, buffer.batches, size).check_size()
     assert "24 MB of memory is free" in capsys.readouterr().out
     with pytest.raises(utils.UserError):
-        Buffer(ram, buffer.batches, size + 1).check_room()
+        Buffer(ram, buffer.batches, size + 1).check_size()
     monkeypatch.setattr(utils, "available_memory", lambda: None)
-    large.check_room()
+    large.check_size()
 
 
 def test_ram_disks_are_told_by_their_file_system(tmp_path):

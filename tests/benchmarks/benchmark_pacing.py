@@ -83,6 +83,7 @@ class Filled(Buffer):
 
     def __init__(self, folder: Path, batches: Batches, size: int):
         super().__init__(folder, batches, size)
+        self.claim()
         self.start, self.end, self.size = 0, sys.maxsize, size
         self.first, self.ahead, self.until = 0, 3 * size // 4, 0.0
         for step in range(self.ahead):
@@ -138,7 +139,7 @@ def alone(batches: Batches, folder: Path, args: argparse.Namespace) -> tuple[flo
             under_way = set()
             while time.monotonic() < until:
                 while len(under_way) < 2 * args.threads:
-                    under_way.add(pool.submit(make, ahead, None))
+                    under_way.add(pool.submit(make, ahead))
                     ahead += 1
                 done, under_way = wait(under_way, 1, FIRST_COMPLETED)
                 for _ in done:

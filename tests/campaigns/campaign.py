@@ -127,7 +127,7 @@ def kill_preprocessor(tries: int = 200) -> tuple[int, int]:
             if not paths[0].exists():
                 return 0
             arrays = [np.load(path, allow_pickle=False) for path in paths]
-            right = batches.make(number)
+            right = toolkit.made(batches, number)
             number += 1
             write_progress(place.buffer, spec, number)
             return sum(not np.array_equal(a, b) for a, b in zip(arrays, right, strict=True))
