@@ -6,6 +6,7 @@ The whole commands are in test_training.py.
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -237,9 +238,10 @@ def test_a_run_that_is_moved_or_loses_its_lock_goes_on(run, tmp_path):
     save_epoch(run, trainer, 2)
     assert resnet50.epochs_in(run) == [0] and utils.is_locked(run / resnet50.TRAINER_LOCK)
     (run / resnet50.TRAINER_LOCK).unlink()
-    (run / resnet50.TRAINER_LOCK).touch()
-    with pytest.raises(utils.UserError, match="another train.py"):
-        save_epoch(run, trainer, 4)
+    with open(run / resnet50.TRAINER_LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process
+        with pytest.raises(utils.UserError, match="another train.py"):
+            save_epoch(run, trainer, 4)
 
 
 def test_leftovers_of_the_trainer_go_and_those_of_the_checker_stay(run):
