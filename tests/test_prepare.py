@@ -662,7 +662,7 @@ def test_the_printed_section_can_be_pasted(settings):
 
 def test_any_number_of_cores_gives_the_same_bits(settings, mixed, monkeypatch):
     pictures = preprocess.training_pictures(utils.load_config(settings))
-    results, of_all = [], functools.partial(get_mu_sigma.mu_sigma, pictures, pictures.decoded)
+    results, of_all = [], functools.partial(get_mu_sigma.mu_sigma, pictures)
     for cores in (1, 2, 5):
         monkeypatch.setattr(utils, "cores", lambda cores=cores: cores)
         results.append(of_all(preprocess.Failures(len(pictures))))
