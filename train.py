@@ -468,28 +468,32 @@ def announce(run: "Run", trainer: Trainer, spec: BatchSpec, steps: range) -> Non
         f"{plural(len(steps), 'step')} of {plural(args.batch_size, 'picture')}, {per_epoch:,} per "
         f"epoch, {args.precision} on {devices}"
     )
-    announce_limits(trainer.renorm, steps.stop - 1, per_epoch)
+    announce_limits(trainer.renorm, steps, per_epoch)
     if run.chief:
         free = utils.file_size(shutil.disk_usage(run.folder).free)
         print(f"models go to {run.folder}, where {free} are free")
     print("the first step takes longest, because TensorFlow builds the network's graph")
 
 
-def announce_limits(limits: SimpleNamespace, last: int, per_epoch: int) -> None:
-    """Prints in which epochs batch renormalization relaxes its limits. Warns if it never does:
-    `last` is the run's last update.
-    """
+def announce_limits(limits: SimpleNamespace, steps: range, per_epoch: int) -> None:
+    """Prints in which epochs batch renormalization relaxes its limits. Warns if it never does."""
+    last = steps.stop - 1
     if min(limits.start_relaxing_rmax, limits.start_relaxing_dmax) > last:
         utils.warn(
             f"[batch_renorm] start_relaxing_rmax and start_relaxing_dmax are after the last "
             f"update, {last}: this run is plain batch normalization"
         )
         return
+
+    def when(start: int, reach: int) -> str:
+        if reach < steps.start:
+            return "(already relaxed)"
+        return f"in epochs {start / per_epoch:.1f} to {reach / per_epoch:.1f}"
+
     print(
-        f"batch renormalization relaxes r_max to {limits.rmax_max:g} in epochs "
-        f"{limits.start_relaxing_rmax / per_epoch:.1f} to {limits.reach_rmax_max / per_epoch:.1f}, "
-        f"d_max to {limits.dmax_max:g} in epochs {limits.start_relaxing_dmax / per_epoch:.1f} to "
-        f"{limits.reach_dmax_max / per_epoch:.1f}"
+        f"batch renormalization relaxes r_max to {limits.rmax_max:g} "
+        f"{when(limits.start_relaxing_rmax, limits.reach_rmax_max)}, d_max to "
+        f"{limits.dmax_max:g} {when(limits.start_relaxing_dmax, limits.reach_dmax_max)}"
     )
 
 
@@ -592,7 +596,8 @@ class Run:
         place = self.starting_point()  # refuses a mistake before anything is made
         if not self.chief:
             return place
-        (utils.make_folder(self.folder) / TRAINING_LOG).touch()  # first: --resume looks for it
+        with contextlib.suppress(FileExistsError):  # first of all: --resume looks for it
+            open(utils.make_folder(self.folder) / TRAINING_LOG, "x").close()
         self.hold()
         utils.remove_leftovers(self.folder, "[0-9]*", "state_*", TRAINING_LOG)
         return self.starting_point()  # until it was locked, another train.py could change the run
@@ -1100,12 +1105,13 @@ class Display(contextlib.AbstractContextManager):
         return []
 
     def print_row(self, row: dict[str, Any]) -> None:
-        per_epoch = self.spec.batches_per_epoch
-        if self._is_terminal and row["batch"] + 1 < per_epoch:
-            return
-        more = [f"loss with L2 {row['loss']:.3f}", f"rate {row['learning_rate']:.3g}"]
-        where = f"epoch {row['epoch']}, {row['batch'] + 1} of {plural(per_epoch, 'batch')}"
-        print(f"{where}: {', '.join([*self._parts(row), *more])}")
+        epoch, per_epoch, parts = row["epoch"], self.spec.batches_per_epoch, self._parts(row)
+        if not self._is_terminal:
+            parts += [f"loss with L2 {row['loss']:.3f}", f"rate {row['learning_rate']:.3g}"]
+            where = f"epoch {epoch}, {row['batch'] + 1} of {plural(per_epoch, 'batch')}"
+            print(f"{where}: {', '.join(parts)}")
+        elif row["batch"] + 1 == per_epoch:
+            print(fitted(f"end of epoch {epoch}:", parts))
 
     def status(self) -> str:
         """The present state of training: a bar of the epoch, and as much as fits the terminal."""
@@ -1120,12 +1126,9 @@ class Display(contextlib.AbstractContextManager):
             steps = map(self.spec.step_of, os.listdir(self.reader.folder))
             ready = {each for each in steps if each is not None and each >= step}
             parts.append(f"{len(ready)} ready")
-        text, room = "", shutil.get_terminal_size().columns - len(f"epoch {epoch}  ")
-        for part in parts:
-            if len(text) + len(f" {part}") <= room - 4:  # the shortest bar
-                text += f" {part}"
-        share = batch / self.spec.batches_per_epoch
-        return f"epoch {epoch} {utils.bar(share, min(20, room - len(text)))}{text}"
+        width = shutil.get_terminal_size().columns // 16
+        bar = utils.bar(batch / self.spec.batches_per_epoch, width)
+        return fitted(f"epoch {epoch} {bar}", parts)
 
     def _parts(self, row: dict[str, Any]) -> list[str]:
         """What a line says, the most important first."""
@@ -1144,6 +1147,15 @@ class Display(contextlib.AbstractContextManager):
         rate = summary(recent, self.spec)["images_per_second"]
         images = (self.steps.stop - 1 - recent[-1].step) * self.spec.batch_size
         return utils.duration(images / rate)
+
+
+def fitted(start: str, parts: list[str]) -> str:
+    """A line that fits the terminal: its start, and as many of the parts as there is room for."""
+    room = shutil.get_terminal_size().columns - 1
+    for part in parts:
+        if len(start) + len(f" {part}") <= room:
+            start += f" {part}"
+    return start
 
 
 if __name__ == "__main__":

@@ -1469,11 +1469,11 @@ def test_the_line_on_a_terminal_says_all_that_fits_its_width(run, terminal):
         assert len(display.status()) < columns
     terminal.set_width(140)
     assert display.status() == (
-        "epoch 3 ██████░░░░░░░░░░░░░░ loss 0.500 top-1 25.0% 4.0 images/s 1 h 34 min left "
+        "epoch 3 ██░░░░░░ loss 0.500 top-1 25.0% 4.0 images/s 1 h 34 min left "
         "waiting 25.0% best 62.5% 3 ready"
     )
     terminal.set_width(80)
-    assert display.status().startswith("epoch 3 ██")
+    assert display.status().startswith("epoch 3 ██░░░ ")
     assert display.status().endswith(" left waiting 25.0%")
 
 
@@ -1498,7 +1498,7 @@ def test_a_terminal_gets_the_last_row_of_each_epoch(run, terminal, capsys):
     for step in range(3):
         display.print_row(train.summary([finished(step, 1.0 + step)], SPEC))
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("epoch 0, 2 of 2 batches: loss 0.500, ")
+    assert line.startswith("end of epoch 0: loss 0.500 top-1 25.0% ") and len(line) < 80
 
 
 def test_the_line_is_redrawn_on_a_terminal_only(run, terminal, monkeypatch):
@@ -1517,20 +1517,30 @@ def test_the_line_is_redrawn_on_a_terminal_only(run, terminal, monkeypatch):
 # --- what is announced ----------------------------------------------------------------------
 
 
-def test_the_epochs_in_which_the_limits_are_relaxed_are_announced_or_a_warning(capsys):
-    for start, reach in ((100, 200), (utils.Epochs(2), utils.Epochs(4)), (450, 500)):
-        trainer = trainer_of(
-            spec=dataclasses.replace(SPEC, N=200, batches_per_epoch=50),
-            batch_renorm__start_relaxing_rmax=start, batch_renorm__reach_rmax_max=reach,
-            batch_renorm__start_relaxing_dmax=start, batch_renorm__reach_dmax_max=reach,
-        )  # fmt: skip
-        train.announce_limits(trainer.renorm, last=449, per_epoch=50)  # 9 epochs
-        said = capsys.readouterr()
-        if start == 450:
-            assert "plain batch normalization" in said.err and said.out == ""
-        else:
-            assert "r_max to 3 in epochs 2.0 to 4.0, d_max to 5 in epochs 2.0 to 4.0" in said.out
-            assert said.err == ""
+@pytest.mark.parametrize(("start", "reach"), [(100, 200), (utils.Epochs(2), utils.Epochs(4))])
+def test_the_epochs_in_which_the_limits_are_relaxed_are_announced(start, reach, capsys):
+    limits = relaxed(start, reach)
+    train.announce_limits(limits, range(150, 450), per_epoch=50)
+    said = capsys.readouterr()
+    assert "r_max to 3 in epochs 2.0 to 4.0, d_max to 5 in epochs 2.0 to 4.0" in said.out
+    train.announce_limits(limits, range(201, 450), per_epoch=50)
+    both = "r_max to 3 (already relaxed), d_max to 5 (already relaxed)"
+    assert both in capsys.readouterr().out and said.err == ""
+
+
+def test_limits_that_are_never_relaxed_are_warned_of(capsys):
+    train.announce_limits(relaxed(450, 500), range(450), per_epoch=50)
+    said = capsys.readouterr()
+    assert "plain batch normalization" in said.err and said.out == ""
+
+
+def relaxed(start: object, reach: object) -> types.SimpleNamespace:
+    """The limits of a training of 50 batches an epoch, in updates."""
+    return trainer_of(
+        spec=dataclasses.replace(SPEC, N=200, batches_per_epoch=50),
+        batch_renorm__start_relaxing_rmax=start, batch_renorm__reach_rmax_max=reach,
+        batch_renorm__start_relaxing_dmax=start, batch_renorm__reach_dmax_max=reach,
+    ).renorm  # fmt: skip
 
 
 def test_limits_in_the_wrong_order_are_one_line():

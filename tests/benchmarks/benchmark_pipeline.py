@@ -398,7 +398,9 @@ def work_speed(
 
 
 def resize_at_once(path: Path, sides: list[int], folder: Path) -> None:
-    for side, copy in preprocess.resized_copies(path, sides):
+    one = Pictures(path.parent, Paths([path.name]), np.zeros(1, np.int32), ["any"], "")
+    missing = dict.fromkeys(sides, folder / "none")
+    for side, copy in preprocess.missing_copies(one, missing, 0):
         preprocess.save_jpeg(copy, folder / f"{side}_{path.name}")
 
 
@@ -492,15 +494,15 @@ def measure_resized_folders(pictures: Pictures, folder: Path, seconds: float) ->
     """Bytes of the resized copies, and batches from them against batches from the originals."""
     resized = {side: folder / "resized" / str(side) for side in SIDES}
 
-    def write(path: str) -> int:
-        total = 0
-        for side, copy in preprocess.resized_copies(pictures.folder / path, list(SIDES)):
+    def write(index: int) -> int:
+        path, total = pictures.paths[index], 0
+        for side, copy in preprocess.missing_copies(pictures, resized, index):
             (resized[side] / path).parent.mkdir(parents=True, exist_ok=True)
             preprocess.save_jpeg(copy, resized[side] / path)
             total += (resized[side] / path).stat().st_size
         return total
 
-    copies = sum(utils.map_in_order(write, pictures.paths, utils.cores()))
+    copies = sum(utils.map_in_order(write, range(len(pictures)), utils.cores()))
     originals = sum((pictures.folder / path).stat().st_size for path in pictures.paths)
     print(
         f"\nan original takes {utils.file_size(originals / len(pictures))} on average, its 33 "
