@@ -67,13 +67,13 @@ def main() -> None:
     batches, rows = batches_of(buffer, info, args), []
     for epoch in range(args.epoch_start, args.epoch_end):
         row = {"epoch": epoch, **train_epoch(learner, batches, epoch, info, args)}
-        row |= learner.evaluate(crops, 1)
+        rows.append(row | learner.evaluate(crops, 1))
+        utils.write_csv(args.folder / "keras.csv", COLUMNS, rows)
         if epoch == args.epoch_end - 1:
             needs(buffer, args.epoch_end, 0)  # the preprocessor ends
-            row |= learner.evaluate(crops, 10)
-        print(", ".join(f"{name} {utils.csv_cell(value)}" for name, value in row.items()))
-        rows.append(row)
-        utils.write_csv(args.folder / "keras.csv", COLUMNS, rows)
+            rows[-1] |= learner.evaluate(crops, 10)
+            utils.write_csv(args.folder / "keras.csv", COLUMNS, rows)
+        print(", ".join(f"{name} {utils.csv_cell(value)}" for name, value in rows[-1].items()))
 
 
 def parse_arguments() -> argparse.Namespace:
