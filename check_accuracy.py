@@ -62,7 +62,7 @@ def main() -> None:
     lock = run / resnet50.CHECKER_LOCK
     utils.lock(lock, f"{run}: another check_accuracy.py is evaluating this run")
     epochs = epochs_wanted(args.epoch_start, args.epoch_end, args.every)
-    resnet50.write_lock_note(lock, epochs)
+    resnet50.write_lock_note(lock, resnet50.LockNote(epochs=epochs))
     utils.remove_leftovers(run, resnet50.ACCURACY, CLASSES, "*.png")
     results, failed = Results(run, crops), 0
     print(
@@ -118,7 +118,7 @@ def open_device(gpu: int | None, run: Path) -> None:
     Raises UserError if the GPU asked for does not exist.
     """
     wanted = [1 if gpu is None else gpu]
-    if gpu is None and 1 in resnet50.read_lock_note(run / resnet50.TRAINER_LOCK):
+    if gpu is None and 1 in resnet50.read_lock_note(run / resnet50.TRAINER_LOCK).gpus:
         wanted = []
     if utils.choose_gpus(wanted, required=gpu is not None):
         print(f"evaluating on GPU {wanted[0]}")
@@ -293,15 +293,19 @@ class Results:
 
     def draw(self, answers: SimpleNamespace | None = None) -> None:
         """Writes all that follows from the table, and from the newest epoch's answers."""
-        try:
-            if answers:
-                write_classes(answers, self.crops.names, self.run / CLASSES)
-                title = f"{self.run.name}, epoch {max(self.rows)}"
-                draw_mistakes(answers, self.crops, title, self.run / "mistakes.png")
-            self.write_events()
-            draw_charts(self.run, list(self.rows.values()), self.crops.classes)
-        except (UserError, OSError, tf.errors.OpError) as error:
-            utils.warn(f"{self.run}: not all charts, tables and events could be written: {error}")
+        rows, names = list(self.rows.values()), self.crops.names
+        title = f"{self.run.name}, epoch {max(self.rows, default=0)}"
+        jobs = [
+            lambda: draw_charts(self.run, rows, self.crops.classes),
+            self.write_events,
+            lambda: answers and write_classes(answers, names, self.run / CLASSES),
+            lambda: answers and draw_mistakes(answers, self.crops, title, self.run / MISTAKES),
+        ]
+        for write in jobs:
+            try:
+                write()
+            except (UserError, OSError, tf.errors.OpError) as error:
+                utils.warn(f"{self.run}: a chart, table or event could not be written: {error}")
 
     def write_events(self) -> None:
         """Writes all rows, by training step, into a new file of events. Readers take the step 0
@@ -330,7 +334,7 @@ def describe(row: dict) -> str:
 
 # --- where the model errs ---------------------------------------------------------------------
 
-CLASSES = "classes.csv"
+CLASSES, MISTAKES = "classes.csv", "mistakes.png"
 CLASS_COLUMNS = ("label", "name", "pictures", "top1", "top5", "taken_for", "times")
 
 

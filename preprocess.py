@@ -32,6 +32,7 @@ import math
 import re
 import struct
 import threading
+import unicodedata
 import warnings
 import zlib
 from array import array
@@ -445,10 +446,16 @@ def _mapping(root: Path) -> list[list[str]]:
 
 
 def _ranks(root: Path) -> dict[str, int]:
-    """The label of each class folder: its rank among the folders of the training set."""
+    """The label of each class folder: its rank among the folders of the training set.
+
+    Raises UserError if two of them print alike: a copy between systems may have split a class.
+    """
     folder = root / "train"
     _refuse_broken_links(folder, (entry.name for entry in _visible(folder)))
-    return {name: rank for rank, name in enumerate(_subfolders(folder))}
+    names = _subfolders(folder)
+    if len({unicodedata.normalize("NFC", name) for name in names}) < len(names):
+        raise UserError(f"{folder}: two class folders print alike (Unicode NFC and NFD); join them")
+    return {name: rank for rank, name in enumerate(names)}
 
 
 def readable_names(root: Path, classes: Iterable[str]) -> list[str]:

@@ -42,7 +42,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,25 +253,26 @@ labels, `model` when the epoch is trained again."""
 class LockNote:
     """What a running script says in its lock."""
 
-    numbers: list[int]  # train.py: its GPUs; check_accuracy.py: the epochs that it evaluates
+    gpus: list[int] = dataclasses.field(default_factory=list)  # that train.py uses
+    epochs: list[int] = dataclasses.field(default_factory=list)  # that check_accuracy.py evaluates
 
 
-def write_lock_note(lock: Path, numbers: list[int]) -> None:
+def write_lock_note(lock: Path, note: LockNote) -> None:
     """Writes into a lock file that this process holds."""
     descriptor = os.open(lock, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
     with open(descriptor, "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(LockNote(numbers)), file)
+        json.dump(dataclasses.asdict(note), file)
 
 
-def read_lock_note(lock: Path) -> Collection[int]:
-    """The numbers in a lock; none if no process holds it. All numbers if they cannot be read,
-    because they are just being written.
+def read_lock_note(lock: Path) -> LockNote:
+    """The note in a lock; an empty one if no process holds it. All GPUs and epochs if it cannot be
+    read, because it is just being written.
     """
     try:
         note = utils.read_record(LockNote, lock) if utils.is_locked(lock) else None
-        return note.numbers if note else []
+        return note or LockNote()
     except UserError:
-        return range(10**6)
+        return LockNote(list(range(100)), list(range(10**6)))
 
 
 def run_name(text: str) -> str:

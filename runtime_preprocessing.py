@@ -74,18 +74,19 @@ def main() -> None:
     if args.preview:
         draw_preview(batches_for(config, args), args.preview)
         return
-    folder = hold(config.train.buffer_folder, LOCK)
+    folder = hold_folder(config.train.buffer_folder, LOCK)
     if args.benchmark:
         benchmark(batches_for(config, args), folder)
         return
     set_aside_older_run(folder, args)
     buffer = Buffer(folder, batches_for(config, args), config.train.buffer_size)
-    hold(folder, LOCK)  # a logout may have removed it while the pictures were looked for
+    hold_folder(folder, LOCK)  # a logout may have removed it while the pictures were looked for
     buffer.check_size()
     with utils.stop_on_signals() as stop:
         buffer.claim()
         settings = config.runtime_preprocessing
         made = keep_full(buffer, settings.num_of_threads, settings.sleep_time, stop)
+        buffer.remove_leftovers()
     if stop.is_set():
         buffer.say_what_stays()
         print(f"{utils.script_name()}: stopped", file=sys.stderr)
@@ -107,7 +108,7 @@ def parse_arguments() -> Namespace:
     parser.add("--preview", Path, "draw a contact sheet of a batch and exit")
     parser.add("--benchmark", None, "measure pictures per second and exit")
     args = parser.parse()
-    if args.preview and picture_format(args.preview) not in Image.SAVE:
+    if args.preview and args.preview.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--preview={args.preview}: expected a name with .png or .jpg")
     return args
 
@@ -328,14 +329,14 @@ def set_aside_older_run(folder: Path, args: Namespace) -> None:
 # --- the folder -------------------------------------------------------------------------------
 
 
-def hold(folder: Path, lock: str) -> Path:
+def hold_folder(folder: Path, lock: str) -> Path:
     """Makes the folder and locks it, also again: somebody may remove or move it at any time.
 
     Raises UserError if another process holds this lock.
     """
     utils.make_folder(folder, private=True)
     refusal = f"{folder}: another {HOLDERS[lock]} uses this folder; give each its own"
-    utils.keep_lock(folder / lock, refusal)
+    utils.hold_lock(folder / lock, refusal)
     return folder
 
 
@@ -377,14 +378,13 @@ class Buffer:
         """Steps of the batches whose two files are complete."""
         complete = [name for name, size in files.items() if size == self.sizes[name[0]]]
         x, y = ({self.spec.step_of(name) for name in complete if name[0] == kind} for kind in "XY")
-        return x & y - {None}
+        return (x & y) - {None}
 
     def check_size(self) -> None:
         """Prints how much room the buffer needs and has. Raises UserError if it has too little."""
         folder, size_of = self.folder, utils.file_size
-        own, batch = (
-            sum(size + PAGE for size in files.values()) for files in (self.files(), self.sizes)
-        )
+        own = sum(size + PAGE for size in self.files().values())
+        batch = sum(size + PAGE for size in self.sizes.values())
         room = shutil.disk_usage(folder).free + own - PAGE  # for the progress file
         there = f"{folder} has room for {size_of(max(room, 0))}"
         free = utils.available_memory() if is_ram_disk(folder) else None
@@ -394,10 +394,10 @@ class Buffer:
             room = min(room, free + own - min(max(10**9, free // 10), free // 2))
         needs = f"{plural(self.size, 'batch')} of {size_of(batch)}"
         if batch * self.size > room:
-            raise UserError(
-                f"[train] buffer_size: no room for {needs}: {there}; the largest buffer_size that "
-                f"fits is {max(room // batch, 0)}; a smaller --batch_size needs less"
-            )
+            way_out = "use another folder or a smaller --batch_size"
+            if room >= batch:
+                way_out = f"the largest buffer_size that fits is {room // batch}"
+            raise UserError(f"[train] buffer_size: no room for {needs}: {there}; {way_out}")
         print(f"buffer: {needs}, together {size_of(batch * self.size)}; {there}")
 
     def claim(self) -> None:
@@ -433,7 +433,7 @@ class Buffer:
         buffer.json. Raises UserError if another preprocessor was faster.
         """
         with contextlib.suppress(FileNotFoundError):  # removed just now; the next look makes it
-            hold(self.folder, LOCK)
+            hold_folder(self.folder, LOCK)
             if not (self.folder / BUFFER_JSON).exists():
                 utils.write_text(self.folder / BUFFER_JSON, self.json)
             elif not self.is_ours():  # another preprocessor was here, and has ended
@@ -544,8 +544,8 @@ def keep_full(buffer: Buffer, threads: int, sleep_time: float, stop: utils.Stop)
 
 
 def collect(step: int, job: Future, buffer: Buffer, ready: set[int]) -> bool:
-    """Takes what a job has to say of its batch. Returns whether the batch was made: it was not if
-    the folder was removed, or if there was no room. Then the batch that is needed last makes room.
+    """Whether a job has made its batch. Adds the batch's broken pictures to the failures. If there
+    was no room, removes the batch that is needed last.
 
     Raises the exception of a worker, and UserError if too many pictures are broken.
     """
@@ -582,6 +582,7 @@ class Diary:
         made, and whether more are wanted.
         """
         now = time.monotonic()
+        # What was made in a short refill, which had no line of its own, is not in the next line.
         self.made += made
         new, passed = self.made - self._told, now - self._began
         is_due = now >= self._say_at and (not filling or passed >= max(self.pause, SAY_FILLING))
@@ -633,8 +634,6 @@ def workers(buffer: Buffer, threads: int) -> Iterator[Executor]:
             for process in multiprocessing.active_children():
                 process.kill()  # it may hang
         pool.shutdown(cancel_futures=True)
-        if buffer.is_ours():
-            buffer.remove_leftovers()
 
 
 _buffer: Buffer
@@ -859,7 +858,7 @@ it again within one."""
 
 def take_buffer(config: SimpleNamespace) -> Path:
     """Locks the buffer's folder. Raises UserError if another train.py holds the lock."""
-    folder = hold(config.train.buffer_folder, TRAINER_LOCK)
+    folder = hold_folder(config.train.buffer_folder, TRAINER_LOCK)
     utils.remove_leftovers(folder, PROGRESS)
     return folder
 
@@ -1047,7 +1046,7 @@ class BatchReader:
         know them. `_read` tries again.
         """
         try:
-            hold(self.folder, TRAINER_LOCK)
+            hold_folder(self.folder, TRAINER_LOCK)
             write_progress(self.folder, self.spec, step)
         except FileNotFoundError:
             pass  # removed just now
@@ -1142,37 +1141,38 @@ def measure(
     All threads finish their batches at about the same time. So only whole rounds count, one batch
     per thread, and the first round is left out.
     """
-    buffer, jobs, made = Buffer(folder / BENCHMARK, batches, threads), deque(), 0
+    buffer, under_way, made = Buffer(folder / BENCHMARK, batches, threads), {}, 0
     shutil.rmtree(buffer.folder, ignore_errors=True)  # of a benchmark that was killed
     buffer.folder.mkdir()
-    buffer.claim()
     try:
+        buffer.claim()
         with workers(buffer, threads) as pool:
             while True:
-                while len(jobs) < 2 * threads:  # as in `keep_full`
-                    jobs.append(pool.submit(make, step + made + len(jobs)))
-                if not collect(step + made, jobs.popleft(), buffer, set()):
+                while len(under_way) < 2 * threads:  # as in `keep_full`
+                    begun = made + len(under_way)
+                    under_way[pool.submit(make, step + begun)] = step + begun
+                job = wait(under_way, return_when="FIRST_COMPLETED").done.pop()
+                if not collect(step, job, buffer, set()):
                     raise UserError(f"{folder}: no room for two batches per thread")
-                buffer.remove_batches([step + made])
+                buffer.remove_batches([under_way.pop(job)])
                 made += 1
                 if made == threads:
                     start = time.perf_counter()
                 elif made % threads == 0 and (passed := time.perf_counter() - start) >= seconds:
-                    return (made - threads) * batches.spec.batch_size / passed, made + len(jobs)
+                    begun = made + len(under_way)
+                    return (made - threads) * batches.spec.batch_size / passed, begun
     finally:
         shutil.rmtree(buffer.folder)
-
-
-def picture_format(file: Path) -> str | None:
-    """The format that Pillow gives a file of this name."""
-    return Image.registered_extensions().get(file.suffix.lower())
 
 
 def draw_preview(batches: Batches, file: Path) -> None:
     """Draws a contact sheet of the first batch as the network will see it, with class names."""
     spec = batches.spec
     step = spec.step(spec.epochs[0])
-    x, y = next(batches.parts(step, broken=[]))
+    broken = []
+    x, y = next(batches.parts(step, broken))
+    for path, error in broken:
+        batches.failures.add(path, error)
     pixels = x.astype(np.float32) * np.float32(spec.sigma) + np.float32(spec.mu)
     pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
     title = (
@@ -1182,7 +1182,7 @@ def draw_preview(batches: Batches, file: Path) -> None:
     captions = [[spec.class_names[label]] for label in y]
     sheet = contact_sheet(pixels, captions, title, columns=min(8, len(pixels)))
     with utils.written_aside(file.absolute()) as aside:
-        sheet.save(aside, picture_format(file), quality=95)
+        sheet.save(aside, "PNG" if file.suffix.lower() == ".png" else "JPEG", quality=95)
     print(f"wrote {file}")
 
 

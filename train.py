@@ -608,8 +608,8 @@ class Run:
         another train.py trains this run.
         """
         lock = utils.make_folder(self.folder) / resnet50.TRAINER_LOCK
-        utils.keep_lock(lock, f"{self.folder}: another train.py is training this run")
-        resnet50.write_lock_note(lock, self.args.gpu)
+        utils.hold_lock(lock, f"{self.folder}: another train.py is training this run")
+        resnet50.write_lock_note(lock, resnet50.LockNote(gpus=self.args.gpu))
 
     def states(self) -> list[Place]:
         """What training can continue from, the latest first."""
@@ -648,16 +648,16 @@ class Run:
                     f"--epoch_start={start} continues from the model {place.folder}, which does "
                     f"not exist; the run has epochs: {epochs}"
                 )
-        later = [each.folder for each in states if each[:2] > place[:2]]
+        later = [each.folder for each in reversed(states) if each[:2] > place[:2]]
+        way_out = "add --resume to continue from the latest" if later else "move it away"
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         for epoch in sorted(int(name) for name in names if name.isdecimal()):
             if place.epoch <= epoch < args.epoch_end:  # also if it is not a model
                 later.append(self.folder / str(epoch))
         if later:
             raise UserError(
-                f"{later[0]} already exists and would be replaced; the run has epochs: {epochs}. "
-                f"Add --resume to continue from the latest, move {later[0].name} away, or use "
-                f"another --run_folder"
+                f"{later[0]} already exists and would be replaced; the run has epochs: {epochs}; "
+                f"{way_out}, or use another --run_folder"
             )
         if place.epoch + place.batch > 0:
             self.read_state(place)  # raises UserError before the first batch is waited for
@@ -825,7 +825,7 @@ class Saver:
 
     def save_epoch(self, step: int, stop: Stop) -> None:
         """Saves the model and the state of the epoch that ends before `step`. If that fails, tries
-        again each minute, or at once after a stop. Raises UserError after five failures.
+        again each minute, sooner after a stop. Raises UserError after five failures.
         """
         if not self.run.chief:
             return
@@ -838,7 +838,8 @@ class Saver:
                 if attempt == 5:
                     raise UserError(f"{folder}: cannot be saved: {brief(error)}") from None
                 utils.warn(f"{folder}: cannot be saved yet: {brief(error)}; trying again")
-                stop.wait(60)
+                if stop.wait(60):
+                    time.sleep(2)
         self._last = time.monotonic()
         print(f"saved {folder}")
         self._tidy(newest=folder)
@@ -885,7 +886,7 @@ class Saver:
     def _remove_old_epochs(self, keep: int, newest: int) -> None:
         """Keeps the newest models, the best, and those that check_accuracy.py has yet to see."""
         top1 = self.run.accuracies()
-        checked = resnet50.read_lock_note(self.run.folder / resnet50.CHECKER_LOCK)
+        checked = resnet50.read_lock_note(self.run.folder / resnet50.CHECKER_LOCK).epochs
         best = max(top1, key=top1.get, default=None)
         for epoch in [epoch for epoch in epochs_in(self.run.folder) if epoch <= newest][:-keep]:
             awaited = epoch in checked and epoch not in top1
@@ -1111,7 +1112,8 @@ class Display(contextlib.AbstractContextManager):
             where = f"epoch {epoch}, {row['batch'] + 1} of {plural(per_epoch, 'batch')}"
             print(f"{where}: {', '.join(parts)}")
         elif row["batch"] + 1 == per_epoch:
-            print(fitted(f"end of epoch {epoch}:", parts))
+            latest = self._parts(summary(list(self.recent), self.spec))  # the row may be one step
+            print(fitted(f"end of epoch {epoch}:", latest))
 
     def status(self) -> str:
         """The present state of training: a bar of the epoch, and as much as fits the terminal."""

@@ -312,9 +312,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # Report a misspelled flag first: it is often why a required one is missing.
         known = [flag for action in self._actions for flag in action.option_strings]
-        for flag in (argument.partition("=")[0] for argument in sys.argv[1:]):
+        for argument in sys.argv[1:]:
+            flag, equals, _ = argument.partition("=")
             close = difflib.get_close_matches(flag, known, 1, 0.7)
-            if close and flag not in known:
+            if close and flag not in known and (equals or flag.startswith("-")):
                 raise UserError(
                     f"unrecognized argument {flag}; did you mean {close[0]}? See --help"
                 )
@@ -504,7 +505,7 @@ KEYS: dict[str, dict[str, Kind]] = {
     "l2": {"l2_penalty": _FRACTION},
 }  # fmt: skip
 """Every section and key. A value is read from its text in JSON, so that quotes count."""
-OPTIONAL = {"seed": 0, "crop": "side"}
+OPTIONAL = {("train", "seed"): 0, ("runtime_preprocessing", "crop"): "side"}
 """The keys that may be missing, with their defaults."""
 
 
@@ -523,12 +524,14 @@ def load_config(file: Path) -> SimpleNamespace:
         values, where = sections[section], f"{file}: [{section}]"
         if not isinstance(values, dict):
             raise UserError(f"{file}: {section} must be a section: it needs a line [{section}]")
-        _check_names(where, "key", values, kinds)
+        defaults = {name: value for (part, name), value in OPTIONAL.items() if part == section}
+        _check_names(where, "key", defaults | values, kinds)
         converted = {}
         for name, kind in kinds.items():
             try:
-                value = kind(json.dumps(values.get(name, OPTIONAL.get(name)), default=str))
-            except argparse.ArgumentTypeError as error:
+                value = (defaults | values)[name]
+                value = kind(json.dumps(value, default=lambda date: [str(date)]))
+            except (argparse.ArgumentTypeError, ValueError) as error:
                 raise UserError(f"{where} {name}: {error}") from None
             if isinstance(value, Path):
                 value = _absolute(f"{where} {name}", value, file.parent)
@@ -577,14 +580,14 @@ def _hint(text: str, message: str) -> str:
 
 
 def _check_names(where: str, kind: str, found: dict, known: dict) -> None:
-    """Raises UserError for an unknown name, and for a missing one that has no default."""
+    """Raises UserError for an unknown name, and for a missing one."""
     for name in found:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
             raise UserError(f"{where}: unknown {kind} {name}; {hint}")
     for name in known:
-        if name not in found and name not in OPTIONAL:
+        if name not in found:
             expected = "" if kind == "section" else f"; expected {known[name].expected}"
             raise UserError(f"{where}: missing {kind} {name}{expected}")
 
@@ -994,7 +997,7 @@ def lock(path: Path, refusal: str, shared: bool = False) -> None:
     raise UserError(refusal)
 
 
-def keep_lock(path: Path, refusal: str) -> None:
+def hold_lock(path: Path, refusal: str) -> None:
     """Locks a file again if somebody has removed it, alone or with its folder.
 
     Raises UserError with `refusal` if another process has taken the lock meanwhile.
@@ -1187,7 +1190,7 @@ def quiet_tensorflow() -> Iterator[None]:
             yield
         finally:
             os.dup2(_messages, 2)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         _die_without(error)
 
 

@@ -236,8 +236,9 @@ def test_charts_that_cannot_be_written_are_a_warning(prepared):
     (run / "events").write_text("a file")
     result = toolkit.run("check_accuracy.py", config, *SPAN, "--epoch_end=1")
     assert result.returncode == 0, result.stderr
-    assert "not all charts, tables and events could be written" in result.stderr
+    assert "a chart, table or event could not be written" in result.stderr
     assert len(rows(run)) == 1
+    assert (run / "accuracy.png").is_file() and (run / "mistakes.png").is_file()
 
 
 def test_the_crops_stay_as_they_are_while_a_checker_uses_them(tmp_path, toy):
@@ -523,14 +524,14 @@ def gpus(monkeypatch):
 def test_the_gpus_of_training_are_left_alone(training, gpu, count, said, tmp_path, gpus, capsys):
     if training:
         utils.lock(tmp_path / ".train.lock", "")
-        resnet50.write_lock_note(tmp_path / ".train.lock", training)
+        resnet50.write_lock_note(tmp_path / ".train.lock", resnet50.LockNote(gpus=training))
     gpus(gpu, tmp_path, count)
     utils._forget_locks()
     assert ", ".join(capsys.readouterr().out.splitlines()) == said
 
 
 def test_the_gpus_of_a_training_that_has_ended_are_free(tmp_path, gpus, capsys):
-    (tmp_path / ".train.lock").write_text('{"numbers": [0, 1]}')
+    (tmp_path / ".train.lock").write_text('{"gpus": [0, 1], "epochs": []}')
     gpus(None, tmp_path, 2)
     assert capsys.readouterr().out == "evaluating on GPU 1\n"
     utils.lock(tmp_path / ".train.lock", "")  # it is just starting: its GPUs are not known yet
@@ -559,13 +560,14 @@ def test_the_lock_says_what_will_be_evaluated(prepared, check):
     save_model(run / "2", 0)
     check(config, "--run_folder=run", "--epoch_start=2", "--epoch_end=3", "--every=5")
     lock = run / ".check_accuracy.lock"
-    assert json.loads(lock.read_text()) == {"numbers": [2]}
-    assert resnet50.read_lock_note(lock) == []  # the checker has ended
+    assert json.loads(lock.read_text()) == {"gpus": [], "epochs": [2]}
+    assert resnet50.read_lock_note(lock).epochs == []  # the checker has ended
     utils.lock(lock, "")
-    assert resnet50.read_lock_note(lock) == [2]
-    for text in ("1", "", '{"numbers": ["2"]}', '{"epoch_start": 2}'):
+    assert resnet50.read_lock_note(lock).epochs == [2]
+    for text in ("1", "", '{"gpus": [], "epochs": ["2"]}', '{"epoch_start": 2}'):
         lock.write_text(text)
-        assert 12345 in resnet50.read_lock_note(lock)
+        note = resnet50.read_lock_note(lock)
+        assert 12345 in note.epochs and 1 in note.gpus
     utils._forget_locks()
 
 
@@ -598,6 +600,7 @@ def test_a_folder_in_the_place_of_a_result_is_named(prepared, check, capsys):
     (warning,) = capsys.readouterr().err.splitlines()
     assert str(run / "classes.csv") in warning
     assert len(rows(run)) == 1
+    assert (run / "accuracy.png").is_file() and (run / "mistakes.png").is_file()
 
 
 def test_second_checker_on_a_run_is_refused(prepared):

@@ -1012,7 +1012,7 @@ def test_disk_too_small_for_one_batch(tmp_path, toy, small_disk):
     config = toolkit.write_config(tmp_path, toy, small_disk(600), train__buffer_size=3)
     result = toolkit.run("runtime_preprocessing.py", config, *span(0, 1))
     toolkit.assert_one_line_error(result, "runtime_preprocessing.py", "buffer", "room", " kB")
-    assert "that fits is 0; a smaller --batch_size needs less" in result.stderr
+    assert "use another folder or a smaller --batch_size" in result.stderr
 
 
 def test_batches_already_there_count_as_room(tmp_path, toy, small_disk):

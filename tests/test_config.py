@@ -98,7 +98,7 @@ def test_the_shipped_file_has_the_required_keys_and_values():
 
 def test_optional_keys_have_defaults_and_the_rest_is_required():
     required = {
-        section: [name for name in keys if name not in utils.OPTIONAL]
+        section: [name for name in keys if (section, name) not in utils.OPTIONAL]
         for section, keys in utils.KEYS.items()
     }
     assert required == {section: list(keys) for section, keys in REQUIRED.items()}

@@ -538,16 +538,16 @@ def test_a_lock_whose_file_was_removed_is_taken_again(tmp_path):
     folder.mkdir()
     path = folder / ".preprocessor.lock"
     utils.lock(path, "taken")
-    utils.keep_lock(path, "lost")
+    utils.hold_lock(path, "lost")
     path.unlink()
-    utils.keep_lock(path, "lost")
+    utils.hold_lock(path, "lost")
     assert utils.is_locked(path)
     path.unlink()
     folder.rmdir()
     with pytest.raises(FileNotFoundError):
-        utils.keep_lock(path, "lost")
+        utils.hold_lock(path, "lost")
     folder.mkdir()
-    utils.keep_lock(path, "lost")
+    utils.hold_lock(path, "lost")
     assert utils.is_locked(path)
     open_files = [
         os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()
@@ -562,7 +562,7 @@ def test_a_lock_whose_place_was_taken_is_lost(tmp_path):
     utils.lock(path, "taken")
     path.unlink()
     with another_process(HOLDING, path), pytest.raises(UserError, match="^lost$"):
-        utils.keep_lock(path, "lost")
+        utils.hold_lock(path, "lost")
 
 
 def test_a_lock_whose_place_nobody_holds_is_taken_again(tmp_path):
@@ -570,9 +570,9 @@ def test_a_lock_whose_place_nobody_holds_is_taken_again(tmp_path):
     path = tmp_path / ".preprocessor.lock"
     utils.lock(path, "taken")
     path.rename(tmp_path / "away")
-    utils.keep_lock(path, "lost")
+    utils.hold_lock(path, "lost")
     (tmp_path / "away").rename(path)
-    utils.keep_lock(path, "lost")
+    utils.hold_lock(path, "lost")
     assert utils.is_locked(path)
 
 
@@ -592,7 +592,7 @@ def test_a_lock_that_another_took_first_is_lost(tmp_path, monkeypatch):
     holder = another_process(HOLDING, path)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="^lost$"):
         patch.setattr(os, "stat", too_late)
-        utils.keep_lock(path, "lost")
+        utils.hold_lock(path, "lost")
     holder.__exit__(None, None, None)
 
 

@@ -185,7 +185,7 @@ def test_a_start_that_is_killed_as_soon_as_it_has_its_folder_can_be_resumed(tmp_
     def killed(*_: object) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(utils, "keep_lock", killed)
+    monkeypatch.setattr(utils, "hold_lock", killed)
     with pytest.raises(SystemExit):
         claim(tmp_path / "run")
     monkeypatch.undo()
@@ -207,7 +207,7 @@ def test_a_state_within_an_epoch_is_never_removed_by_a_start_without_resume(run)
 def test_models_are_neither_overwritten_nor_skipped(run):
     fake_epochs(run, 0, 1)
     for start, words in (
-        (0, "1 already exists and would be replaced.*0, 1"),
+        (0, "0 already exists and would be replaced.*0, 1.*add --resume"),
         (1, "1 already exists"),
         (3, "2, which does not exist.*epochs: 0, 1"),
     ):
@@ -215,7 +215,7 @@ def test_models_are_neither_overwritten_nor_skipped(run):
             claim(run, f"--epoch_start={start}")
     assert sorted(os.listdir(run)) == ["0", "1"]
     (run / "4").touch()
-    with pytest.raises(utils.UserError, match="4 already exists.*0, 1.*move 4 away"):
+    with pytest.raises(utils.UserError, match="4 already exists.*0, 1.*move it away"):
         claim(run, "--epoch_start=2")
     (run / "4").rename(run / "400")
     assert claim(run, "--epoch_start=2") == (2, 0, run / "1")
@@ -225,7 +225,7 @@ def test_a_run_has_one_trainer_at_a_time_which_says_what_gpus_it_uses(run):
     args = arguments()
     args.gpu = [0, 2]
     train.Run(run, args).claim()
-    assert resnet50.read_lock_note(run / resnet50.TRAINER_LOCK) == [0, 2]
+    assert resnet50.read_lock_note(run / resnet50.TRAINER_LOCK).gpus == [0, 2]
     utils._locks.clear()  # as in another process
     with pytest.raises(utils.UserError, match="another train.py"):
         claim(run)
@@ -699,10 +699,11 @@ def test_a_stop_does_not_wait_for_a_full_disk(run, monkeypatch, error):
 
     monkeypatch.setattr(resnet50, "export_model", full)
     waits = []
-    monkeypatch.setattr(stop, "wait", waits.append)
+    monkeypatch.setattr(stop, "wait", lambda seconds: (waits.append(seconds), stop.set()))
+    monkeypatch.setattr(train.time, "sleep", waits.append)
     with pytest.raises(utils.UserError, match="cannot be saved"):
         saver.save_epoch(2, stop)
-    assert waits == [60] * 4 and there(run) == []
+    assert waits == [60, 2] * 4 and there(run) == []
 
 
 def test_a_model_is_saved_although_tmpdir_has_vanished(run, monkeypatch):
@@ -741,7 +742,7 @@ def checker(run):
 
     def start(epochs: list[int]) -> None:
         utils.lock(run / resnet50.CHECKER_LOCK, "")
-        resnet50.write_lock_note(run / resnet50.CHECKER_LOCK, epochs)
+        resnet50.write_lock_note(run / resnet50.CHECKER_LOCK, resnet50.LockNote(epochs=epochs))
 
     yield start
     utils._forget_locks()
@@ -1493,12 +1494,14 @@ def test_before_the_first_step_the_line_says_what_is_waited_for(run, terminal):
 
 
 def test_a_terminal_gets_the_last_row_of_each_epoch(run, terminal, capsys):
+    """It is of the latest steps, not only of those since the row before."""
     terminal.set_width(80)
     display = display_of(run, range(0, 18))
-    for step in range(3):
-        display.print_row(train.summary([finished(step, 1.0 + step)], SPEC))
+    for step, loss in enumerate([9.0, 1.0, 3.0]):  # two a epoch
+        display.recent.append(finished(step, 1.0 + step, loss_without_l2=loss, first=step == 0))
+        display.print_row(train.summary([display.recent[-1]], SPEC))
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("end of epoch 0: loss 0.500 top-1 25.0% ") and len(line) < 80
+    assert line.startswith("end of epoch 0: loss 5.000 top-1 25.0% ") and len(line) < 80
 
 
 def test_the_line_is_redrawn_on_a_terminal_only(run, terminal, monkeypatch):
