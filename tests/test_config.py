@@ -670,7 +670,7 @@ MISSPELLED = {
     "--learning-rate=0.1": "--learning_rate",
     "--batch-size=64": "--batch_size",
     "--bach_size": "--batch_size",
-    "--epochs=90": "--epoch_end",
+    "--epochs=90": "--epoch_start",
     "epoch_start=0": "--epoch_start",
 }
 
