@@ -214,7 +214,7 @@ class Failures:
         if len(self) > self.allowed or len(self) == self.pictures:
             raise UserError(
                 f"{len(self)} of {self.pictures} pictures could not be decoded, more than 1 in "
-                f"100; replace or remove those named in the warnings"
+                f"100; replace or remove those named in the warnings (get_mu_sigma.py names all)"
             )
 
     def __str__(self) -> str:

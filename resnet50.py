@@ -342,7 +342,7 @@ def model_recipe(folder: Path) -> ModelRecipe:
     reason = "it is not complete" if folder.is_dir() else "there is no such folder"
     if epochs := epochs_in(folder):
         reason = f"it is a run; name one of its epochs, such as {folder / str(epochs[-1])}"
-    raise UserError(f"{folder}: not a model of this toolkit: {reason}")
+    raise UserError(f"{folder}: not a model of this toolkit, such as saved_models/he/29: {reason}")
 
 
 class Classifier(tf.Module):

@@ -335,7 +335,8 @@ def hold_folder(folder: Path, lock: str) -> Path:
     Raises UserError if another process holds this lock.
     """
     utils.make_folder(folder, private=True)
-    refusal = f"{folder}: another {HOLDERS[lock]} uses this folder; give each its own"
+    way_out = "stop it, or give each its own [train] buffer_folder"
+    refusal = f"{folder}: another {HOLDERS[lock]} uses this folder; {way_out}"
     utils.hold_lock(folder / lock, refusal)
     return folder
 

@@ -481,7 +481,7 @@ def announce_limits(limits: SimpleNamespace, steps: range, per_epoch: int) -> No
     if min(limits.start_relaxing_rmax, limits.start_relaxing_dmax) > last:
         utils.warn(
             f"[batch_renorm] start_relaxing_rmax and start_relaxing_dmax are after the last "
-            f"update, {last}: this run is plain batch normalization"
+            f"update, {last}: this run is plain batch normalization (fine for a short trial)"
         )
         return
 

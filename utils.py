@@ -361,7 +361,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-METAVARS = {Path: "FILE"}
+METAVARS = {Path: "PATH"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1205,7 +1205,9 @@ def choose_gpus(wanted: list[int], required: bool) -> list:
     if required and max(wanted) >= len(there):
         found = f"{len(there)} GPUs, counted from 0" if there else "no GPU"
         asked = ",".join(map(str, wanted))
-        raise UserError(f"--gpu={asked}: TensorFlow finds {found} on this machine")
+        raise UserError(
+            f"--gpu={asked}: TensorFlow finds {found} on this machine; without --gpu it decides"
+        )
     chosen = [there[i] for i in wanted if i < len(there)]
     tf.config.set_visible_devices(chosen, "GPU")
     for gpu in chosen:
