@@ -775,7 +775,7 @@ def test_charts_without_a_readable_log_are_a_warning(prepared, check, capsys):
     check(config, *SPAN, "--epoch_end=1")
     assert len(rows(run)) == 1
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "could be written" in warning and str(log) in warning
+    assert "could not be written" in warning and str(log) in warning
 
 
 BROKEN_TABLES = {

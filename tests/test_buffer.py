@@ -1410,6 +1410,7 @@ def test_a_buffer_that_becomes_another_stops_training(config, ram):
         assert next_batch(reader) is not None
         other = dataclasses.replace(buffer.spec, epochs=[0, 9])  # as a message advises
         utils.write_record(ram / "buffer.json", other)
+        buffer.json = (ram / "buffer.json").read_text()
         write_batch(buffer, 1)
         assert next_batch(reader) is not None
         other = dataclasses.replace(buffer.spec, class_names=["cats"] * 4)

@@ -279,7 +279,7 @@ SCALES = '"mu": [0.5, 0.5, 0.5], "sigma": [0.5, 0.5, 0.5]'
     ("content", "words"),
     [
         ('{"mu": [1, 1, 1], "sigma": [1, 1, 1], "step": 3}', "class_names is missing"),  # of old
-        ("[" * 10**5, "too deep"),
+        ("[" * 10**5, "recursion"),
         ("null", "no JSON object"),
         ('{"class_names": "ab", "mu": [], "sigma": [], "flags": {}}', "class_names is"),
         ('{"class_names": ["a", 3], "mu": [], "sigma": [], "flags": {}}', "class_names is"),

@@ -280,7 +280,7 @@ def batches(dataset, tmp_path_factory) -> list[Batch]:
     folder = tmp_path_factory.mktemp("recipe")
     config = toolkit.write_config(folder, dataset, folder, **RECIPE.settings())
     recipe = toolkit.batches_of(config, RECIPE.batch_size)
-    made = [recipe.make(step) for step in range(STEPS)]
+    made = [toolkit.made(recipe, step) for step in range(STEPS)]
     return [(np.ascontiguousarray(images[:, :128, :128]), labels) for images, labels in made]
 
 
