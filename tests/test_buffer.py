@@ -1302,8 +1302,11 @@ def test_training_waits_where_a_stopped_preprocessor_left_other_batches(config, 
     assert "batch_size = 8, this training has batch_size = 4; start python3 runtime_pre" in out
 
 
-def test_training_waits_for_a_preprocessor_that_is_about_to_replace_the_batches(config, ram):
-    """It holds the lock, and finds the pictures first."""
+def test_training_waits_for_a_preprocessor_that_is_about_to_replace_the_batches(
+    config, ram, monkeypatch
+):
+    """It holds the lock, and finds the pictures first, which may take minutes."""
+    monkeypatch.setattr(runtime_preprocessing, "SAY_WAITING", 0.1)
     wrong = dataclasses.replace(stock(config, ram, 2).spec, batch_size=8, batches_per_epoch=5)
     utils.write_record(ram / "buffer.json", wrong)
     utils.lock(ram / ".preprocessor.lock", "held")
