@@ -293,14 +293,14 @@ class Results:
 
     def draw(self, answers: SimpleNamespace | None = None) -> None:
         """Writes all that follows from the table, and from the newest epoch's answers."""
-        rows, names = list(self.rows.values()), self.crops.names
-        title = f"{self.run.name}, epoch {max(self.rows, default=0)}"
-        jobs = [
-            lambda: draw_charts(self.run, rows, self.crops.classes),
-            self.write_events,
-            lambda: answers and write_classes(answers, names, self.run / CLASSES),
-            lambda: answers and draw_mistakes(answers, self.crops, title, self.run / MISTAKES),
-        ]
+        rows, run = list(self.rows.values()), self.run
+        jobs = [lambda: draw_charts(run, rows, self.crops.classes), self.write_events]
+        if answers:
+            title = f"{run.name}, epoch {max(self.rows)}"
+            jobs += [
+                lambda: write_classes(answers, self.crops.names, run / CLASSES),
+                lambda: draw_mistakes(answers, self.crops, title, run / MISTAKES),
+            ]
         for write in jobs:
             try:
                 write()

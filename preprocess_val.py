@@ -198,10 +198,11 @@ class Crops:
     def load(self, indices: np.ndarray) -> np.ndarray:
         """uint8 [count * len(indices), 224, 224, 3]. Raises UserError for a broken file."""
         crops = np.empty((len(indices), self.count, CROP, CROP, 3), np.uint8)
+        ten = np.empty((10, CROP, CROP, 3), np.uint8)
         for slot, index in enumerate(indices):
             path = self.folder / f"X10_{index}.npy"
             try:
-                ten = utils.read_array(path, np.empty((10, CROP, CROP, 3), np.uint8))
+                utils.read_array(path, ten)
             except (ValueError, FileNotFoundError):
                 raise UserError(
                     f"{path}: missing or broken; remove it and run preprocess_val.py again"

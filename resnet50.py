@@ -38,7 +38,6 @@ from utils import UserError, number, plural, printable, whole
 import argparse
 import dataclasses
 import itertools
-import json
 import os
 import re
 import zlib
@@ -261,7 +260,7 @@ def write_lock_note(lock: Path, note: LockNote) -> None:
     """Writes into a lock file that this process holds."""
     descriptor = os.open(lock, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
     with open(descriptor, "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(note), file)
+        file.write(utils.record_text(note))
 
 
 def read_lock_note(lock: Path) -> LockNote:
@@ -456,6 +455,13 @@ def brief(error: Exception) -> str:
     return printable(error)[:150]
 
 
+def refuse_pipes(files: list[Path]) -> None:
+    """Raises ValueError: TensorFlow would wait until somebody writes into a pipe."""
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file.name} is not a file")
+
+
 def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], ModelRecipe]:
     """The function from uint8 crops to probabilities, and the model's recipe.
 
@@ -463,9 +469,7 @@ def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], Model
     """
     recipe = model_recipe(folder)
     try:
-        for file in (*folder.glob("*.pb"), *folder.glob("variables/*")):
-            if not file.is_file():  # TensorFlow would wait until somebody writes into a pipe
-                raise ValueError(f"{file.name} is not a file")
+        refuse_pipes([*folder.glob("*.pb"), *folder.glob("variables/*")])
         model = tf.saved_model.load(str(folder))
         classify = model.signatures["serving_default"]
         classes = classify.structured_outputs["probabilities"].shape[-1]
@@ -483,9 +487,9 @@ def read_checkpoint(checkpoint: tf.train.Checkpoint, prefix: Path) -> None:
 
     Raises one of DAMAGED, or UserError or OSError if the storage fails: such files are not damaged.
     """
-    for file in prefix.parent.glob(f"{prefix.name}.*"):
-        if not file.is_file():  # TensorFlow would wait until somebody writes into a pipe
-            raise ValueError(f"{file.name} is not a file")
+    files = list(prefix.parent.glob(f"{prefix.name}.*"))
+    refuse_pipes(files)
+    for file in files:
         utils.read_file(file)
     checkpoint.read(str(prefix)).assert_existing_objects_matched()
 

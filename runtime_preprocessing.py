@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import gc
 import itertools
-import json
 import math
 import mmap
 import multiprocessing
@@ -360,7 +359,7 @@ class Buffer:
             "Y": utils.array_file_size(np.int32, self.spec.shape[:1]),
         }
         """Bytes of a file."""
-        self.json = json.dumps(dataclasses.asdict(self.spec), indent=1)
+        self.json = utils.record_text(self.spec)
         self.pattern = f"{shlex.quote(str(folder))}/[XY]_[0-9]*.npy"
         """What the shell calls the batches."""
         self.said_no_room = False

@@ -1106,14 +1106,14 @@ class Display(contextlib.AbstractContextManager):
         return []
 
     def print_row(self, row: dict[str, Any]) -> None:
-        epoch, per_epoch, parts = row["epoch"], self.spec.batches_per_epoch, self._parts(row)
+        per_epoch = self.spec.batches_per_epoch
         if not self._is_terminal:
-            parts += [f"loss with L2 {row['loss']:.3f}", f"rate {row['learning_rate']:.3g}"]
-            where = f"epoch {epoch}, {row['batch'] + 1} of {plural(per_epoch, 'batch')}"
-            print(f"{where}: {', '.join(parts)}")
+            more = [f"loss with L2 {row['loss']:.3f}", f"rate {row['learning_rate']:.3g}"]
+            where = f"epoch {row['epoch']}, {row['batch'] + 1} of {plural(per_epoch, 'batch')}"
+            print(f"{where}: {', '.join([*self._parts(row), *more])}")
         elif row["batch"] + 1 == per_epoch:
-            latest = self._parts(summary(list(self.recent), self.spec))  # the row may be one step
-            print(fitted(f"end of epoch {epoch}:", latest))
+            latest = summary(list(self.recent), self.spec)  # the row may be of one step
+            print(fitted(f"end of epoch {row['epoch']}:", self._parts(latest)))
 
     def status(self) -> str:
         """The present state of training: a bar of the epoch, and as much as fits the terminal."""

@@ -525,12 +525,12 @@ def load_config(file: Path) -> SimpleNamespace:
         if not isinstance(values, dict):
             raise UserError(f"{file}: {section} must be a section: it needs a line [{section}]")
         defaults = {name: value for (part, name), value in OPTIONAL.items() if part == section}
-        _check_names(where, "key", defaults | values, kinds)
+        values = defaults | values
+        _check_names(where, "key", values, kinds)
         converted = {}
         for name, kind in kinds.items():
             try:
-                value = (defaults | values)[name]
-                value = kind(json.dumps(value, default=lambda date: [str(date)]))
+                value = kind(json.dumps(values[name], default=lambda date: [str(date)]))
             except (argparse.ArgumentTypeError, ValueError) as error:
                 raise UserError(f"{where} {name}: {error}") from None
             if isinstance(value, Path):
@@ -856,9 +856,14 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
+def record_text(record: object) -> str:
+    """A dataclass as a JSON object, in ASCII."""
+    return json.dumps(dataclasses.asdict(record), indent=1)
+
+
 def write_record(path: Path, record: object) -> None:
     """Writes a dataclass as a JSON object, aside."""
-    write_text(path, json.dumps(dataclasses.asdict(record), indent=1))
+    write_text(path, record_text(record))
 
 
 def read_record(kind: type, path: Path) -> Any:

@@ -641,6 +641,13 @@ def test_what_is_removed_is_made_again(tmp_path, toy, ram, what):
     assert is_clean(folder) and "Traceback" not in said(config)
 
 
+def sleep_while_emptied(process: subprocess.Popen, folder: Path) -> None:
+    """The process sleeps, as with its machine. Somebody removes all that is in its folder."""
+    process.send_signal(signal.SIGSTOP)
+    for path in folder.iterdir():
+        path.unlink()
+
+
 def test_a_preprocessor_whose_place_was_taken_stops(tmp_path, toy, ram):
     """Everything is removed, and another one starts. Not one batch of the first is trained on."""
     (tmp_path / "other").mkdir()
@@ -651,9 +658,7 @@ def test_a_preprocessor_whose_place_was_taken_stops(tmp_path, toy, ram):
     batches = batches_of(other, epochs=[0, 2])
     with preprocessor(config, *span(0, 2)) as first:
         wait_until(settled(ram, range(8)), first, "buffer full")
-        first.send_signal(signal.SIGSTOP)
-        for path in ram.iterdir():
-            path.unlink()
+        sleep_while_emptied(first, ram)
         with preprocessor(other, *span(0, 2)) as second:
             wait_until(lambda: there(ram), second, "begins")
             first.send_signal(signal.SIGCONT)
@@ -711,9 +716,7 @@ def test_batches_that_another_has_left_meanwhile_are_removed(tmp_path, toy, ram)
     other = toolkit.write_config(tmp_path / "other", toy, ram, train__buffer_size=8, train__seed=7)
     with preprocessor(config, *span(0, 2)) as first:
         wait_until(settled(ram, range(4)), first, "buffer full")
-        first.send_signal(signal.SIGSTOP)
-        for path in ram.iterdir():
-            path.unlink()
+        sleep_while_emptied(first, ram)
         with preprocessor(other, *span(0, 2)) as second:
             wait_until(settled(ram, range(8)), second, "buffer full")
         first.send_signal(signal.SIGCONT)
