@@ -219,12 +219,12 @@ def test_a_trainer_whose_place_was_taken_stops(config, ram):
     buffer = stock(config, ram, 4)
     with reading(buffer, lambda *batch: batch) as reader:
         assert next_batch(reader) is not None
-        (ram / ".trainer.lock").unlink()
         with (
-            open(ram / ".trainer.lock", "w") as theirs,
+            open(ram / "theirs", "w") as theirs,
             pytest.raises(utils.UserError, match="another train.py uses this folder"),
         ):
-            fcntl.flock(theirs, fcntl.LOCK_EX)
+            fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.replace(ram / "theirs", ram / ".trainer.lock")  # free at no moment
             for _ in range(4):
                 next_batch(reader)
 
