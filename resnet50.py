@@ -208,7 +208,7 @@ STATE = "training_state"
 RECIPE = "recipe.json"
 """In a model's `assets`: what the model sees, and how it was trained."""
 
-FINITE = number(0, 1e12)
+FINITE = number(0)
 TRAINING_LOG = "training_log.csv"
 LOG_COLUMNS = {
     "step": whole(0),  # the last of the steps in this row, counted across all epochs
@@ -222,7 +222,7 @@ LOG_COLUMNS = {
     "images_per_second": FINITE,  # of this machine
     "learning_rate": FINITE,
     "waiting_for_data": number(0, 1),  # share of the time in which the device had no batch
-    "r_max": number(1, 1e12),  # the limits of batch renormalization
+    "r_max": number(1),  # the limits of batch renormalization
     "d_max": FINITE,
     "gradient_norm": float,  # mean over the steps; not finite if all were skipped
     "loss_scale": FINITE,  # in float16, else 1

@@ -217,6 +217,11 @@ class BatchSpec:
         """Names of the fields that differ from `expected`."""
         return [name for name, value in expected.items() if getattr(self, name) != value]
 
+    def changed_to(self, other: "BatchSpec") -> list[str]:
+        """Names of the fields that differ and matter to a training that has begun."""
+        names = self.differences(dataclasses.asdict(other))
+        return [name for name in names if name not in ("epochs", "resized")]
+
 
 def batches_for(config: SimpleNamespace, args: Namespace) -> "Batches":
     """The batches that the settings and the command line ask for. Says what they are made of.
@@ -288,7 +293,7 @@ POSITION = re.compile(rb"\s*(\d{1,9})\s+(\d{1,9})\s*")
 
 
 def write_progress(folder: Path, spec: BatchSpec, step: int) -> None:
-    """Writes which batch training needs next."""
+    """Writes which batch training reads next. The batches before it may be removed."""
     epoch, batch = divmod(step, spec.batches_per_epoch)
     text = f"{epoch}\n{batch}\n"
     utils.patiently(lambda path: utils.write_text(path, text), folder / PROGRESS)
@@ -890,6 +895,9 @@ def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
 def misfit(spec: BatchSpec, config: SimpleNamespace, batch_size: int) -> str:
     """Why the buffer's batches do not fit a training; "" if they do."""
     worker, workers = worker_of_workers()
+    folder = config.preprocess.ImageNet_folder
+    if not Path(spec.dataset).is_relative_to(folder):
+        return f"its batches were made from {spec.dataset}, this training has {folder}"
     ours = {
         "batch_size": batch_size,
         "seed": config.train.seed,
@@ -919,8 +927,10 @@ def end_preprocessing(folder: Path, spec: BatchSpec, epoch_end: int) -> None:
     """Tells runtime_preprocessing.py that training has passed its last epoch.
 
     Only for a training that holds the lock, and that has used the batches of this buffer. Somebody
-    may have removed the folder or buffer.json just now.
+    may have removed the folder or buffer.json just now, or prepare another training in it.
     """
+    if spec.changed_to(BatchSpec.read(folder) or spec):
+        return
     end = spec.step(epoch_end)
     utils.make_folder(folder, private=True)
     remove_batches_before(folder, spec, end)  # makes room, in case there is none
@@ -1031,12 +1041,11 @@ class BatchReader:
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if version != self._checked:  # reading 1,000 class names for every batch takes too long
             found = BatchSpec.read(self.folder) or self.spec
-            for key in self.spec.differences(dataclasses.asdict(found)):
-                if key not in ("epochs", "resized"):
-                    raise UserError(
-                        f"{self.folder}: {key} of its batches changed after this training began; "
-                        f"stop runtime_preprocessing.py, or start this training again"
-                    )
+            for key in self.spec.changed_to(found):
+                raise UserError(
+                    f"{self.folder}: {key} of its batches changed after this training began; "
+                    f"stop runtime_preprocessing.py, or start this training again"
+                )
         self._checked = version
 
     def _tell(self, step: int) -> None:

@@ -347,7 +347,7 @@ class Trainer:
         )
 
     def checksum(self) -> int:
-        """Of all weights and averages."""
+        """Of the network's weights and moving averages."""
         return zlib.crc32(b"".join(each.numpy().tobytes() for each in self.network.variables))
 
 
@@ -605,15 +605,16 @@ class Run:
     def hold(self) -> None:
         """Locks the folder, also again: while training runs, somebody may move the folder or remove
         the lock. check_accuracy.py keeps off the GPUs that the lock names. Raises UserError if
-        another train.py trains this run.
+        another train.py trains this run, and OSError.
         """
-        lock = utils.make_folder(self.folder) / resnet50.TRAINER_LOCK
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / resnet50.TRAINER_LOCK
         utils.hold_lock(lock, f"{self.folder}: another train.py is training this run")
         resnet50.write_lock_note(lock, resnet50.LockNote(gpus=self.args.gpu))
 
     def states(self) -> list[Place]:
         """What training can continue from, the latest first."""
-        # Backups of models may be named by the date: no run has an epoch 20261224.
+        # Backups of models may be named by the date: no run has an epoch 261224.
         epochs = [epoch for epoch in epochs_in(self.folder) if epoch < self.args.epoch_end]
         found = [Place(epoch + 1, 0, self.folder / str(epoch)) for epoch in epochs]
         for name in utils.patiently(os.listdir, self.folder) if self.folder.is_dir() else []:
@@ -814,9 +815,11 @@ class Saver:
         epoch, batch = divmod(step, self.spec.batches_per_epoch)
         folder = self.run.folder / f"state_{epoch}_{batch}"
         self._last = time.monotonic()
-        if not self.run.chief or batch == 0 or folder.exists():
+        if not self.run.chief or batch == 0:
             return
         try:
+            if folder.exists():
+                return
             self._write(folder, step, model=False)
         except (OSError, tf.errors.OpError) as error:
             utils.warn(f"{folder}: not saved: {brief(error)}; the previous state stays")
@@ -977,6 +980,7 @@ class Log(contextlib.AbstractContextManager):
             values, at = done.result()
             metrics = dict(zip(METRICS, values, strict=True))
             if not math.isfinite(metrics["loss"]):
+                self._write_row()  # the steps before it
                 raise UserError(
                     f"{self.spec.position(step)}: the loss is {metrics['loss']}; nothing was saved "
                     f"after it. Continue from the last state with a smaller --learning_rate"

@@ -1361,6 +1361,23 @@ def test_anything_else_in_buffer_json_is_one_line(tmp_path, toy, ram, text):
     assert (ram / "buffer.json").read_bytes() == text.encode("latin1")
 
 
+def test_batches_of_another_dataset_do_not_fit(config, ram):
+    """A user corrects ImageNet_folder and starts train.py before the preprocessor."""
+    spec = stock(config, ram, 0).spec
+    other = settings_of(config, preprocess__ImageNet_folder=ram / "other")
+    assert not misfit(spec, settings_of(config), 4)
+    wrong = f"made from {spec.dataset}, this training has {ram / 'other'}"
+    assert wrong in misfit(spec, other, 4)
+
+
+def test_the_end_is_not_told_to_who_prepares_another_training(config, ram):
+    mine = stock(config, ram, 2).spec
+    for changes, told in ({"seed": 7}, False), ({"epochs": [0, 9], "resized": [256]}, True):
+        utils.write_record(ram / "buffer.json", dataclasses.replace(mine, **changes))
+        end_preprocessing(ram, mine, 2)
+        assert (needed(ram) == (2, 0)) == told == (there(ram) == set())
+
+
 def tf_config(kind: str, index: int, **cluster: list[str]) -> str:
     return json.dumps({"cluster": cluster, "task": {"type": kind, "index": index}})
 

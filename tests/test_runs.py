@@ -6,6 +6,7 @@ The whole commands are in test_training.py.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -671,6 +672,29 @@ def test_a_full_disk_while_a_state_is_saved_leaves_the_last_one(run, monkeypatch
     assert "state_1_1: not saved: " in capsys.readouterr().err
 
 
+def test_a_disk_that_is_read_only_for_a_moment_does_not_end_training(run, monkeypatch, capsys):
+    saver = saver_of(run, trainer_of())
+    saver.save_state(1)
+    pauses = []
+
+    def read_only(path: object, *_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    def wait(_stop: object, seconds: float) -> bool:
+        pauses.append(seconds)
+        monkeypatch.undo()  # the disk is well again
+        return False
+
+    monkeypatch.setattr(os, "mkdir", read_only)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    saver.save_state(3)
+    assert there(run) == ["state_0_1"]
+    assert "state_1_1: not saved: " in capsys.readouterr().err
+    monkeypatch.setattr(utils.Stop, "wait", wait)
+    saver.save_epoch(4, utils.Stop())
+    assert pauses == [60] and there(run) == ["1"]
+
+
 def test_states_are_removed_once_something_newer_is_saved(run):
     saver = saver_of(run, trainer_of())
     for step, left in ((1, ["state_0_1"]), (2, ["state_0_1"]), (3, ["state_1_1"])):
@@ -1316,6 +1340,15 @@ def test_a_loss_that_is_no_number_stops_training(run):
         log.add(1, 0.5, values_of(1, math.nan))
         with pytest.raises(utils.UserError, match="epoch 0, batch 1: the loss is nan"):
             log.settle()
+    assert [row["step"] for row in rows_of(run)] == [0], "what led to it is in the log"
+
+
+def test_a_loss_that_grows_beyond_all_bounds_can_be_read_back(run):
+    with log_of(run, range(0, 18)) as log:
+        log.add(0, 0.5, values_of(0, 3e38))
+        log.settle()
+    with log_of(run, range(1, 18)):
+        assert len(rows_of(run)) == 1
 
 
 def test_only_time_without_a_step_under_way_counts_as_waiting(run, monkeypatch):
