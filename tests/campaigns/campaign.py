@@ -12,7 +12,9 @@ import contextlib
 import csv
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,6 +69,21 @@ class Place:
         self.processes.append(process)
         return process
 
+    def shell(self, text: str) -> subprocess.Popen:
+        """Runs commands of the README, in the folder of the scripts."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        with open(self.log, "a") as log:
+            process = subprocess.Popen(
+                ["bash", "-c", text],
+                cwd=toolkit.ROOT,
+                env=os.environ | {"PATH": path},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        self.processes.append(process)
+        return process
+
 
 def kill_at_random(process: subprocess.Popen, moments: random.Random, longest: float) -> bool:
     """Kills the process after up to `longest` seconds. False if it had ended by itself."""
@@ -88,12 +105,14 @@ def tree(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, bytes]:
     }
 
 
-def processes(place: Place) -> list[int]:
+def processes(place: Place, script: str = "") -> list[int]:
     """The processes, not dead ones, that were started with the settings of this place."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if f"--config={place.config}".encode() in path.read_bytes():
+            arguments = path.read_bytes().decode().split("\0")
+            is_script = not script or any(each.endswith(script) for each in arguments[:2])
+            if is_script and f"--config={place.config}" in arguments:
                 found.append(int(path.parent.name))
         except OSError:
             pass  # ended meanwhile
@@ -204,6 +223,40 @@ def kill_trainer(tries: int = 20, epochs: int = 30) -> tuple[int, int]:
             batches = [int(row["epoch"]) * 2 + int(row["batch"]) for row in csv.DictReader(file)]
         lost += batches != list(range(2 * epochs))
     return kills, lost
+
+
+def restart_loop(tries: int = 25, epochs: int = 2) -> tuple[int, int]:
+    """README's restart loops: train.py is killed, or, every fifth time, the buffer's folder removed."""
+    readme = (toolkit.ROOT / "README.md").read_text()
+    function, loop, prepare = re.findall(r"^ *((?:t\(\)|t;|until) .*)$", readme, re.MULTILINE)
+    moments, lost, shaken = random.Random(3), 0, 0
+    with Place(40, train__buffer_size=6) as place:
+        flags = f"--config={place.config} --epoch_end={epochs} --batch_size=4"
+        more = "--learning_rate=0.01 --lr_drop_epochs=1 --warmup_epochs=0.5 --deterministic"
+        more += " --checkpoint_minutes=0 --log_seconds=0"
+        models = utils.load_config(place.config).train.path_for_saving
+        for run, events in (("whole", 0), ("shaken", tries)):
+            table = models / run / "training_log.csv"
+            own = function.replace('"$@"', f'--run_folder={run} {flags} {more} "$@"')
+            scripts = [prepare.replace("; do", f" {flags}; do"), f"{own}\n{loop}"]
+            preparing, training = (
+                place.shell(script.replace("sleep 10", "sleep 1")) for script in scripts
+            )
+            for number in range(events):
+                before = row_count(table)
+                while training.poll() is None and row_count(table) <= before:
+                    time.sleep(0.05)
+                time.sleep(moments.uniform(0, 2))
+                if number % 5 == 4:
+                    shutil.rmtree(place.buffer, ignore_errors=True)
+                for pid in processes(place, "train.py") if number % 5 < 4 else []:
+                    os.kill(pid, signal.SIGKILL)
+                shaken += training.poll() is None
+            lost += training.wait() != 0
+            lost += preparing.wait() != 0
+        one, other = (final_state(models / run, epochs - 1) for run in ("whole", "shaken"))
+        lost += sum(not np.array_equal(one[name], other[name]) for name in one)
+    return shaken, lost
 
 
 def row_count(table: Path) -> int:
@@ -384,7 +437,7 @@ def resources(pid: int) -> dict[str, int]:
 
 
 FAULTS = [
-    kill_preprocessor, kill_trainer, kill_checker, kill_preparation, flip_bytes,
+    kill_preprocessor, kill_trainer, restart_loop, kill_checker, kill_preparation, flip_bytes,
     no_room_for_models, long_run,
 ]  # fmt: skip
 
