@@ -226,7 +226,7 @@ def kill_trainer(tries: int = 20, epochs: int = 30) -> tuple[int, int]:
 
 
 def restart_loop(tries: int = 25, epochs: int = 2) -> tuple[int, int]:
-    """README's restart loops: train.py is killed, or, every fifth time, the buffer's folder removed."""
+    """README's restart loops: train.py killed; every fifth time the buffer removed."""
     readme = (toolkit.ROOT / "README.md").read_text()
     function, loop, prepare = re.findall(r"^ *((?:t\(\)|t;|until) .*)$", readme, re.MULTILINE)
     moments, lost, shaken = random.Random(3), 0, 0
