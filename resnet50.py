@@ -284,8 +284,8 @@ def run_name(text: str) -> str:
 
 
 def runs_in(folder: Path) -> str:
-    """The names of the runs in `path_for_saving`, for a message."""
-    names = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    """The names of the runs in `path_for_saving`, for a message. An empty folder is not a run."""
+    names = sorted({path.parent.name for path in folder.glob("*/*")})
     return ", ".join(names) or "no runs yet"
 
 

@@ -939,7 +939,7 @@ def test_subprocess_is_quiet(prepared):
 
 
 def test_a_run_that_does_not_appear_is_an_error_that_lists_what_is_there(tmp_path):
-    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "0").mkdir(parents=True)
     with pytest.raises(utils.UserError, match="mytest: no such run; .* has other"):
         check_accuracy.wait_for_run(tmp_path / "mytest", seconds=0.1)
     with pytest.raises(utils.UserError, match="has no runs yet"):

@@ -3,10 +3,10 @@ each time. Held against Pillow's own resizing, NumPy in float64, and the real co
 """
 
 import dataclasses
+import fcntl
 import io
 import json
 import mmap
-import multiprocessing
 import os
 import re
 import threading
@@ -613,8 +613,9 @@ class SlowStorage:
     count = 100_000
 
     def __init__(self):
-        self._due = multiprocessing.get_context("fork").Value("d", 0.0)
-        self._cached = mmap.mmap(-1, self.count)  # shared with forked processes
+        # Shared with forked processes.
+        self._due = np.frombuffer(mmap.mmap(-1, 8), np.float64)
+        self._cached = mmap.mmap(-1, self.count)
         self._picture = Image.new("RGB", (CROP, CROP))
 
     def batches(self, config: Path) -> Batches:
@@ -628,10 +629,11 @@ class SlowStorage:
 
     def crop(self, batches: Batches, index: int, choice: Choice) -> Image.Image:
         if not self._cached[index]:
-            with self._due.get_lock():
+            # A lock that ends with its process, which may be killed here.
+            with open(__file__) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 # A reader that comes late may make up for a twentieth of a second.
-                due = max(self._due.value, time.monotonic() - 0.05) + 1 / 200
-                self._due.value = due
+                due = self._due[0] = max(self._due[0], time.monotonic() - 0.05) + 1 / 200
             time.sleep(max(0.0, due - time.monotonic()))
             self._cached[index] = 1
         return self._picture

@@ -175,7 +175,7 @@ def test_a_run_that_never_began_cannot_be_resumed_and_those_that_did_are_named(t
         begin(tmp_path / name)
     if there:
         (tmp_path / "mien").mkdir()
-    with pytest.raises(utils.UserError, match="mien: no such run.*mine"):
+    with pytest.raises(utils.UserError, match="mien: no such run.* has mine, other\\. "):
         claim(tmp_path / "mien", "--resume")
     assert list(tmp_path.glob("mien/*")) == []
     begin(tmp_path / "other")
