@@ -653,9 +653,9 @@ def test_benchmark_says_what_slow_storage_gives(config, ram, monkeypatch, capsys
             assert int(rate) <= 240, (threads, rate)
             best[int(threads)] = max(best[int(threads)], int(rate))
         assert max(best) >= 8, best
-        if start and min(best.values()) >= 100:
+        if start and min(best.values()) >= 160:
             break
-    assert min(best.values()) >= 100, best
+    assert min(best.values()) >= 160, best
     assert not [name for name in os.listdir(ram) if name != "read"]
 
 
