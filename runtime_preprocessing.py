@@ -894,10 +894,10 @@ def wait_for_buffer(config: SimpleNamespace, args: Namespace) -> BatchSpec:
 
 def misfit(spec: BatchSpec, config: SimpleNamespace, batch_size: int) -> str:
     """Why the buffer's batches do not fit a training; "" if they do."""
-    worker, workers = worker_of_workers()
     folder = config.preprocess.ImageNet_folder
     if not Path(spec.dataset).is_relative_to(folder):
         return f"its batches were made from {spec.dataset}, this training has {folder}"
+    worker, workers = worker_of_workers()
     ours = {
         "batch_size": batch_size,
         "seed": config.train.seed,
