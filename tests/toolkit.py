@@ -105,9 +105,14 @@ def run(
 
 def start(script: str, config: Path | None, *arguments: str, log: Path, **environment: str):
     """Starts a script, its output going to `log`. Returns the Popen."""
+    return launch(command(script, config, *arguments), log, **environment)
+
+
+def launch(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:
+    """Starts a command, its output going to `log`."""
     with open(log, "a") as file:
         return subprocess.Popen(
-            command(script, config, *arguments),
+            arguments,
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -13,6 +13,7 @@ import csv
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -72,15 +73,8 @@ class Place:
     def shell(self, text: str) -> subprocess.Popen:
         """Runs commands of the README, in the folder of the scripts."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        with open(self.log, "a") as log:
-            process = subprocess.Popen(
-                ["bash", "-c", text],
-                cwd=toolkit.ROOT,
-                env=os.environ | {"PATH": path},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
+        there = f"cd {shlex.quote(str(toolkit.ROOT))}\n{text}"
+        process = toolkit.launch(["bash", "-c", there], self.log, PATH=path)
         self.processes.append(process)
         return process
 
@@ -110,7 +104,7 @@ def processes(place: Place, script: str = "") -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            arguments = path.read_bytes().decode().split("\0")
+            arguments = os.fsdecode(path.read_bytes()).split("\0")
             is_script = not script or any(each.endswith(script) for each in arguments[:2])
             if is_script and f"--config={place.config}" in arguments:
                 found.append(int(path.parent.name))
@@ -189,6 +183,12 @@ def final_state(run: Path, epoch: int) -> dict[str, np.ndarray]:
     return state
 
 
+def unequal(whole: Path, other: Path, epoch: int) -> int:
+    """How many weights, averages and momenta of two runs differ after an epoch."""
+    one, two = final_state(whole, epoch), final_state(other, epoch)
+    return sum(not np.array_equal(one[name], two[name]) for name in one)
+
+
 def kill_trainer(tries: int = 20, epochs: int = 30) -> tuple[int, int]:
     """SIGKILL to train.py, a state saved after each batch; resumed to the end each time."""
     moments, lost, kills = random.Random(1), 0, 0
@@ -214,11 +214,7 @@ def kill_trainer(tries: int = 20, epochs: int = 30) -> tuple[int, int]:
                 continue
             lost += process.wait() != 0
             break
-        one, other = (
-            final_state(models / "whole", epochs - 1),
-            final_state(models / "killed", epochs - 1),
-        )
-        lost += sum(not np.array_equal(one[name], other[name]) for name in one)
+        lost += unequal(models / "whole", models / "killed", epochs - 1)
         with open(table, newline="") as file:
             batches = [int(row["epoch"]) * 2 + int(row["batch"]) for row in csv.DictReader(file)]
         lost += batches != list(range(2 * epochs))
@@ -249,13 +245,13 @@ def restart_loop(tries: int = 25, epochs: int = 2) -> tuple[int, int]:
                 time.sleep(moments.uniform(0, 2))
                 if number % 5 == 4:
                     shutil.rmtree(place.buffer, ignore_errors=True)
-                for pid in processes(place, "train.py") if number % 5 < 4 else []:
-                    os.kill(pid, signal.SIGKILL)
+                else:
+                    for pid in processes(place, "train.py"):
+                        os.kill(pid, signal.SIGKILL)
                 shaken += training.poll() is None
             lost += training.wait() != 0
             lost += preparing.wait() != 0
-        one, other = (final_state(models / run, epochs - 1) for run in ("whole", "shaken"))
-        lost += sum(not np.array_equal(one[name], other[name]) for name in one)
+        lost += unequal(models / "whole", models / "shaken", epochs - 1)
     return shaken, lost
 
 
