@@ -600,8 +600,10 @@ def test_a_clock_set_back_changes_nothing(tmp_path, toy, ram):
 
 REMOVALS = {
     "buffer.json": lambda folder: (folder / "buffer.json").unlink(),
-    "the files": lambda folder: [path.unlink() for path in folder.iterdir() if path.name[0] != "."],
-    "everything in it": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "the files": lambda folder: [
+        path.unlink(missing_ok=True) for path in folder.iterdir() if path.name[0] != "."
+    ],
+    "everything in it": lambda folder: [path.unlink(missing_ok=True) for path in folder.iterdir()],
     "the folder": lambda folder: shutil.rmtree(folder.rename(folder.with_name("removed"))),
 }
 """What a user's rm does, or a logout of systemd."""
