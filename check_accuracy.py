@@ -118,7 +118,7 @@ def open_device(gpu: int | None, run: Path) -> None:
     Raises UserError if the GPU asked for does not exist.
     """
     wanted = [1 if gpu is None else gpu]
-    if gpu is None and 1 in resnet50.read_lock_note(run / resnet50.TRAINER_LOCK).gpus:
+    if gpu is None and 1 in resnet50.read_lock_note(run / resnet50.RUN_LOCK).gpus:
         wanted = []
     if utils.choose_gpus(wanted, required=gpu is not None):
         print(f"evaluating on GPU {wanted[0]}")
@@ -141,7 +141,7 @@ class Model(enum.Enum):
 
 def state_of(run: Path, epoch: int, end: int) -> Model:
     """Looks at epochs before `end`. A backup, say, may have any other number for a name."""
-    training = utils.is_locked(run / resnet50.TRAINER_LOCK)  # first: it may end now
+    training = utils.is_locked(run / resnet50.RUN_LOCK)  # first: it may end now
     epochs = [e for e in epochs_in(run) if e < end]
     if epoch in epochs:
         return Model.SAVED

@@ -200,7 +200,7 @@ def he_normal(shape: list[int]) -> tf.Tensor:
 # --- the names of what lies in a run's folder -------------------------------------------------
 # train.py and check_accuracy.py both work in `path_for_saving/<run>`. They share these names.
 
-TRAINER_LOCK = ".train.lock"
+RUN_LOCK = ".train.lock"
 CHECKER_LOCK = ".check_accuracy.lock"
 STATE = "training_state"
 """Subfolder of a model with what training needs to continue. It may be deleted."""

@@ -608,7 +608,7 @@ class Run:
         another train.py trains this run, and OSError.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = self.folder / resnet50.TRAINER_LOCK
+        lock = self.folder / resnet50.RUN_LOCK
         utils.hold_lock(lock, f"{self.folder}: another train.py is training this run")
         resnet50.write_lock_note(lock, resnet50.LockNote(gpus=self.args.gpu))
 

@@ -92,7 +92,7 @@ def saver_of(folder: Path, trainer: train.Trainer, spec: BatchSpec = SPEC) -> tr
 
 def there(run: Path) -> list[str]:
     """What lies in a run's folder, without its lock."""
-    return sorted(name for name in os.listdir(run) if name != resnet50.TRAINER_LOCK)
+    return sorted(name for name in os.listdir(run) if name != resnet50.RUN_LOCK)
 
 
 def save_epoch(folder: Path, trainer: train.Trainer, step: int) -> None:
@@ -226,7 +226,7 @@ def test_a_run_has_one_trainer_at_a_time_which_says_what_gpus_it_uses(run):
     args = arguments()
     args.gpu = [0, 2]
     train.Run(run, args).claim()
-    assert resnet50.read_lock_note(run / resnet50.TRAINER_LOCK).gpus == [0, 2]
+    assert resnet50.read_lock_note(run / resnet50.RUN_LOCK).gpus == [0, 2]
     utils._locks.clear()  # as in another process
     with pytest.raises(utils.UserError, match="another train.py"):
         claim(run)
@@ -237,9 +237,9 @@ def test_a_run_that_is_moved_or_loses_its_lock_goes_on(run, tmp_path):
     train.Run(run, trainer.args).claim()
     run.rename(tmp_path / "moved")
     save_epoch(run, trainer, 2)
-    assert resnet50.epochs_in(run) == [0] and utils.is_locked(run / resnet50.TRAINER_LOCK)
-    (run / resnet50.TRAINER_LOCK).unlink()
-    with open(run / resnet50.TRAINER_LOCK, "w") as file:
+    assert resnet50.epochs_in(run) == [0] and utils.is_locked(run / resnet50.RUN_LOCK)
+    (run / resnet50.RUN_LOCK).unlink()
+    with open(run / resnet50.RUN_LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as another process
         with pytest.raises(utils.UserError, match="another train.py"):
             save_epoch(run, trainer, 4)

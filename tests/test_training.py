@@ -141,7 +141,7 @@ def test_killed_at_ten_random_moments_and_resumed_as_if_never_killed(training):
     assert losses[0] == losses[1]
     run = training.models / "killed"
     left = [path.name for path in run.iterdir() if path.name.startswith((".", "state_"))]
-    assert left == [resnet50.TRAINER_LOCK]
+    assert left == [resnet50.RUN_LOCK]
 
 
 def _lines(path: Path) -> int:
