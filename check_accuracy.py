@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_epochs()
     crops = "10, or 1: only the centre crop, a tenth of the work"
     parser.add("--crops", ("10", "1"), crops, "10")
-    parser.add("--every", whole(1), "evaluate every K-th epoch and the last (default: 1)", 1)
+    parser.add("--every", whole(1), "evaluate every N-th epoch and the last (default: 1)", 1)
     gpu = "GPU to use (default: GPU 1 unless training uses it, else the CPU)"
     parser.add("--gpu", whole(0), gpu)
     parser.add("--pictures", whole(1), "pictures evaluated at a time (default: 16)", 16)
@@ -113,7 +113,7 @@ def epochs_wanted(start: int, end: int, every: int) -> list[int]:
 @functools.cache  # TensorFlow's devices can be chosen only once
 def open_device(gpu: int | None, run: Path) -> None:
     """Uses the GPU asked for. Without one, uses GPU 1, or the CPU if there is no GPU 1 or training
-    uses it: train.py writes its GPUs into its lock. So this waits until a model is there.
+    uses it, as train.py's lock tells. So without --gpu, call it only once a model is there.
 
     Raises UserError if the GPU asked for does not exist.
     """
@@ -181,7 +181,7 @@ def wait_for_run(run: Path, seconds: float = 30.0) -> None:
 
 
 def evaluate(model: Path, crops: Crops, pictures: int) -> tuple[dict, SimpleNamespace]:
-    """Evaluates a saved model, so many pictures at a time. Returns the row of accuracy.csv, and
+    """Evaluates a saved model, `pictures` at a time. Returns the row of accuracy.csv, and
     what `ask` returns. Raises UserError if the model cannot be used.
     """
     classify, recipe = resnet50.load_model(model)

@@ -403,7 +403,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _refuse_broken_links(folder: Path, names: Iterable[str]) -> None:
     """Raises UserError if one of the names in a folder is a link that leads nowhere. Without a
-    class, the labels of the classes behind it would be others.
+    class, the labels of all later classes would change.
     """
     for path in (folder / name for name in names):
         if not path.exists():
@@ -448,13 +448,13 @@ def _mapping(root: Path) -> list[list[str]]:
 def _ranks(root: Path) -> dict[str, int]:
     """The label of each class folder: its rank among the folders of the training set.
 
-    Raises UserError if two of them print alike: a copy between systems may have split a class.
+    Raises UserError if two of them look alike: a copy between systems may have split a class.
     """
     folder = root / "train"
     _refuse_broken_links(folder, (entry.name for entry in _visible(folder)))
     names = _subfolders(folder)
     if len({unicodedata.normalize("NFC", name) for name in names}) < len(names):
-        raise UserError(f"{folder}: two class folders print alike (Unicode NFC and NFD); join them")
+        raise UserError(f"{folder}: two class folders look alike (Unicode NFC and NFD); merge them")
     return {name: rank for rank, name in enumerate(names)}
 
 
@@ -678,7 +678,7 @@ def opened(content: bytes) -> Image.Image:
         why = "too long and thin" if longer > LONGEST * shorter else "too large"
         raise BrokenPicture(f"cannot be used: {image.width}×{image.height} pixels is {why}")
     if is_misread:
-        raise BrokenPicture("cannot be used: its kind of numbers is not read; convert it to PNG")
+        raise BrokenPicture("cannot be used: its pixel format is not supported; convert it to PNG")
     return image
 
 

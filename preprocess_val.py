@@ -102,7 +102,7 @@ def take_folder(folder: Path, pictures: Pictures) -> list[int]:
     if changed and note.originals != str(pictures.folder):
         raise UserError(
             f"{folder} holds the crops of another dataset, the pictures in {note.originals}; give "
-            f"each dataset its own [preprocess] path_to_save, or remove that folder"
+            f"each dataset its own [preprocess] path_to_save, or remove {folder}"
         )
     refusal = f"{folder}: check_accuracy.py or preprocess_val.py uses it; wait until it ends"
     utils.lock(folder / LOCK, refusal)

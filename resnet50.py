@@ -7,7 +7,7 @@ prints what a trained model sees: a line per picture with the five most probable
     cat.jpg: 93.1% tabby, 4.0% tiger cat, 1.2% Egyptian cat, 0.4% lynx, 0.1% Persian cat
 
 The first argument is the folder of an epoch, or of a run to take its newest epoch. The others are
-pictures and folders of pictures. If folders have the names of classes, top-1 and top-5 stand below.
+pictures and folders of pictures. If folders are named after classes, top-1 and top-5 follow.
 As a module:
 
     network = ResNet50(classes=1000)
@@ -15,7 +15,7 @@ As a module:
 
 The network is today's standard one, "v1.5": a stage halves the resolution in the 3x3 convolution of
 its first block, not in the 1x1 convolution before it. A k x k convolution pads k // 2 pixels on
-every side, because other frameworks do, and weights can be exchanged with them. TensorFlow's SAME
+every side, as in other frameworks, so that weights can be exchanged with them. TensorFlow's SAME
 pads unevenly.
 
 Then come the names of what lies in a run's folder, and the export of the network as a TensorFlow
@@ -99,7 +99,7 @@ class ConvNorm(tf.Module):
 
         With stride 1 this is what SAME does, and 1x1 kernels need no padding. In the other cases x
         is padded first. TensorFlow's fast CPU kernels do not support explicit padding in the
-        convolution; without it a step is 1.4 times as fast.
+        convolution; padding first makes a step 1.4 times as fast.
         """
         if self.stride > 1 and self.padding:
             pad = [self.padding, self.padding]
@@ -413,8 +413,8 @@ def decode_in_graph(content: tf.Tensor) -> tf.Tensor:
     """A JPEG or PNG file as uint8 [height, width, 3], RGB. content: string [].
 
     TensorFlow decodes GIF too, but not as Pillow does, so it is refused. Pillow takes every CMYK
-    JPEG for inverted, TensorFlow only those with Adobe's segment. So one is put at the start. A
-    segment of the file itself comes later, and counts.
+    JPEG for inverted, TensorFlow only those with Adobe's segment. So one is put at the start. The
+    file's own segment, if any, comes later and takes precedence.
     """
     is_jpeg = tf.strings.substr(content, 0, 3) == b"\xff\xd8\xff"
     is_png = tf.strings.substr(content, 0, 8) == b"\x89PNG\r\n\x1a\n"
@@ -478,7 +478,7 @@ def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], Model
     classify.model = model  # keeps the model's variables alive
     if classes != len(recipe.class_names):
         its = plural(len(recipe.class_names), "class")
-        raise UserError(f"{folder}: {RECIPE} names {its}, the model others")
+        raise UserError(f"{folder}: {RECIPE} names {its}, but the model has {classes:,}")
     return classify, recipe
 
 

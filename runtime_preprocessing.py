@@ -8,7 +8,8 @@ when training does. `--benchmark` measures pictures per second instead, and `--p
 draws a batch as the network will see it.
 
 The sections follow a batch on its way: what the buffer holds; the folder; the loop that keeps it
-full, and its workers; one batch; `augment`, the six steps; and train.py's side, which reads it.
+full, and its workers; one batch; `augment`, the six steps; its two files; train.py's side, which
+reads it; benchmark and preview.
 """
 
 import os.path
@@ -334,7 +335,7 @@ def set_aside_older_run(folder: Path, args: Namespace) -> None:
 
 
 def hold_folder(folder: Path, lock: str) -> Path:
-    """Makes the folder and locks it, also again: somebody may remove or move it at any time.
+    """Makes and locks the folder, again if needed: somebody may remove or move it at any time.
 
     Raises UserError if another process holds this lock.
     """
@@ -350,7 +351,7 @@ PAGE = 4096
 
 
 class Buffer:
-    """The folder of batches: which are needed, which are ready, and what the others need room for.
+    """The folder of batches: which are needed, which are ready, and how much room the rest need.
 
     It reads and removes only files with the toolkit's own names.
     """
@@ -406,7 +407,7 @@ class Buffer:
         print(f"buffer: {needs}, together {size_of(batch * self.size)}; {there}")
 
     def claim(self) -> None:
-        """Prepares the folder: removes leftovers, and batches of another making.
+        """Prepares the folder: removes leftovers, and batches made with other settings.
 
         Raises UserError if nothing says how the batches there were made.
         """
@@ -507,7 +508,7 @@ SAY_FILLING = 30.0
 """At least this many seconds between two lines while the buffer is not full."""
 
 STUCK = 60.0
-"""Seconds after which a worker hangs, if none has made a batch."""
+"""Seconds without a new batch after which something must hang."""
 
 
 def keep_full(buffer: Buffer, threads: int, sleep_time: float, stop: utils.Stop) -> int:
@@ -605,8 +606,8 @@ class Diary:
         elif now >= self._alive_at + STUCK:
             self._alive_at = now
             utils.warn(
-                f"no batch was made for {STUCK:.0f} s, although training needs some: a process "
-                f"hangs, the storage of {self.buffer.batches.pictures.folder} does, or no room"
+                f"no batch was made for {STUCK:.0f} s, although training needs some: a process or "
+                f"the storage of {self.buffer.batches.pictures.folder} hangs, or there is no room"
             )
 
 
@@ -665,7 +666,7 @@ GROUP = 32
 """Pictures augmented together. A larger group makes colour shifts cheaper but takes more memory."""
 
 TRIES = 100
-"""Substitutes that are tried for a broken picture."""
+"""Pictures that are tried for one place: the picture itself, then substitutes."""
 
 
 class Batches:
@@ -709,7 +710,7 @@ class Batches:
                 except BrokenPicture as error:
                     broken.append((self.pictures.paths[index], error))
             path, error = broken[-1]
-            raise UserError(f"{path}: {error}; and so were {TRIES - 1} that were tried before it")
+            raise UserError(f"{path}: {error}; {TRIES - 1} others, tried before it, failed too")
 
         x = np.empty((min(GROUP, size), CROP, CROP, 3), np.float16)
         for start in range(0, size, GROUP):
@@ -857,8 +858,8 @@ LOOK = 0.02
 """Seconds between two checks while training waits for a file."""
 
 SAY_WAITING = 3.0
-"""Seconds after which a missing batch is worth a line. A preprocessor whose lock was removed makes
-it again within one."""
+"""Seconds after which a missing batch is worth a line. A preprocessor whose lock was removed
+restores it within one second."""
 
 
 def take_buffer(config: SimpleNamespace) -> Path:
@@ -1037,7 +1038,7 @@ class BatchReader:
         try:
             status = utils.patiently(os.stat, self.folder / BUFFER_JSON)
         except FileNotFoundError:
-            return  # a preprocessor is starting; it removes batches of another making first
+            return  # a preprocessor is starting; it first removes batches that do not fit
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if version != self._checked:  # reading 1,000 class names for every batch takes too long
             found = BatchSpec.read(self.folder) or self.spec

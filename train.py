@@ -97,7 +97,7 @@ def main() -> None:
     if step < steps.stop:
         print(f"stopped before {spec.position(step)}; the same command with --resume continues")
         sys.exit(128 + (stop.number or signal.SIGTERM))  # another machine may have been stopped
-    # Only after the last model is saved: a kill before that makes training need the batches again.
+    # Only after the last model is saved: if killed before that, training needs the batches again.
     agree(strategy, {"last step": steps.stop})  # other machines wait until the chief has saved it
     end_preprocessing(reader.folder, spec, args.epoch_end)
     print(
@@ -229,7 +229,7 @@ class Trainer:
         self, images: Any, labels: Any, rate: float, stopping: bool = False
     ) -> tf.Tensor:
         """Takes a step with what `to_device` returned. Returns METRICS, float32 [9], which the
-        device may still compute. `stopping`: whether this machine was asked to stop.
+        device may still be computing. `stopping`: whether this machine was asked to stop.
         """
         return self._compiled_batch(images, labels, tf.constant(rate), tf.constant(float(stopping)))
 
@@ -544,7 +544,7 @@ def agree(strategy: tf.distribute.Strategy, values: dict[str, object]) -> None:
         for name, theirs, ours in zip(values, row, own, strict=True):
             if theirs != ours:
                 raise UserError(
-                    f"worker {other} of TF_CONFIG has another value of {name} than this one; give "
+                    f"worker {other} of TF_CONFIG has a different {name} from this one; give "
                     f"all machines the same command line, config file and pictures, and the same "
                     f"[train] path_for_saving (a shared folder)"
                 )
@@ -603,9 +603,9 @@ class Run:
         return self.starting_point()  # until it was locked, another train.py could change the run
 
     def hold(self) -> None:
-        """Locks the folder, also again: while training runs, somebody may move the folder or remove
-        the lock. check_accuracy.py keeps off the GPUs that the lock names. Raises UserError if
-        another train.py trains this run, and OSError.
+        """Locks the folder, or locks it again: while training runs, somebody may move the folder
+        or remove the lock. check_accuracy.py keeps off the GPUs that the lock names. Raises
+        UserError if another train.py trains this run, and OSError.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / resnet50.RUN_LOCK
@@ -972,7 +972,7 @@ class Log(contextlib.AbstractContextManager):
         return utils.duration(time.monotonic() - self._start)
 
     def _finish(self, leave: int) -> None:
-        """Waits until only so many steps are under way. Raises UserError if one of the others has a
+        """Waits until only `leave` steps are under way. Raises UserError if one of the others has a
         loss that is not finite.
         """
         while len(self._under_way) > leave:
@@ -1023,11 +1023,11 @@ class Log(contextlib.AbstractContextManager):
         path = self.run.folder / TRAINING_LOG
         begin = divmod(self.steps.start, self.spec.batches_per_epoch)
         rows = utils.read_csv(path, LOG_COLUMNS)
-        # By epoch and batch: if the batch size has changed, the steps of old rows are others.
+        # By epoch and batch: if the batch size has changed, old rows count steps differently.
         rows = [row for row in rows if (row["epoch"], row["batch"]) < begin]
         utils.write_csv(path, LOG_COLUMNS, rows)
         self._seconds_before = rows[-1]["seconds"] if rows else 0.0
-        # Where an epoch has another number of steps, they get numbers that other events have.
+        # If epochs now have another number of steps, step numbers would collide with older events'.
         part = f"training_{self.spec.batches_per_epoch}_steps_per_epoch"
         folder = self.run.folder / "events" / part
         try:

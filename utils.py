@@ -9,7 +9,7 @@
 Sections: what a script needs, output, errors and command lines, stopping, config.txt, files that
 appear whole, files that are read back, locks, parallel work and progress, TensorFlow's devices and
 events. Nothing here knows about pictures or training. The scripts import this module before other
-packages, so that a missing package, and Ctrl-C meanwhile, are one line.
+packages, so that a missing package, or Ctrl-C meanwhile, gives only one line.
 """
 
 import _signal  # built in; `signal` imports other modules first, and Ctrl-C may come meanwhile
@@ -424,7 +424,7 @@ class Stop:
             os._exit(128 + number)
 
     def wait(self, seconds: float) -> bool:
-        """Waits until it is set, at most so long. Returns whether it is set."""
+        """Waits until it is set, at most `seconds`. Returns whether it is set."""
         end = time.monotonic() + seconds
         while not self.is_set() and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.02))
@@ -563,7 +563,7 @@ _HINTS = {
     r"\s*(\w+)\s*=\s*([~$./A-Za-z].*?)\s*(#.*)?$": r'text and paths need quotes: \1 = "\2"',
     ".*[“”„‘’]": 'write straight quotes: "',
     r".*=\s*\d+,\d": "write numbers without commas: 1000000, 0.5",
-    r"\s*(\w+)\s*=.*\nCannot overwrite": r"\1 stands twice in this section: remove one",
+    r"\s*(\w+)\s*=.*\nCannot overwrite": r"\1 appears twice in this section: remove one",
     r"\s*\[(\w+)\].*\nCannot declare": r"there must be only one section [\1]: replace the old one",
 }
 """What is often wrong, and how to mend it: patterns of a line and tomllib's message below it."""
@@ -832,7 +832,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def read_array(path: Path, array: np.ndarray) -> np.ndarray:
-    """Fills `array` from a .npy file and returns it. Raises ValueError if the file is of anything
+    """Fills `array` from a .npy file and returns it. Raises ValueError if the file holds anything
     else.
 
     Compares the header and the length with the expected ones, and never interprets them. So a
@@ -1211,7 +1211,8 @@ def choose_gpus(wanted: list[int], required: bool) -> list:
         found = f"{len(there)} GPUs, counted from 0" if there else "no GPU"
         asked = ",".join(map(str, wanted))
         raise UserError(
-            f"--gpu={asked}: TensorFlow finds {found} on this machine; without --gpu it decides"
+            f"--gpu={asked}: TensorFlow finds {found} on this machine; leave out --gpu, or choose "
+            f"another"
         )
     chosen = [there[i] for i in wanted if i < len(there)]
     tf.config.set_visible_devices(chosen, "GPU")

@@ -173,7 +173,7 @@ MISTAKES = {
     "key before any section": ("batch_size = 1\n" + SHIPPED, ["batch_size"]),
     "key given twice": (
         with_line("l2", "l2_penalty", "l2_penalty = 0", "l2_penalty = 1"),
-        ["line ", "l2_penalty stands twice"],
+        ["line ", "l2_penalty appears twice"],
     ),
     "section given twice": (SHIPPED + "\n[l2]\n", ["line ", "only one section [l2]"]),
     "unquoted path": (

@@ -363,7 +363,7 @@ def test_one_name_in_two_unicode_normal_forms_is_explained(tmp_path, settings):
 def test_two_classes_that_print_alike_are_refused(tmp_path, settings):
     for name in ("caf\u00e9", "cafe\u0301", "tea"):
         put(tmp_path / "train" / name / "a.jpg")
-    with pytest.raises(UserError, match=r"train: two class folders print alike .*; join them"):
+    with pytest.raises(UserError, match=r"train: two class folders look alike .*; merge them"):
         preprocess.training_pictures(settings(tmp_path))
 
 

@@ -379,7 +379,7 @@ def test_a_stop_of_one_worker_stops_all_at_the_same_step_and_unequal_ones_do_not
     workers.configs[1].write_text(text.replace(str(workers.models), str(other)))
     for trainer in workers.start(40, "--resume"):
         assert trainer.wait(timeout=300) == 2, workers.log(0) + workers.log(1)
-    assert "has another value of first step" in workers.log(0) + workers.log(1)
+    assert "has a different first step" in workers.log(0) + workers.log(1)
     assert "Traceback" not in workers.log(0) + workers.log(1)
 
 
