@@ -628,14 +628,16 @@ def read_picture(path: str | Path, folder: str | Path = "/") -> bytes:
     """
 
     def read(path: str | Path) -> bytes:
-        try:
-            return utils.read_file(path)
-        except OSError as error:
-            if error.errno not in NO_FILE:
-                raise
+        for _ in range(2):  # the folder may come back after the first look, before the question
+            try:
+                return utils.read_file(path)
+            except OSError as error:
+                if error.errno not in NO_FILE:
+                    raise
+                reason = os.strerror(error.errno).lower()
             if not os.path.isdir(folder):
-                raise OSError(errno.ESTALE, "no such folder", str(folder)) from None
-            raise BrokenPicture(os.strerror(error.errno).lower()) from None
+                raise OSError(errno.ESTALE, "no such folder", str(folder))
+        raise BrokenPicture(reason)
 
     return utils.patiently(read, path)
 

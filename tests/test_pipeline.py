@@ -574,6 +574,22 @@ def test_copies_that_are_gone_for_a_moment_change_no_batch(tmp_path, toy, absent
     assert content(batches, 0, 0) == with_copies
 
 
+def test_a_folder_that_is_back_when_it_is_looked_for_breaks_no_picture(tmp_path, monkeypatch):
+    folder, elsewhere = tmp_path / "train", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.jpg").write_bytes(b"content")
+
+    def is_back(path: object) -> bool:
+        if elsewhere.exists():
+            elsewhere.rename(folder)
+        return Path(path).is_dir()
+
+    monkeypatch.setattr(os.path, "isdir", is_back)
+    assert preprocess.read_picture(folder / "a.jpg", folder) == b"content"
+    with pytest.raises(preprocess.BrokenPicture, match="no such file"):
+        preprocess.read_picture(folder / "b.jpg", folder)
+
+
 def test_pictures_that_are_gone_do_not_change_what_is_prepared(tmp_path, toy, own_toy, absent):
     right = statistics_of(*pictures_of(tmp_path, toy))
     pictures, failures = pictures_of(tmp_path, own_toy)

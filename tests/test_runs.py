@@ -1055,7 +1055,7 @@ def test_machines_begin_with_the_same_of_everything(monkeypatch, replicas):
     ours = {"first step": 5, "weights": 77}
     machines_of(monkeypatch, replicas, ours, dict(ours), dict(ours))
     for name in ours:
-        with pytest.raises(utils.UserError, match=f"worker 2 of TF_CONFIG has another.*{name}"):
+        with pytest.raises(utils.UserError, match=f"worker 2 of TF_CONFIG has a different {name}"):
             machines_of(monkeypatch, replicas, ours, dict(ours), ours | {name: 6})
 
 
