@@ -15,7 +15,7 @@ continues at the exact batch, however training stopped. `--epoch_start=E` alone 
 model of epoch E - 1. The log goes to `training_log.csv` and, for TensorBoard, to `events/`.
 
 This file holds, in order: main and the loop, the learning rate, the step, the command line, devices
-and machines, the run's folder, what is saved there and loaded, the log.
+and machines, the run's folder, what is saved there and loaded, the steps under way, the log.
 """
 
 import os.path
@@ -91,9 +91,9 @@ def main() -> None:
     saver = Saver(run, trainer, spec, settings)
     reader = BatchReader(config, spec, steps, trainer.to_device, args)
     display = Display(run, spec, steps, reader)
-    log = Log(run, spec, steps, display)
-    with utils.stop_on_signals() as stop, log, reader, display:
-        step = train(trainer, reader, saver, log, stop)
+    log = Log(run, spec, steps.start, display)
+    with utils.stop_on_signals() as stop, UnderWay(log) as under_way, reader, display:
+        step = train(trainer, reader, saver, under_way, stop)
     if step < steps.stop:
         print(f"stopped before {spec.position(step)}; the same command with --resume continues")
         sys.exit(128 + (stop.number or signal.SIGTERM))  # another machine may have been stopped
@@ -107,34 +107,36 @@ def main() -> None:
     )
 
 
-def train(trainer: "Trainer", reader: BatchReader, saver: "Saver", log: "Log", stop: Stop) -> int:
+def train(
+    trainer: "Trainer", reader: BatchReader, saver: "Saver", under_way: "UnderWay", stop: Stop
+) -> int:
     """Trains on one batch per step, to the last step or until `stop`. Returns the next step.
 
     Steps are counted from 0 across all epochs. A step is sent to the device while the previous one
     still runs there. `settle` waits for both. It raises UserError if a loss was not finite, so that
     such weights are never saved.
     """
-    step, per_epoch = log.steps.start, reader.spec.batches_per_epoch
-    while step < log.steps.stop and not log.should_stop(step, stop):
+    step, per_epoch = reader.steps.start, reader.spec.batches_per_epoch
+    while step < reader.steps.stop and not under_way.should_stop(step, stop):
         try:
-            with log.waiting():
+            with under_way.waiting():
                 batch = reader.next(stop)
         except BUFFER_TROUBLE:  # the weights are good
-            log.settle()
+            under_way.settle()
             saver.save_state(step)
             raise
         if batch is None:  # stopped while waiting
             break
         rate = learning_rate(step, trainer.args, per_epoch)
-        log.add(step, rate, trainer.train_batch(*batch, rate, stop.is_set()))
+        under_way.add(step, rate, trainer.train_batch(*batch, rate, stop.is_set()))
         step += 1
         if step % per_epoch == 0:
-            log.settle()
+            under_way.settle()
             saver.save_epoch(step, stop)
         elif saver.is_due():
-            log.settle()
+            under_way.settle()
             saver.save_state(step)
-    log.settle()
+    under_way.settle()
     saver.save_state(step)
     return step
 
@@ -897,7 +899,7 @@ class Saver:
                 utils.remove_folder(self.run.folder / str(epoch))
 
 
-# --- the log --------------------------------------------------------------------------------
+# --- the steps under way --------------------------------------------------------------------
 
 
 class Finished(NamedTuple):
@@ -912,26 +914,17 @@ class Finished(NamedTuple):
     at: float  # when it was finished
 
 
-class Log(contextlib.AbstractContextManager):
-    """Follows the steps on the device. Writes a row of training_log.csv per interval, and the same
-    as events.
+class UnderWay(contextlib.AbstractContextManager):
+    """The steps that were sent to the device, until it has finished them. Then the log has them."""
 
-    With several machines only the chief writes, but all stop if a loss is not finite.
-    """
-
-    def __init__(self, run: Run, spec: BatchSpec, steps: range, display: "Display"):
-        self.run, self.spec, self.steps, self.display = run, spec, steps, display
-        self._under_way: deque[tuple[int, float, tuple[float, float], Future]] = deque()
+    def __init__(self, log: "Log"):
+        self.log = log
+        self._steps: deque[tuple[int, float, tuple[float, float], Future]] = deque()
         self._thread = ThreadPoolExecutor(1)
         """Waits for each step's values and notes when they came, so the loop does not have to."""
-        self._row: list[Finished] = []
         self._wait = (0.0, 0.0)  # when the batch was asked for, and when it was there
         self._previous: float | None = None  # when the last step was finished
-        self._stopping = math.inf
-        self._start, self._seconds_before = time.monotonic(), 0.0
-        self._next_row = self._start + run.args.log_seconds
-        if run.chief:
-            self._open()
+        self._stopping = math.inf  # the first step whose values say so
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
@@ -939,26 +932,25 @@ class Log(contextlib.AbstractContextManager):
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Times the wait for a batch."""
-        start = self.display.waiting_since = time.perf_counter()
+        display = self.log.display
+        start = display.waiting_since = time.perf_counter()
         yield
-        self._wait, self.display.waiting_since = (start, time.perf_counter()), None
+        self._wait, display.waiting_since = (start, time.perf_counter()), None
 
     def add(self, step: int, rate: float, values: tf.Tensor) -> None:
         """Adds a step, which may still run on the device, and waits for the one before it. Raises
         UserError if a loss is not finite.
         """
         done = self._thread.submit(lambda: (values.numpy().tolist(), time.perf_counter()))
-        self._under_way.append((step, rate, self._wait, done))
+        self._steps.append((step, rate, self._wait, done))
         self._finish(leave=1)
-        if time.monotonic() >= self._next_row:
-            self._write_row()
 
     def settle(self) -> None:
         """Waits for all steps and writes their row. Runs before a state is saved, so that no row is
         missing if the process is killed afterwards. Raises UserError if a loss is not finite.
         """
         self._finish(leave=0)
-        self._write_row()
+        self.log.write_row()
 
     def should_stop(self, step: int, stop: Stop) -> bool:
         """Whether to stop before `step`.
@@ -966,36 +958,56 @@ class Log(contextlib.AbstractContextManager):
         Several machines must stop before the same step. A step's values tell all of them that one
         was asked to stop. Two steps later all of them have seen those values.
         """
-        return stop.is_set() if self.spec.workers == 1 else self._stopping <= step - 2
-
-    def time_taken(self) -> str:
-        return utils.duration(time.monotonic() - self._start)
+        return stop.is_set() if self.log.spec.workers == 1 else self._stopping <= step - 2
 
     def _finish(self, leave: int) -> None:
-        """Waits until only `leave` steps are under way. Raises UserError if one of the others has a
-        loss that is not finite.
+        """Waits until only `leave` steps are left. Raises UserError if one of the others has a loss
+        that is not finite.
         """
-        while len(self._under_way) > leave:
-            step, rate, (asked, given), done = self._under_way.popleft()
+        while len(self._steps) > leave:
+            step, rate, (asked, given), done = self._steps.popleft()
             values, at = done.result()
             metrics = dict(zip(METRICS, values, strict=True))
             if not math.isfinite(metrics["loss"]):
-                self._write_row()  # the steps before it
+                self.log.write_row()  # the steps before it
                 raise UserError(
-                    f"{self.spec.position(step)}: the loss is {metrics['loss']}; nothing was saved "
-                    f"after it. Continue from the last state with a smaller --learning_rate"
+                    f"{self.log.spec.position(step)}: the loss is {metrics['loss']}; nothing was "
+                    f"saved after it. Continue from the last state with a smaller --learning_rate"
                 )
             if metrics["stopping"]:
                 self._stopping = min(self._stopping, step)
             # As long as the step before was at work, the device did not wait.
             idle = max(0.0, given - max(asked, self._previous or 0.0))
-            finished = Finished(step, rate, metrics, asked, idle, self._previous, at)
+            self.log.add(Finished(step, rate, metrics, asked, idle, self._previous, at))
             self._previous = at
-            self._row.append(finished)
-            self.display.recent.append(finished)
 
-    def _write_row(self) -> None:
-        """Writes a row for the steps that finished since the last row."""
+
+# --- the log --------------------------------------------------------------------------------
+
+
+class Log:
+    """Writes a row of training_log.csv per interval, and the same as events. With several machines
+    only the chief does.
+    """
+
+    def __init__(self, run: Run, spec: BatchSpec, first: int, display: "Display"):
+        """`first`: the step that training begins with."""
+        self.run, self.spec, self.first, self.display = run, spec, first, display
+        self._row: list[Finished] = []
+        self._start, self._seconds_before = time.monotonic(), 0.0
+        self._next_row = self._start + run.args.log_seconds
+        if run.chief:
+            self._open()
+
+    def add(self, finished: Finished) -> None:
+        """Adds a step, and writes a row if it is time."""
+        self._row.append(finished)
+        self.display.recent.append(finished)
+        if time.monotonic() >= self._next_row:
+            self.write_row()
+
+    def write_row(self) -> None:
+        """Writes a row for the steps that were added since the last row."""
         self._next_row = time.monotonic() + self.run.args.log_seconds
         steps, self._row = self._row, []
         if not steps or not self.run.chief:
@@ -1010,6 +1022,9 @@ class Log(contextlib.AbstractContextManager):
             utils.warn(f"the log could not be written: {brief(error)}")
         self.display.print_row(row)
 
+    def time_taken(self) -> str:
+        return utils.duration(time.monotonic() - self._start)
+
     def _append(self, row: dict[str, object]) -> None:
         """Adds a row to the table, which somebody may have replaced or removed meanwhile."""
         with open(self.run.folder / TRAINING_LOG, "a", newline="", encoding="utf-8") as file:
@@ -1021,7 +1036,7 @@ class Log(contextlib.AbstractContextManager):
     def _open(self) -> None:
         """Drops the rows of steps that will be trained again."""
         path = self.run.folder / TRAINING_LOG
-        begin = divmod(self.steps.start, self.spec.batches_per_epoch)
+        begin = divmod(self.first, self.spec.batches_per_epoch)
         rows = utils.read_csv(path, LOG_COLUMNS)
         # By epoch and batch: if the batch size has changed, old rows count steps differently.
         rows = [row for row in rows if (row["epoch"], row["batch"]) < begin]
@@ -1031,7 +1046,7 @@ class Log(contextlib.AbstractContextManager):
         part = f"training_{self.spec.batches_per_epoch}_steps_per_epoch"
         folder = self.run.folder / "events" / part
         try:
-            self._events = Events(folder, self.steps.start)
+            self._events = Events(folder, self.first)
         except tf.errors.OpError as error:
             raise UserError(f"{folder}: cannot be written: {brief(error)}") from None
 

@@ -491,7 +491,7 @@ def test_a_buffer_that_cannot_be_made_is_named_with_its_setting():
 
 
 class Parts:
-    """Stands in for trainer, reader, saver and log of the loop. Notes what each of them is told."""
+    """Stands in for what the loop uses. Notes what each is told."""
 
     trouble: Exception | None = None
     """What the reader raises instead of a stop."""
@@ -1253,18 +1253,18 @@ def display_of(folder: Path, steps: range, *flags: str, spec: BatchSpec = SPEC) 
     return train.Display(train.Run(folder, arguments(*flags)), spec, steps, reader)
 
 
-def log_of(folder: Path, steps: range, *flags: str, spec: BatchSpec = SPEC) -> train.Log:
+def under_way_of(folder: Path, steps: range, *flags: str, spec: BatchSpec = SPEC) -> train.UnderWay:
     display = display_of(folder, steps, *flags, spec=spec)
-    return train.Log(display.run, spec, steps, display)
+    return train.UnderWay(train.Log(display.run, spec, steps.start, display))
 
 
 def logged(folder: Path, steps: range, upto: int, *flags: str, spec=SPEC) -> list[dict]:
-    with log_of(folder, steps, "--log_seconds=0", *flags, spec=spec) as log:
+    with under_way_of(folder, steps, "--log_seconds=0", *flags, spec=spec) as under_way:
         for step in range(steps.start, upto):
-            with log.waiting():
+            with under_way.waiting():
                 pass
-            log.add(step, 0.5, values_of(step))
-        log.settle()
+            under_way.add(step, 0.5, values_of(step))
+        under_way.settle()
     for file in folder.glob("events/*/*"):  # the name tells the second; a start takes longer
         if not file.name.endswith("earlier"):
             count = len(list(file.parent.iterdir()))
@@ -1312,10 +1312,10 @@ def test_another_batch_size_costs_no_row_and_no_event(run):
 
 
 def test_a_row_averages_its_steps(run):
-    with log_of(run, range(0, 18)) as log:
+    with under_way_of(run, range(0, 18)) as under_way:
         for step, loss in enumerate([1.0, 3.0, 8.0]):
-            log.add(step, 0.5, values_of(step, loss, skipped=step == 1))
-        log.settle()
+            under_way.add(step, 0.5, values_of(step, loss, skipped=step == 1))
+        under_way.settle()
     (row,) = rows_of(run)
     assert row["loss"] == 4 and row["loss_without_l2"] == 2
     assert (row["steps"], row["step"], row["epoch"], row["batch"]) == (3, 2, 1, 0)
@@ -1335,37 +1335,37 @@ def test_speed_and_waiting_of_a_row_leave_out_the_first_step_which_builds_the_gr
 
 
 def test_a_loss_that_is_no_number_stops_training(run):
-    with log_of(run, range(0, 18)) as log:
-        log.add(0, 0.5, values_of(0))
-        log.add(1, 0.5, values_of(1, math.nan))
+    with under_way_of(run, range(0, 18)) as under_way:
+        under_way.add(0, 0.5, values_of(0))
+        under_way.add(1, 0.5, values_of(1, math.nan))
         with pytest.raises(utils.UserError, match="epoch 0, batch 1: the loss is nan"):
-            log.settle()
+            under_way.settle()
     assert [row["step"] for row in rows_of(run)] == [0], "what led to it is in the log"
 
 
 def test_a_loss_that_grows_beyond_all_bounds_can_be_read_back(run):
-    with log_of(run, range(0, 18)) as log:
-        log.add(0, 0.5, values_of(0, 3e38))
-        log.settle()
-    with log_of(run, range(1, 18)):
+    with under_way_of(run, range(0, 18)) as under_way:
+        under_way.add(0, 0.5, values_of(0, 3e38))
+        under_way.settle()
+    with under_way_of(run, range(1, 18)):
         assert len(rows_of(run)) == 1
 
 
 def test_only_time_without_a_step_under_way_counts_as_waiting(run, monkeypatch):
     """On a GPU a step goes on while the next batch is waited for."""
     for asked, given, idle in ((90, 95, 0), (90, 103, 3), (102, 103, 1)):
-        with log_of(run, range(0, 18)) as log:
+        with under_way_of(run, range(0, 18)) as under_way:
             times = iter([80.0, 81.0, asked, given])
             monkeypatch.setattr(train.time, "perf_counter", lambda times=times: next(times))
             done = iter([100.0, 110.0])
             submit = lambda _, done=done: of_a_step(next(done))  # noqa: E731
-            monkeypatch.setattr(log._thread, "submit", submit)
+            monkeypatch.setattr(under_way._thread, "submit", submit)
             for step in range(2):
-                with log.waiting():
+                with under_way.waiting():
                     pass
-                log.add(step, 0.5, values_of(step))
-            log._finish(leave=0)
-        first, second = log.display.recent
+                under_way.add(step, 0.5, values_of(step))
+            under_way._finish(leave=0)
+        first, second = under_way.log.display.recent
         assert (first.previous, first.idle, first.at) == (None, 1, 100)
         assert (second.previous, second.idle, second.at) == (100, idle, 110)
 
@@ -1378,10 +1378,10 @@ def of_a_step(at: float) -> Future:
 
 
 def test_a_step_is_waited_for_when_the_next_has_been_sent(run):
-    with log_of(run, range(0, 18)) as log:
+    with under_way_of(run, range(0, 18)) as under_way:
         for step in range(3):
-            log.add(step, 0.5, values_of(step))
-            assert [each.step for each in log.display.recent] == list(range(step))
+            under_way.add(step, 0.5, values_of(step))
+            assert [each.step for each in under_way.log.display.recent] == list(range(step))
 
 
 @pytest.mark.parametrize("error", FULL_DISK)
@@ -1390,20 +1390,20 @@ def test_a_full_disk_behind_the_log_does_not_end_training(run, part, error, caps
     def full(*_: object) -> None:
         raise error
 
-    with log_of(run, range(0, 18)) as log:
-        setattr(log, part, full if part == "_append" else types.SimpleNamespace(add=full))
-        log.add(0, 0.5, values_of(0))
-        log.settle()
+    with under_way_of(run, range(0, 18)) as under_way:
+        setattr(under_way.log, part, full if part == "_append" else types.SimpleNamespace(add=full))
+        under_way.add(0, 0.5, values_of(0))
+        under_way.settle()
     assert "the log could not be written: " in capsys.readouterr().err
 
 
 def test_a_log_that_is_replaced_or_removed_loses_no_later_row(run):
     """An editor saves under another name and renames it."""
     path = run / "training_log.csv"
-    with log_of(run, range(0, 18), "--log_seconds=0") as log:
+    with under_way_of(run, range(0, 18), "--log_seconds=0") as under_way:
         for step in range(3):
-            log.add(step, 0.5, values_of(step))
-            log.settle()
+            under_way.add(step, 0.5, values_of(step))
+            under_way.settle()
             if step == 0:
                 (run / "copy").write_bytes(path.read_bytes())
                 (run / "copy").rename(path)
@@ -1430,9 +1430,9 @@ def test_a_cut_off_row_is_dropped(run):
 
 def test_a_state_is_saved_after_the_rows_of_its_steps(run):
     """So that a kill between the two costs no row."""
-    with log_of(run, range(0, 18)) as log:
-        log.add(0, 0.5, values_of(0))
-        log.settle()
+    with under_way_of(run, range(0, 18)) as under_way:
+        under_way.add(0, 0.5, values_of(0))
+        under_way.settle()
         assert len(rows_of(run)) == 1
 
 
