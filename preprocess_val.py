@@ -168,7 +168,7 @@ class Crops:
         Raises UserError if crops are missing, or if their number is not `expected` (0: any number).
         """
         self.folder, self.count = folder, count
-        if os.access(folder / LOCK, os.W_OK):  # False if the crops are somebody else's
+        if (folder / LOCK).exists():  # without it, we might not be allowed to make it
             refusal = f"{folder}: preprocess_val.py is at work; wait until it ends"
             utils.lock(folder / LOCK, refusal, shared=True)
         note = utils.read_record(Note, folder / NOTE)

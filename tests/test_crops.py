@@ -3,6 +3,7 @@
 python3 -m pytest tests/test_crops.py
 """
 
+import fcntl
 import json
 import os
 import re
@@ -423,18 +424,23 @@ def test_a_fifo_in_place_of_the_labels_does_not_hang(written):
 
 
 def test_crops_that_belong_to_another_user_can_be_read(written, monkeypatch):
-    (written / ".preprocess_val.lock").touch()
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
-    open_ = os.open
+    lock, open_ = written / ".preprocess_val.lock", os.open
 
     def refused(path, flags, *rest):
-        if flags & (os.O_RDWR | os.O_WRONLY):
+        makes = flags & os.O_CREAT and not os.path.exists(path)
+        if makes or flags & (os.O_RDWR | os.O_WRONLY):
             raise PermissionError(13, "Permission denied", str(path))
         return open_(path, flags, *rest)
 
+    lock.unlink(missing_ok=True)
     monkeypatch.setattr(os, "open", refused)
     assert len(preprocess_val.Crops(written, 0)) == 2
+    with open(lock, "w") as at_work:
+        assert len(preprocess_val.Crops(written, 0)) == 2
+        utils._forget_locks()
+        fcntl.flock(at_work, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="preprocess_val.py is at work"):
+            preprocess_val.Crops(written, 0)
 
 
 def test_class_names_of_any_kind_come_back(tmp_path, toy):
