@@ -105,7 +105,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def epochs_wanted(start: int, end: int, every: int) -> list[int]:
-    """Every K-th epoch, and the last. No run has a million: see `resnet50.epochs_in`."""
+    """The last of every `every` epochs, and the last of all. No run has a million epochs: see
+    `resnet50.epochs_in`.
+    """
     epochs = range(start, min(end, 10**6))
     return [epoch for epoch in epochs if (epoch + 1) % every == 0 or epoch == end - 1]
 
@@ -361,7 +363,7 @@ def name_of(label: int, names: list[str]) -> str:
 
 
 def draw_mistakes(
-    answers: SimpleNamespace, crops: Crops, epoch: str, path: Path, most: int = 20
+    answers: SimpleNamespace, crops: Crops, model: str, path: Path, most: int = 20
 ) -> None:
     """A contact sheet of the wrong answers that the model is most sure of."""
     wrong = np.flatnonzero(answers.guess != answers.label)
@@ -375,7 +377,7 @@ def draw_mistakes(
         for i in shown
     ]
     title = (
-        f"{epoch}: {len(wrong):,} of {plural(len(crops), 'answer')} are wrong. "
+        f"{model}: {len(wrong):,} of {plural(len(crops), 'answer')} are wrong. "
         f"The {len(shown)} that it is most sure of: the right class, and the answer below it"
     )
     sheet = contact_sheet(pictures, captions, title, columns=5)

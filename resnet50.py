@@ -264,8 +264,8 @@ def write_lock_note(lock: Path, note: LockNote) -> None:
 
 
 def read_lock_note(lock: Path) -> LockNote:
-    """The note in a lock; an empty one if no process holds it. All GPUs and epochs if it cannot be
-    read, because it is just being written.
+    """The note in a lock; an empty one if no process holds it. All GPUs and epochs if it is
+    being written right now and cannot be read.
     """
     try:
         note = utils.read_record(LockNote, lock) if utils.is_locked(lock) else None
@@ -485,13 +485,17 @@ def load_model(folder: Path) -> tuple[Callable[..., dict[str, tf.Tensor]], Model
 def read_checkpoint(checkpoint: tf.train.Checkpoint, prefix: Path) -> None:
     """Loads the variables that were saved under the names `prefix`.*.
 
-    Raises one of DAMAGED, or UserError or OSError if the storage fails: such files are not damaged.
+    Raises one of DAMAGED. Raises UserError or OSError if the storage fails, and MemoryError if the
+    device is full: then the files are not damaged.
     """
     files = list(prefix.parent.glob(f"{prefix.name}.*"))
     refuse_pipes(files)
     for file in files:
         utils.read_file(file)
-    checkpoint.read(str(prefix)).assert_existing_objects_matched()
+    try:
+        checkpoint.read(str(prefix)).assert_existing_objects_matched()
+    except tf.errors.ResourceExhaustedError:
+        raise MemoryError from None
 
 
 def read_weights(

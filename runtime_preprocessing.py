@@ -304,8 +304,10 @@ def read_progress(folder: Path, spec: BatchSpec) -> int | None:
     """The step that training needs next. None if the file is missing or malformed, or if it counts
     more batches in an epoch than there are, as after a run with smaller batches.
     """
-    epoch, batch = read_position(folder) or (0, spec.batches_per_epoch)
-    return spec.step(epoch, batch) if batch < spec.batches_per_epoch else None
+    position = read_position(folder)
+    if position is None or position[1] >= spec.batches_per_epoch:
+        return None
+    return spec.step(*position)
 
 
 def read_position(folder: Path) -> tuple[int, int] | None:
@@ -588,7 +590,7 @@ class Diary:
         made, and whether more are wanted.
         """
         now = time.monotonic()
-        # What was made in a short refill, which had no line of its own, is not in the next line.
+        # A short refill prints no line. What it made is left out of the next line, too.
         self.made += made
         new, passed = self.made - self._told, now - self._began
         is_due = now >= self._say_at and (not filling or passed >= max(self.pause, SAY_FILLING))
@@ -618,7 +620,7 @@ libraries break after a fork, so all threads run in this process."""
 
 @contextlib.contextmanager
 def workers(buffer: Buffer, threads: int) -> Iterator[Executor]:
-    """A pool that runs `make`. Ends at once, whatever its workers are doing."""
+    """A pool that runs `make`. On Linux it ends at once, whatever its workers are doing."""
     global _buffer
     _buffer = buffer
     gc.freeze()  # garbage collection would copy the shared memory into each process
@@ -1008,13 +1010,14 @@ class BatchReader:
             try:
                 batch = read_batch(self.folder, self.spec, step, self._free_memory())
                 self._check()  # after reading: new batches come after the new buffer.json
-                return self.to_device(*batch)
             except FileNotFoundError:
                 self._check()  # not made yet, or never, if the buffer has become another
             except ValueError as error:
                 utils.warn(f"{error}; removed, so that it is made again")
                 for path in self.spec.files(self.folder, step):
                     path.unlink(missing_ok=True)
+            else:
+                return self.to_device(*batch)
             if time.monotonic() >= max(say_at, self._say_at):
                 file = self.spec.files(self.folder, step)[0]
                 print(f"waiting for {file}: {why_missing(self.folder, step, self.args)}")
@@ -1162,9 +1165,10 @@ def measure(
                     begun = made + len(under_way)
                     under_way[pool.submit(make, step + begun)] = step + begun
                 job = wait(under_way, return_when="FIRST_COMPLETED").done.pop()
-                if not collect(step, job, buffer, set()):
+                done = under_way.pop(job)
+                if not collect(done, job, buffer, set()):
                     raise UserError(f"{folder}: no room for two batches per thread")
-                buffer.remove_batches([under_way.pop(job)])
+                buffer.remove_batches([done])
                 made += 1
                 if made == threads:
                     start = time.perf_counter()

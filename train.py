@@ -29,8 +29,8 @@ from utils import REQUIRED, Events, Stop, TryAgain, UserError, number, plural, w
 # isort: split
 import argparse
 import contextlib
-import csv
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -614,7 +614,7 @@ class Run:
         utils.hold_lock(lock, f"{self.folder}: another train.py is training this run")
         resnet50.write_lock_note(lock, resnet50.LockNote(gpus=self.args.gpu))
 
-    def states(self) -> list[Place]:
+    def places(self) -> list[Place]:
         """What training can continue from, the latest first."""
         # Backups of models may be named by the date: no run has an epoch 261224.
         epochs = [epoch for epoch in epochs_in(self.folder) if epoch < self.args.epoch_end]
@@ -632,7 +632,7 @@ class Run:
             raise UserError(
                 f"{self.folder}: TensorFlow cannot read from a path with {odd[0]} in it"
             )
-        args, states, start = self.args, self.states(), self.args.epoch_start
+        args, states, start = self.args, self.places(), self.args.epoch_start
         epochs = ", ".join(map(str, epochs_in(self.folder))) or "none"
         if args.resume and not (states or (self.folder / TRAINING_LOG).exists()):
             raise UserError(
@@ -689,7 +689,7 @@ class Run:
         """What to do about a state that training cannot continue from."""
         if place.folder == self.args.init_from:
             return "choose another model for --init_from"
-        older = [each for each in self.states() if each < place]
+        older = [each for each in self.places() if each < place]
         where = f"from {older[0].folder}" if older else "at the beginning"
         return f"remove {place.folder}, and --resume continues {where}"
 
@@ -717,16 +717,18 @@ class StateRecord:
     settings: dict[str, Any]  # what `settings_of` returned
 
 
-BATCHES = ("classes", "batch_size", "seed", "N", "pictures", "workers", "mu", "sigma", "crop")
+BATCH_SETTINGS = (
+    "classes", "batch_size", "seed", "N", "pictures", "workers", "mu", "sigma", "crop",
+)  # fmt: skip
 """Fields of BatchSpec that must not change if training continues within an epoch. Between epochs
-only the first must not change."""
+only the classes must not change."""
 
 
 def settings_of(
     config: SimpleNamespace, spec: BatchSpec, args: argparse.Namespace
 ) -> dict[str, Any]:
     """All that decides how training goes, by the names that users know, as JSON keeps it."""
-    settings = {name: getattr(spec, name) for name in (*BATCHES, "resized")}
+    settings = {name: getattr(spec, name) for name in (*BATCH_SETTINGS, "resized")}
     settings |= {f"--{name}": getattr(args, name) for name in FLAGS}
     settings["[l2] l2_penalty"] = config.l2.l2_penalty
     settings["[train] sgd_momentum"] = config.train.sgd_momentum
@@ -762,7 +764,7 @@ def restore(
         trainer.average(0.0)
         return
     record = run.read_state(place)
-    for name in BATCHES if place.batch else BATCHES[:1]:
+    for name in BATCH_SETTINGS if place.batch else ("classes",):
         if record.settings.get(name) != settings[name]:
             way_out = f"change it back, or {run.way_out(place)}"
             raise UserError(
@@ -790,9 +792,9 @@ def load_state(trainer: Trainer, folder: Path, averaged: bool) -> None:
 
     Raises one of resnet50.DAMAGED, or UserError or OSError if the storage fails.
     """
-    weights = folder / STATE / "weights"
-    if not weights.with_suffix(".index").exists():
-        weights = folder / "variables" / "variables"  # those of the model
+    weights = folder / "variables" / "variables"  # those of the model
+    if averaged or not resnet50.is_model(folder):  # see `Saver._write`
+        weights = folder / STATE / "weights"
     resnet50.read_checkpoint(tf.train.Checkpoint(network=trainer.network), weights)
     averaged = averaged and trainer.averaged is not None
     resnet50.read_checkpoint(trainer.state(averaged), folder / STATE / "state")
@@ -880,7 +882,7 @@ class Saver:
         removed, warns: that must not end training.
         """
         try:
-            for state in self.run.states():
+            for state in self.run.places():
                 if state.batch and state.folder != newest:
                     utils.remove_folder(state.folder)
             if self.trainer.args.keep_last and newest.name.isdecimal():
@@ -1026,12 +1028,16 @@ class Log:
         return utils.duration(time.monotonic() - self._start)
 
     def _append(self, row: dict[str, object]) -> None:
-        """Adds a row to the table, which somebody may have replaced or removed meanwhile."""
-        with open(self.run.folder / TRAINING_LOG, "a", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
-            if file.tell() == 0:
-                table.writeheader()
-            table.writerow(row)
+        """Adds a row to the table, which somebody may have replaced or removed meanwhile: the whole
+        row, or nothing if the disk is full.
+        """
+        with open(self.run.folder / TRAINING_LOG, "ab", buffering=0) as file:
+            size = file.tell()
+            lines = [LOG_COLUMNS, row.values()] if size == 0 else [row.values()]
+            text = "".join(f"{','.join(map(str, cells))}\n" for cells in lines).encode()
+            if file.write(text) < len(text):
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _open(self) -> None:
         """Drops the rows of steps that will be trained again."""

@@ -247,7 +247,7 @@ class UserError(Exception):
 
 
 class TryAgain(UserError):
-    """Trouble that a user need not mend: starting again may be enough."""
+    """Trouble that a user need not fix: starting again may be enough."""
 
     status = 1
 
@@ -754,8 +754,8 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(folder: Path, *names: str) -> None:
     """Removes what killed processes left half-written under these names (patterns; none: all).
 
-    Only for the holder of the lock that makes it the only writer of these names. Leaves the
-    leftovers of other users.
+    Call it only while holding the lock that makes this process the only writer of these names.
+    Leaves the leftovers of other users.
     """
     for path in list(folder.iterdir()):
         match = _ASIDE.fullmatch(path.name)
@@ -862,8 +862,9 @@ def record_text(record: object) -> str:
 
 
 def write_record(path: Path, record: object) -> None:
-    """Writes a dataclass as a JSON object, aside."""
-    write_text(path, record_text(record))
+    """Writes a dataclass as a JSON object, aside and durably."""
+    with written_aside(path, durable=True) as file:
+        file.write(record_text(record).encode())
 
 
 def read_record(kind: type, path: Path) -> Any:
@@ -880,7 +881,7 @@ def read_record(kind: type, path: Path) -> Any:
 
 def as_record(kind: type, text: str | bytes, wrong: str) -> Any:
     """A JSON object as a dataclass of this `kind`, whose annotations are the types. Other names in
-    the object are passed over.
+    the object are ignored.
 
     Raises UserError, which begins with `wrong`. A `kind` checks ranges itself, in `__post_init__`,
     and raises ValueError.
@@ -927,6 +928,7 @@ def read_csv(path: Path, kinds: dict[str, Callable[[str], Any]]) -> list[dict[st
         text = read_file(path).decode("utf-8", "replace")
     except FileNotFoundError:
         return []
+    text = text[: text.rfind("\n") + 1]  # a power failure cuts a row off anywhere
     rows, table = [], csv.DictReader(io.StringIO(text, newline=""))
     try:
         if missing := set(kinds).difference(table.fieldnames or kinds):

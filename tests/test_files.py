@@ -358,6 +358,11 @@ def test_a_durable_file_is_on_the_disk_before_its_name_is(tmp_path, history):
     ]
 
 
+def test_a_record_is_on_the_disk_before_its_name_is(tmp_path, history):
+    utils.write_record(tmp_path / "note.json", Note(1, 0.5, "a", True, [], {}))
+    assert [kind for kind, _ in history] == ["sync", "name", "sync"]
+
+
 def test_other_files_are_not_waited_for(tmp_path, history):
     utils.write_text(tmp_path / "thing", "whole")
     assert history == [("name", str(tmp_path / "thing"))]
@@ -806,6 +811,13 @@ def test_rows_with_too_few_or_too_many_cells_are_left_out(tmp_path):
     assert utils.read_csv(tmp_path / "empty.csv", {"a": int}) == []
 
 
+@pytest.mark.parametrize("rest", [b"5,6", b"5,", b"5", b"\0" * 200_000])
+def test_what_a_power_failure_left_of_a_row_is_skipped(tmp_path, rest):
+    (tmp_path / "table.csv").write_bytes(b"a,b\n3,4\n" + rest)
+    rows = utils.read_csv(tmp_path / "table.csv", {"a": utils.whole(0), "b": utils.number(0)})
+    assert rows == [{"a": 3, "b": 4}]
+
+
 TABLES = {
     "no column": b"a,c\n1,2\n",
     "another table": b"name,accuracy\nresnet,77\n",
@@ -815,7 +827,7 @@ TABLES = {
     "infinity": b"a,b\n1,inf\n",
     "a fraction": b"a,b\n1.5,2\n",
     "5,000 digits": b"a,b\n" + b"9" * 5000 + b",2\n",
-    "what a power failure left": b"a,b\n" + b"\0" * 200_000,
+    "zeros": b"a,b\n" + b"\0" * 200_000 + b"\n",
     "a huge cell": b"a,b\n1," + b"2" * 200_000 + b"\n",
     "not UTF-8": b"a,b\n1,\xff\n",
     "a picture": b"\xff\xd8\xff\xe0" + bytes(range(256)) * 9,

@@ -97,6 +97,16 @@ def test_memory_is_used_again_once_no_tensor_needs_it(config, ram):
         assert len(places) >= 10 and len(set(places)) <= 4
 
 
+def test_a_device_that_refuses_a_batch_does_not_damage_it(config, ram):
+    def refuse(*_: np.ndarray) -> None:
+        raise ValueError("no such device")
+
+    buffer = stock(config, ram, 3)
+    with reading(buffer, refuse) as reader, pytest.raises(ValueError, match="no such device"):
+        next_batch(reader)
+    assert there(buffer.folder) == {0, 1, 2}
+
+
 def test_the_trainer_shares_a_batch_instead_of_copying_it(config, ram):
     """A copy into fresh memory takes longer than the reading, and holds Python's lock."""
     from train import shared

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -403,6 +404,18 @@ def test_a_state_of_a_batch_that_no_epoch_has_is_named_with_the_way_out(run):
         restore(run, trainer_of("--resume"))
 
 
+def test_a_device_without_memory_does_not_make_a_state_look_damaged(run, monkeypatch):
+    trainer = trainer_of()
+    save_epoch(run, trainer, 2)
+
+    def full(*_: object) -> None:
+        raise tf.errors.ResourceExhaustedError(None, None, "the device is full")
+
+    monkeypatch.setattr(tf.train.Checkpoint, "read", full)
+    with pytest.raises(MemoryError):
+        restore(run, trainer_of("--resume"))
+
+
 @pytest.mark.parametrize("file", ["training_state/weights.index", "variables/variables.index"])
 def test_a_pipe_in_the_place_of_weights_is_not_waited_for(run, tmp_path, file):
     trainer = trainer_of()
@@ -449,8 +462,8 @@ def test_a_passing_error_of_the_storage_hides_no_state(run, monkeypatch):
 
     monkeypatch.setattr(utils, "PAUSES", (0, 0))
     monkeypatch.setattr(os, "listdir", fails_twice)
-    assert train.Run(run, arguments()).states() == [(3, 1, run / "state_3_1")] and not failures
-    assert train.Run(run / "none", arguments()).states() == []
+    assert train.Run(run, arguments()).places() == [(3, 1, run / "state_3_1")] and not failures
+    assert train.Run(run / "none", arguments()).places() == []
 
 
 def test_storage_that_fails_does_not_pass_for_a_broken_state(run, monkeypatch):
@@ -891,6 +904,15 @@ def test_the_model_holds_the_averages_and_its_state_the_weights_exactly(run, tmp
     bias = network.get_tensor("network/dense_bias/.ATTRIBUTES/VARIABLE_VALUE")
     np.testing.assert_array_equal(new.network.dense_bias, bias)
     assert not np.array_equal(bias, trainer.network.dense_bias)
+
+
+def test_averages_are_not_taken_for_the_weights_that_are_missing(run):
+    save_epoch(run, trainer_of("--ema_decay=0.5"), 2)
+    for file in (run / "0" / "training_state").glob("weights.*"):
+        file.unlink()
+    for flags in ([], ["--ema_decay=0.5"]):
+        with pytest.raises(utils.UserError, match="its training state cannot be read"):
+            restore(run, trainer_of("--resume", *flags))
 
 
 def test_ema_may_be_switched_on_and_off_between_runs(run):
@@ -1421,11 +1443,30 @@ def test_a_path_that_tensorflow_cannot_read_from_is_refused(tmp_path):
     assert os.listdir(tmp_path / "runs [old]") == []
 
 
-def test_a_cut_off_row_is_dropped(run):
-    logged(run, range(0, 18), 4)
+@pytest.mark.parametrize("cut", [2, 3, 20])  # after the last comma, within the last cell
+def test_a_cut_off_row_is_dropped(run, cut):
+    logged(run, range(0, 18), 3)
     path = run / "training_log.csv"
-    path.write_bytes(path.read_bytes()[:-20])
+    row = ",".join(["3", "1", "1", *["1"] * 12, "12"]) + "\n"
+    path.write_bytes((path.read_bytes() + row.encode())[:-cut])
     assert [row["step"] for row in logged(run, range(4, 18), 5)] == [0, 1, 2, 4]
+
+
+def test_a_row_that_the_disk_has_no_room_for_is_not_begun(run, monkeypatch, capsys):
+    class Full(io.FileIO):
+        def write(self, data: bytes) -> int:
+            return super().write(data[:9])
+
+    with under_way_of(run, range(0, 18), "--log_seconds=0") as under_way:
+        for step in range(3):
+            with monkeypatch.context() as patch:
+                if step == 1:
+                    full = lambda path, mode, **_: Full(path, mode)  # noqa: E731
+                    patch.setattr(train, "open", full, raising=False)
+                under_way.add(step, 0.5, values_of(step))
+                under_way.settle()
+    assert [row["step"] for row in rows_of(run)] == [0, 2]
+    assert "the log could not be written: [Errno 28] No space left" in capsys.readouterr().err
 
 
 def test_a_state_is_saved_after_the_rows_of_its_steps(run):
