@@ -28,9 +28,10 @@ from preprocess import decode
 from resnet50 import ModelRecipe, ResNet50, export_model, load_model, model_recipe, read_weights
 from test_resnet50 import BLOCKS, EPSILON, keras_resnet50, pour, random_network
 
-NAMES = ["tabby", "tiger cat", "line\nbreak", "Käse", "lone \udcff byte", "\x1b]0;owned\x07", "g"]
+NAMES = ["a\nb", "tiger cat", "line\nbreak", "Käse", "lone \udcff byte", "\x1b]0;owned\x07", "g\n"]
 IN_GRAPH = [*NAMES[:4], "lone \\udcff byte", *NAMES[5:]]
-PRINTED = ["tabby", "tiger cat", "line\\nbreak", "Käse", IN_GRAPH[4], "\\x1b]0;owned\\x07", "g"]
+PRINTED = ["a\\nb", "tiger cat", "line\\nbreak", "Käse", IN_GRAPH[4], "\\x1b]0;owned\\x07", "g\\n"]
+"""Three have a line break: so has one of any five."""
 MU, SIGMA = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
 
