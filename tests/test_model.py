@@ -6,7 +6,6 @@ python3 -m pytest tests/test_model.py
 import csv
 import functools
 import io
-import os
 import shutil
 import sys
 import zlib
@@ -397,8 +396,7 @@ def test_a_pipe_in_a_model_is_refused(name, run, tmp_path):
     """TensorFlow would wait for ever for its content."""
     model = tmp_path / "model"
     shutil.copytree(run / "2", model)
-    (model / name).unlink()
-    os.mkfifo(model / name)
+    toolkit.make_pipe(model / name)
     with pytest.raises(utils.UserError, match=f"damaged: {Path(name).name} is not a file"):
         load_model(model)
 

@@ -423,14 +423,7 @@ def test_a_pipe_in_the_place_of_weights_is_not_waited_for(run, tmp_path, file):
     saver_of(run, trainer).save_state(3)
     model = file.startswith("variables")
     pipe = run / ("0" if model else "state_1_1") / file
-    pipe.unlink()
-    os.mkfifo(pipe)
-
-    def write() -> None:  # whoever waits for a writer gets one, so that the test ends
-        while True:
-            os.close(os.open(pipe, os.O_WRONLY))
-
-    threading.Thread(target=write, daemon=True).start()
+    toolkit.make_pipe(pipe)
     other, where = (f"--init_from={run / '0'}", tmp_path / "new") if model else ("--resume", run)
     with pytest.raises(utils.UserError, match=f"{pipe.name} is not a file"):
         restore(where, trainer_of(other))

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -165,3 +166,15 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
                 assert (value.tag, event.step) not in seen
                 seen[value.tag, event.step] = value.simple_value
     return seen
+
+
+def make_pipe(path: Path) -> None:
+    """Replaces a file by a pipe. Whoever waits for a writer gets one, so that the test ends."""
+    path.unlink()
+    os.mkfifo(path)
+
+    def write() -> None:
+        while True:
+            os.close(os.open(path, os.O_WRONLY))
+
+    threading.Thread(target=write, daemon=True).start()
