@@ -628,10 +628,9 @@ class Run:
         """Where training begins. Raises UserError if what it needs is missing, or if it would
         overwrite something.
         """
-        if odd := re.search(r"[\[\]\\]", str(self.folder)):
-            raise UserError(
-                f"{self.folder}: TensorFlow cannot read from a path with {odd[0]} in it"
-            )
+        for path in (self.folder, self.args.init_from):
+            if odd := re.search(r"[\[\]\\]", str(path)):
+                raise UserError(f"{path}: TensorFlow cannot read from a path with {odd[0]} in it")
         args, states, start = self.args, self.places(), self.args.epoch_start
         epochs = ", ".join(map(str, epochs_in(self.folder))) or "none"
         if args.resume and not (states or (self.folder / TRAINING_LOG).exists()):

@@ -1434,6 +1434,8 @@ def test_a_path_that_tensorflow_cannot_read_from_is_refused(tmp_path):
     with pytest.raises(utils.UserError, match=r"runs \[old\].*cannot read"):
         claim(tmp_path / "runs [old]" / "a")
     assert os.listdir(tmp_path / "runs [old]") == []
+    with pytest.raises(utils.UserError, match=r"models \[old\]/0: TensorFlow cannot read"):
+        claim(tmp_path / "new", f"--init_from={tmp_path / 'models [old]' / '0'}")
 
 
 @pytest.mark.parametrize("cut", [2, 3, 20])  # after the last comma, within the last cell
