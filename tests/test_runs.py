@@ -1629,6 +1629,7 @@ def test_models_and_states_remember_how_they_were_trained(run):
     assert state["settings"]["--label_smoothing"] == 0.1 and state["settings"]["mu"] == SPEC.mu
     recipe = resnet50.model_recipe(run / "1")
     assert (recipe.step, recipe.mu) == (4, SPEC.mu)
+    assert recipe.flags["epoch_end"] == state["settings"]["--epoch_end"] == 9
     assert (recipe.flags["learning_rate"], recipe.flags["label_smoothing"]) == (0.01, 0.1)
 
 
