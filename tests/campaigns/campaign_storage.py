@@ -130,12 +130,14 @@ def launch(
     return process
 
 
-def ends_in_a_line(process: subprocess.Popen) -> bool:
-    """Waits for the process. Whether it failed as a user may expect: one line, status 2."""
+def ends_in_a_line(process: subprocess.Popen, expected: int = 2) -> bool:
+    """Waits for the process. Whether it failed as a user may expect: one line, and this status: 2,
+    or 1 if starting again may be enough.
+    """
     status = process.wait(timeout=PATIENCE)
     text = process.log.read_text(errors="replace")
     lines = re.findall(rf"^{re.escape(process.script)}: error: .", text, re.MULTILINE)
-    if status == 2 and len(lines) == 1 and "Traceback" not in text:
+    if status == expected and len(lines) == 1 and "Traceback" not in text:
         return True
     print(f"  {process.script} ended with {status}: {text[-600:]}")
     return False
@@ -581,12 +583,12 @@ def dataset_away(tries: int = 10) -> tuple[int, int]:
                     time.sleep(moments.uniform(0, 1))
                 stand_in_takes.join()
                 if process.poll() is not None:  # too long for its patience: it must say so
-                    lost += not ends_in_a_line(process)
+                    lost += not ends_in_a_line(process, expected=1)
                     process = stand_in.start()
                 tried += 1
             with away(folder):
                 stand_in.take(30, process)
-                lost += not ends_in_a_line(process)
+                lost += not ends_in_a_line(process, expected=1)
             process = stand_in.start()
             lost += not stand_in.take(20, process)
             lost += stand_in.finish(process)
