@@ -342,6 +342,7 @@ class Trainer:
         parts = {"averaged": self.averaged} if averaged else {}
         return tf.train.Checkpoint(
             momentum=self.momentum,
+            updates=self.updates,
             loss_scale=self.loss_scale,
             good_updates=self.good_updates,
             **parts,

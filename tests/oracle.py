@@ -8,7 +8,6 @@ that the scripts write stands in one place, the second part of this module.
 
 import csv
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -128,7 +127,7 @@ def read_state(folder: Path) -> Saved:
     return Saved(
         weights=weights,
         velocity={name: rest[f"momentum/{place}"] for place, name in enumerate(trained)},
-        updates=json.loads((state / "state.json").read_text())["step"],
+        updates=int(rest["updates"]),
         loss_scale=float(rest["loss_scale"]),
     )
 
