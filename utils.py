@@ -928,7 +928,7 @@ def read_csv(path: Path, kinds: dict[str, Callable[[str], Any]]) -> list[dict[st
         text = read_file(path).decode("utf-8", "replace")
     except FileNotFoundError:
         return []
-    text = text[: text.rfind("\n") + 1]  # a power failure cuts a row off anywhere
+    text = text[: text.rfind("\n") + 1] or text  # a power failure cuts a row off anywhere
     rows, table = [], csv.DictReader(io.StringIO(text, newline=""))
     try:
         if missing := set(kinds).difference(table.fieldnames or kinds):

@@ -217,7 +217,7 @@ def test_the_closing_line_counts_broken_pictures(tmp_path, toy, ram):
     (dataset / "train/stars/stars_3.JPEG").write_bytes(b"this is no picture")
     config = toolkit.write_config(tmp_path, dataset, ram)
     with preprocessor(config, *span(0, 1)) as process:
-        wait_until(settled(ram, range(10)), process, "buffer full")
+        wait_until(lambda: "10 batches ready" in said(config), process, "buffer full")
         progress(ram, 10)
         assert finish(process) == 0
     assert "1 could not be decoded" in said(config).splitlines()[-1]
