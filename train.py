@@ -631,26 +631,26 @@ class Run:
         for path in (self.folder, self.args.init_from):
             if odd := re.search(r"[\[\]\\]", str(path)):
                 raise UserError(f"{path}: TensorFlow cannot read from a path with {odd[0]} in it")
-        args, states, start = self.args, self.places(), self.args.epoch_start
+        args, places, start = self.args, self.places(), self.args.epoch_start
         epochs = ", ".join(map(str, epochs_in(self.folder))) or "none"
-        if args.resume and not (states or (self.folder / TRAINING_LOG).exists()):
+        if args.resume and not (places or (self.folder / TRAINING_LOG).exists()):
             raise UserError(
                 f"{self.folder}: no such run to --resume; {self.folder.parent} has "
                 f"{resnet50.runs_in(self.folder.parent)}. A new run begins without --resume"
             )
         place = Place(start, 0, args.init_from)
-        if args.resume and states:
-            place = states[0]
+        if args.resume and places:
+            place = places[0]
         elif args.init_from:
             model_recipe(args.init_from)  # raises UserError if it is not a model
         elif start:
             place = Place(start, 0, self.folder / str(start - 1))
-            if place not in states:
+            if place not in places:
                 raise UserError(
                     f"--epoch_start={start} continues from the model {place.folder}, which does "
                     f"not exist; the run has epochs: {epochs}"
                 )
-        later = [each.folder for each in reversed(states) if each[:2] > place[:2]]
+        later = [each.folder for each in reversed(places) if each[:2] > place[:2]]
         way_out = "add --resume to continue from the latest" if later else "move it away"
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         for epoch in sorted(int(name) for name in names if name.isdecimal()):
@@ -789,7 +789,7 @@ def restore(
 def load_state(trainer: Trainer, folder: Path, averaged: bool) -> None:
     """Loads the network and all else. `averaged`: whether the state holds averages of the weights.
 
-    Raises one of resnet50.DAMAGED, or UserError or OSError if the storage fails.
+    Raises what `resnet50.read_checkpoint` raises.
     """
     weights = folder / "variables" / "variables"  # those of the model
     if averaged or not resnet50.is_model(folder):  # see `Saver._write`
@@ -925,7 +925,7 @@ class UnderWay(contextlib.AbstractContextManager):
         """Waits for each step's values and notes when they came, so the loop does not have to."""
         self._wait = (0.0, 0.0)  # when the batch was asked for, and when it was there
         self._previous: float | None = None  # when the last step was finished
-        self._stopping = math.inf  # the first step whose values say so
+        self._stopping = math.inf  # the first step in which a machine was asked to stop
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()

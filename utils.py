@@ -850,9 +850,9 @@ def read_array(path: Path, array: np.ndarray) -> np.ndarray:
     return patiently(read, path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, durable: bool = False) -> None:
     """Writes `text` aside, in UTF-8. Escapes what UTF-8 cannot encode."""
-    with written_aside(path) as file:
+    with written_aside(path, durable) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
@@ -863,8 +863,7 @@ def record_text(record: object) -> str:
 
 def write_record(path: Path, record: object) -> None:
     """Writes a dataclass as a JSON object, aside and durably."""
-    with written_aside(path, durable=True) as file:
-        file.write(record_text(record).encode())
+    write_text(path, record_text(record), durable=True)
 
 
 def read_record(kind: type, path: Path) -> Any:

@@ -1438,7 +1438,7 @@ def test_a_path_that_tensorflow_cannot_read_from_is_refused(tmp_path):
         claim(tmp_path / "new", f"--init_from={tmp_path / 'models [old]' / '0'}")
 
 
-@pytest.mark.parametrize("cut", [2, 3, 20])  # after the last comma, within the last cell
+@pytest.mark.parametrize("cut", [2, 3, 20])  # within the last cell, after the last comma
 def test_a_cut_off_row_is_dropped(run, cut):
     logged(run, range(0, 18), 3)
     path = run / "training_log.csv"
